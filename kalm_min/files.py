@@ -1,0 +1,149 @@
+"""Files that are complete or absent, and reading whose errors say where.
+
+Everything a later run may read goes through here: it is written to a temporary sibling, synced to
+the disk and renamed into place, so that a kill at any moment leaves either the old file or the new
+one. Reading JSON reports the file and the line of what is wrong.
+
+Not here: locking. Two writers of one path do not tear it; the last rename wins.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+_FOLDER_MODE = 0o777
+_FILE_MODE = 0o666
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a temporary sibling of `path` for writing; rename it to `path` when the block succeeds.
+
+    Args:
+        path: the file to create or replace. Missing parent folders are made.
+        mode: "wb" or "w" (UTF-8, newlines written as given).
+
+    On an exception, a kill or a full disk `path` is what it was before.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(_permissions(_FILE_MODE))
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+@contextmanager
+def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Make a temporary sibling folder; sync its files and rename it to `path` when the block succeeds.
+
+    An existing `path` is moved aside first and deleted last, so a kill between the two renames
+    leaves its content in a sibling named `.<name>.*.old`, never a mixture of both.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        yield folder
+        for entry in [*folder.rglob("*"), folder]:
+            _sync(entry)
+        folder.chmod(_permissions(_FOLDER_MODE))
+        if path.exists():
+            old = folder.with_suffix(".old")
+            path.rename(old)
+            folder.rename(path)
+            shutil.rmtree(old)
+        else:
+            folder.rename(path)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    _sync(path.parent)
+
+
+def _permissions(full: int) -> int:
+    """What the user's umask leaves of `full` (temporary files are made private)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return full & ~mask
+
+
+def _sync(path: Path) -> None:
+    """Flush a file's bytes, or a folder's list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a UTF-8 text file, complete or not at all."""
+    with atomic_write(path, "w") as file:
+        file.write(text)
+
+
+def write_json(path: str | os.PathLike[str], value: object) -> None:
+    """Write a JSON file with two-space indent, complete or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file. Raises ValueError with file:line for anything that is not JSON in UTF-8."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: expected JSON, found {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, found {error.reason}") from error
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number from 1, object) of a .jsonl or .jsonl.gz file, one line at a time.
+
+    Blank lines are skipped. Raises ValueError with file:line for a line that is not a JSON object.
+    """
+    path = Path(path)
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        # Bytes, so that only \n ends a line: U+2028 inside a string must not.
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, parse_object(line, f"{path}:{number}")
+
+
+def parse_object(line: bytes, where: str) -> dict[str, Any]:
+    """Parse one line as a JSON object; `where` (file:line) opens the ValueError if it is not one."""
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: expected UTF-8 text, found {error.reason}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: expected a JSON object, found {error.msg}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def text_hash(text: str) -> int:
+    """A signed 64-bit hash of a text, the same on every machine and run (0 is never returned).
+
+    Two texts of a corpus of n collide with probability about n^2 / 2^65: 3e-6 for 10 million.
+    """
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True) or 1
