@@ -1,0 +1,249 @@
+"""kalm_min.config: dataclass <- TOML <- flags, and one sentence for every mistake."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kalm_min.config import parse, to_toml
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Where the examples are."""
+
+    path: Path
+    """File or folder of examples; 100% of it is read."""
+    cache_dir: Path | None = None
+    """Index folder."""
+    rank_range: tuple[int, int] = (50, 100)
+    """First and last rank."""
+
+    def __post_init__(self) -> None:
+        if self.rank_range[0] >= self.rank_range[1]:
+            raise ValueError(f"rank_range: expected low < high, found {self.rank_range}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    temperature: float = 0.02
+    """Divides the cosines."""
+    dims: tuple[int, ...] = (896, 512)
+    limit: tuple[int, int] | None = None
+    names: list[str] = field(default_factory=list[str])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    data: DataConfig
+    loss: LossConfig = field(default_factory=lambda: LossConfig(temperature=0.05))
+    output: Path = Path("runs/x")
+    """Folder to
+    write."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    level: Literal[1, 2] = 1
+    resume: bool = False
+    seed: int = 0
+    title: str = "a run"
+
+
+def run(*argv: str) -> RunConfig:
+    return parse(RunConfig, list(argv), program="train.py", description="Trains 100% of it.")
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one sentence `argv` is refused with."""
+    with pytest.raises(SystemExit) as error:
+        run(*argv)
+    captured = capsys.readouterr()
+    assert error.value.code == 2
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err.removeprefix("train.py: ").rstrip("\n")
+
+
+def test_defaults_then_file_then_flags(tmp_path):
+    """A flag wins over the file, the file over the default, a section's default instance over its
+    class's defaults."""
+    file = tmp_path / "run.toml"
+    file.write_text('seed = 7\ntitle = "t"\n[data]\npath = "a"\n[loss]\ndims = [64]\n')
+    config = run(str(file), "--seed", "8", "--data.rank-range", "3", "9")
+    assert config == RunConfig(
+        data=DataConfig(path=Path("a"), rank_range=(3, 9)),
+        loss=LossConfig(temperature=0.05, dims=(64,)),
+        seed=8,
+        title="t",
+    )
+
+
+@pytest.mark.parametrize("flag", ["--data.rank-range", "--data.rank_range"])
+def test_dashes_and_underscores(flag):
+    """Both spellings of a flag are the same flag; values keep their underscores."""
+    config = run("--data.path=a_b", flag, "1", "2", "--title=c_d")
+    assert config.data == DataConfig(path=Path("a_b"), rank_range=(1, 2))
+    assert config.title == "c_d"
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "expected"),
+    [
+        (["--resume"], "resume", True),
+        (["--resume", "false"], "resume", False),
+        (["--resume=True"], "resume", True),
+        (["--dtype", "none"], "dtype", None),
+        (["--dtype", "bfloat16"], "dtype", "bfloat16"),
+        (["--level", "2"], "level", 2),
+        (["--seed", "-3"], "seed", -3),
+        (["--title", "two words"], "title", "two words"),
+    ],
+)
+def test_flag_types(words, name, expected):
+    """Each supported annotation reads what a person would type."""
+    assert getattr(run("--data.path", "p", *words), name) == expected
+
+
+def test_sequences_from_flags():
+    """Lists take one or more words; `none` empties what may be None."""
+    config = run("--data.path", "p", "--loss.dims", "3", "2", "--loss.limit", "1", "2")
+    assert (config.loss.dims, config.loss.limit) == ((3, 2), (1, 2))
+    config = run("--data.path", "p", "--loss.limit", "none", "--loss.names", "a", "b")
+    assert (config.loss.limit, config.loss.names) == (None, ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        ([], "--data.path must be given (--help tells more)"),
+        (["--data.pth", "x"], "unknown flag --data.pth, the nearest is --data.path"),
+        (["--temperature=1"], "unknown flag --temperature, the nearest is --loss.temperature"),
+        (["--xyzzy"], "unknown flag --xyzzy (--help lists them all)"),
+        (["--seed", "1.5"], "--seed: expected an integer, found '1.5'"),
+        (["--loss.temperature", "nan"], "--loss.temperature: expected a number, found 'nan'"),
+        (["--dtype", "fp8"], "--dtype: expected float32 or bfloat16 or none, found 'fp8'"),
+        (["--resume", "maybe"], "--resume: expected true or false, found 'maybe'"),
+        (["--data.path", ""], "--data.path: expected a path, found ''"),
+        (["--loss.dims", "4", "x"], "--loss.dims: expected a list, each an integer, found '4 x'"),
+        (["--data.rank-range", "4"], "--data.rank-range: expected 2 arguments"),
+        (
+            ["--loss.limit", "4"],
+            "--loss.limit: expected 2 values (an integer, an integer) or none, found '4'",
+        ),
+        (["--seed"], "--seed: expected one argument"),
+        (["--seed", "1", "x.toml"], "expected a flag, found 'x.toml' (a TOML file comes first)"),
+        (["x.json"], "expected a .toml file or a flag, found 'x.json'"),
+        (["no.toml"], "no.toml: cannot be read (No such file or directory)"),
+        (
+            ["--data.path", "p", "--data.rank-range", "9", "3"],
+            "[data] rank_range: expected low < high, found (9, 3)",
+        ),
+    ],
+)
+def test_mistakes_in_flags(capsys, argv, sentence):
+    """Every mistake is one sentence on stderr and exit code 2, never a traceback."""
+    assert fails(capsys, *argv) == sentence
+
+
+@pytest.mark.parametrize(
+    ("toml", "sentence"),
+    [
+        ("[data]\npth = 'x'", ": unknown key [data] pth, the nearest is [data] path"),
+        ("temperature = 1", ": unknown key temperature, the nearest is [loss] temperature"),
+        ("[optim]\nlr = 1", ": unknown key optim (--help lists them all)"),
+        ("[data]\npath = 3", ": [data] path: expected a path, found 3"),
+        ("data = 3", ": expected a table [data], found data = 3"),
+        ("seed = true", ": seed: expected an integer, found True"),
+        ("level = true", ": level: expected 1 or 2, found True"),
+        ("level = [1]", ": level: expected 1 or 2, found [1]"),
+        ("resume = 1", ": resume: expected true or false, found 1"),
+        ("[loss]\ndims = 3", ": [loss] dims: expected a list, each an integer, found 3"),
+        ("[loss]\ntemperature = 'x'", ": [loss] temperature: expected a number, found 'x'"),
+        ("[seed]\nx = 1", ": seed: expected an integer, found {'x': 1}"),
+    ],
+)
+def test_mistakes_in_a_file(capsys, tmp_path, toml, sentence):
+    """A mistake in a TOML file names the file, the section and the key."""
+    file = tmp_path / "run.toml"
+    file.write_text(toml)
+    assert fails(capsys, str(file)) == f"{file}{sentence}"
+
+
+def test_broken_toml_names_the_line(capsys, tmp_path):
+    """A file that is not TOML, or not UTF-8, is refused with its place."""
+    file = tmp_path / "run.toml"
+    file.write_text("seed = 1\n[data\n")
+    assert fails(capsys, str(file)).startswith(f"{file}:2: expected TOML")
+    file.write_bytes(b"title = '\xff'")
+    assert fails(capsys, str(file)).startswith(f"{file}: expected UTF-8 text")
+
+
+def test_help(capsys):
+    """--help groups by section, tells every field's sentence and its default, and exits with 0."""
+    with pytest.raises(SystemExit) as error:
+        run("--help")
+    assert error.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "usage: train.py [FILE.toml] [--NAME VALUE ...]" in text
+    assert "[data] Where the examples are." in text
+    assert "--data.path PATH File or folder of examples; 100% of it is read. (required)" in text
+    assert "--data.rank-range INT INT First and last rank. (default: 50 100)" in text
+    assert "--loss.temperature NUMBER Divides the cosines. (default: 0.05)" in text
+    assert "--output PATH Folder to write. (default: runs/x)" in text
+    assert '--title TEXT (default: "a run")' in text
+    assert "--loss.names TEXT [TEXT ...] (default: nothing)" in text
+
+
+def test_an_inherited_field_keeps_its_help(capsys):
+    """Help is read from the class that declares the field."""
+
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Child(LossConfig):
+        more: int = 1
+        """One more."""
+
+    with pytest.raises(SystemExit):
+        parse(Child, ["-h"], program="p", description="")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Divides the cosines." in text
+    assert "One more. (default: 1)" in text
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
+PATHS = st.text("ab/._ é", min_size=1).map(Path)
+
+
+@given(
+    config=st.builds(
+        RunConfig,
+        data=st.builds(DataConfig, path=PATHS, cache_dir=st.none() | PATHS),
+        loss=st.builds(
+            LossConfig,
+            temperature=st.floats(allow_nan=False),
+            dims=st.lists(st.integers()).map(tuple),
+            limit=st.none() | st.tuples(st.integers(), st.integers()),
+            names=st.lists(TEXTS),
+        ),
+        dtype=st.sampled_from([None, "float32", "bfloat16"]),
+        level=st.sampled_from([1, 2]),
+        resume=st.booleans(),
+        seed=st.integers(),
+        title=TEXTS,
+    )
+)
+def test_to_toml_reads_back_equal(tmp_path_factory, config):
+    """The configuration written beside a run is the configuration of the run."""
+    file = tmp_path_factory.mktemp("config") / "config.toml"
+    file.write_text(to_toml(config), encoding="utf-8", newline="")
+    assert run(str(file)) == config
+
+
+def test_to_toml_keeps_infinity_and_defaults(tmp_path):
+    """Resolved means every setting is written, the untouched ones too."""
+    text = to_toml(
+        RunConfig(data=DataConfig(path=Path("p")), loss=LossConfig(temperature=math.inf))
+    )
+    assert text.startswith('output = "runs/x"\ndtype = "none"\n')
+    assert "temperature = inf\n" in text
