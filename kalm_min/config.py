@@ -20,9 +20,20 @@ import textwrap
 import tomllib
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Literal,
+    NoReturn,
+    TypeGuard,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 Config = TypeVar("Config")
 
@@ -119,7 +130,7 @@ def _options(cls: type, instance: object = None, prefix: str = "") -> Iterator[_
     for field in _fields(cls):
         default = _default(field) if instance is None else getattr(instance, field.name)
         name, kind = prefix + field.name, hints[field.name]
-        if is_dataclass(kind):
+        if _is_section(kind):
             nested = None if default is MISSING else default
             yield from _options(kind, nested, f"{name}.")
         else:
@@ -143,7 +154,7 @@ def _field_helps(cls: type) -> dict[str, str]:
         except OSError:  # No source at hand (an interactive session): help without sentences.
             continue
         body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
-        for field, below in zip(body, body[1:], strict=False):
+        for field, below in pairwise(body):
             match field, below:
                 case (
                     ast.AnnAssign(target=ast.Name(id=name)),
@@ -183,7 +194,7 @@ def _sections(cls: type, prefix: str = "", title: str = "settings") -> Iterator[
     """(dotted name, heading) of each dataclass of the tree."""
     yield prefix, title
     for name, kind in get_type_hints(cls).items():
-        if is_dataclass(kind) and isinstance(kind, type):
+        if _is_section(kind):
             below = f"{prefix}.{name}" if prefix else name
             sentence = (inspect.getdoc(kind) or "").split("\n")[0]
             yield from _sections(kind, below, f"[{below}] {sentence}")
@@ -248,8 +259,8 @@ def _toml_values(
         is_section = any(option.startswith(f"{name}.") for option in options)
         if name in options:
             yield name, _checked(value, options[name], f"{path}: {_place(name)}", text=False)
-        elif is_section and isinstance(value, dict):
-            yield from _toml_values(value, path, options, f"{name}.")  # pyright: ignore[reportUnknownArgumentType] -- keys of TOML tables are texts
+        elif is_section and _is_table(value):
+            yield from _toml_values(value, path, options, f"{name}.")
         elif is_section:
             raise _ConfigError(f"{path}: expected a table [{name}], found {name} = {value!r}")
         else:
@@ -273,7 +284,7 @@ def _checked(value: Any, option: _Option, where: str, *, text: bool) -> Any:
     try:
         return _convert(value, option.kind, text=text)
     except ValueError as error:
-        found = " ".join(value) if text and isinstance(value, list) else value
+        found = " ".join(value) if text and _is_list(value) else value
         raise _ConfigError(
             f"{where}: expected {_described(option.kind)}, found {found!r}"
         ) from error
@@ -283,7 +294,7 @@ def _convert(value: Any, kind: Any, *, text: bool) -> Any:
     """Turn the words of a flag (`text`) or a TOML value into `kind`. Raises a bare ValueError."""
     inner = _without_none(kind)
     if inner is not kind:
-        word = value[0] if isinstance(value, list) and len(value) == 1 else value
+        word = value[0] if _is_list(value) and len(value) == 1 else value
         if isinstance(word, str) and word.lower() == "none":
             return None
     if get_origin(inner) is Literal:
@@ -299,7 +310,7 @@ def _convert(value: Any, kind: Any, *, text: bool) -> Any:
 
 def _convert_sequence(value: Any, kind: Any, *, text: bool) -> Any:
     items = get_args(kind)
-    if not isinstance(value, list):
+    if not _is_list(value):
         raise ValueError
     if get_origin(kind) is list or Ellipsis in items:
         items = items[:1] * len(value)
@@ -324,6 +335,18 @@ def _convert_scalar(value: Any, kind: type, *, text: bool) -> Any:
     if isinstance(value, float) and math.isnan(value):
         raise ValueError
     return value
+
+
+def _is_section(kind: Any) -> TypeGuard[type]:
+    return is_dataclass(kind)
+
+
+def _is_table(value: Any) -> TypeGuard[dict[str, Any]]:
+    return isinstance(value, dict)
+
+
+def _is_list(value: Any) -> TypeGuard[list[Any] | tuple[Any, ...]]:
+    return isinstance(value, list | tuple)
 
 
 def _without_none(kind: Any) -> Any:
@@ -351,8 +374,8 @@ def _described(kind: Any) -> str:
 
 def _shown(value: Any) -> str:
     """A default as one would type it on the command line."""
-    if isinstance(value, tuple | list):
-        return " ".join(_shown(item) for item in value) or "nothing"  # pyright: ignore[reportUnknownVariableType] -- items of a default
+    if _is_list(value):
+        return " ".join(_shown(item) for item in value) or "nothing"
     if value is None or isinstance(value, bool):
         return str(value).lower()
     spelled = str(value)
@@ -360,8 +383,8 @@ def _shown(value: Any) -> str:
 
 
 def _toml_value(value: Any) -> str:
-    if isinstance(value, tuple | list):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"  # pyright: ignore[reportUnknownVariableType] -- items of a setting
+    if _is_list(value):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     if value is None:
         return '"none"'
     if isinstance(value, bool | int | float):
@@ -376,7 +399,7 @@ def _build(cls: Any, values: dict[str, Any], prefix: str = "") -> Any:
     hints = get_type_hints(cls)
     for field in _fields(cls):
         name, kind = prefix + field.name, hints[field.name]
-        nested = is_dataclass(kind)
+        nested = _is_section(kind)
         arguments[field.name] = _build(kind, values, f"{name}.") if nested else values[name]
     try:
         return cls(**arguments)

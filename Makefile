@@ -1,0 +1,49 @@
+# make venv | test | fast | lint | types | demo | clean | help
+#
+# Everything runs in .venv, which is made anew whenever pyproject.toml or constraints.txt change.
+# Another interpreter: make PYTHON=python3.12 venv. Another torch build (an index of CPU or CUDA
+# wheels, say): pip's own variables, such as PIP_EXTRA_INDEX_URL, reach the installation.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+EXTRAS := mining,eval,report,data
+
+# Tests run in two processes; more threads than that only get in each other's way.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help venv test fast lint types demo clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+venv: $(READY)  ## the virtual environment .venv with the package and all its tools
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kalm_min needs Python 3.11 or newer: make PYTHON=python3.12")'
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "pip>=25.1"
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]" --group dev
+	touch $@
+
+test: lint types  ## lint, format, types, import floors and all tests
+	$(BIN)/python -m pytest -n 2
+
+fast: $(READY)  ## the tests that take a moment
+	$(BIN)/python -m pytest -n 2 -m "not slow and not network and not gpu"
+
+lint: $(READY)  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)  ## pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+demo: $(READY)  ## from this machine's own documentation to a trained, measured model
+	$(BIN)/python examples/demo.py
+
+clean:  ## remove the environment, caches and what the demo wrote
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist runs/demo
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,25 @@
+"""KaLM-Embedding: a Qwen2 decoder turned into a text embedder, trained, mined for and measured.
+
+`from kalm_min import Embedder` is all that encoding needs. Names are resolved when first used
+(PEP 562), so that `import kalm_min.sampling` plans an epoch without waiting for torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kalm_min.embedder import Embedder
+
+__version__ = "0.1.0"
+__all__ = ["Embedder", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Embedder":
+        from kalm_min.embedder import Embedder
+
+        return Embedder
+    raise AttributeError(f"module 'kalm_min' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
