@@ -1,0 +1,166 @@
+"""The imports of the project, read off its source: the floors and refusals of docs/design.md."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ENTRY_POINTS = ("train", "mine", "evaluate", "kalm_min.encode")
+
+# A module may import its own part, and parts of lower floors.
+FLOORS = {
+    "kalm_min.files": 0,
+    "kalm_min.tokenizer": 0,
+    "kalm_min.sampling": 0,
+    "kalm_min.losses": 0,
+    "kalm_min.model": 0,
+    "kalm_min.data": 1,
+    "kalm_min.embedder": 1,
+    "kalm_min.training": 1,
+    "kalm_min.training.trainer": 2,
+    "kalm_min.mining": 2,
+    "kalm_min.evaluation": 2,
+    "kalm_min.config": 3,
+    **dict.fromkeys(ENTRY_POINTS, 4),
+}
+# Whoever reads a folder reads it through files.
+BESIDE = {("kalm_min.model", "kalm_min.files"), ("kalm_min.tokenizer", "kalm_min.files")}
+
+RUNTIME = {"torch", "safetensors", "tokenizers", "numpy", "huggingface_hub", "tqdm"}
+
+# What is never imported -> where it may be all the same (modules or packages).
+REFUSED = {
+    "torch.distributed": (
+        "kalm_min.training.distributed",
+        "kalm_min.training.parallel",
+        "kalm_min.training.checkpoint",
+    ),
+    "torch.nn.attention.varlen": ("kalm_min.model.attention",),
+    "flash_attn": (),
+    "faiss": ("kalm_min.mining.search",),
+    "mteb": tuple(
+        f"kalm_min.evaluation.{name}" for name in ("plan", "worker", "encoder", "local_tasks")
+    ),
+    "matplotlib": ("kalm_min.mining.report", "kalm_min.evaluation.report"),
+    "pyarrow": ("kalm_min.data",),
+    "transformers": (),
+    "sentence_transformers": (),
+    "argparse": ("kalm_min.config",),
+    "pickle": (),
+}
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {
+    name_of(path): path
+    for path in sorted(
+        [*(ROOT / "kalm_min").rglob("*.py"), *(ROOT / f"{name}.py" for name in ENTRY_POINTS[:3])]
+    )
+    if path.exists()
+}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOURCES.items()}
+
+
+def inside(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def imports(name: str) -> Iterator[str]:
+    """Every module `name` imports, wherever in the file, as the most exact dotted name."""
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: relative import"
+            for alias in node.names:
+                dotted = f"{node.module}.{alias.name}"
+                is_name = node.module.startswith("kalm_min") and dotted not in SOURCES
+                yield (
+                    "kalm_min.embedder"
+                    if dotted == "kalm_min.Embedder"
+                    else (node.module if is_name else dotted)
+                )
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
+            yield "torch.distributed"
+
+
+def part_of(name: str) -> str:
+    """The longest entry of FLOORS that holds `name`."""
+    parts = [part for part in FLOORS if inside(name, part)]
+    assert parts, f"{name} has no floor: give it one in docs/design.md and here"
+    return max(parts, key=len)
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name != "kalm_min"])
+def test_imports_run_down(name):
+    """No module imports one of a higher floor, nor of another part of its own floor."""
+    part = part_of(name)
+    for other in imports(name):
+        if not inside(other, "kalm_min", *ENTRY_POINTS):
+            continue
+        assert other != "kalm_min", f"{name} imports the package's lazy names"
+        below = part_of(other)
+        # The trainer stands on its own package.
+        allowed = below == part or FLOORS[below] < FLOORS[part] or (part, below) in BESIDE
+        assert allowed, f"{name} (floor {FLOORS[part]}) imports {other} (floor {FLOORS[below]})"
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_refused_imports(name):
+    """Each heavy or risky import has its one place."""
+    for other in imports(name):
+        for refused, places in REFUSED.items():
+            assert not inside(other, refused) or inside(name, *places), f"{name} imports {other}"
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_only_declared_dependencies(name):
+    """The core stands on its runtime dependencies; an extra is named in REFUSED with its place."""
+    for other in imports(name):
+        root = other.partition(".")[0]
+        assert root in {*RUNTIME, *REFUSED, *sys.stdlib_module_names, "kalm_min"}, other
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if inside(name, "kalm_min.sampling")])
+def test_sampling_is_arithmetic(name):
+    """An epoch is planned without torch."""
+    assert not [other for other in imports(name) if inside(other, "torch")]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in SOURCES if inside(name, "kalm_min.model", "kalm_min.losses")]
+)
+def test_model_and_losses_keep_no_state(name):
+    """What they compute depends on their arguments alone: no logger, no global random state."""
+    assert not [other for other in imports(name) if inside(other, "logging", "random")]
+    assert not [node for node in ast.walk(TREES[name]) if isinstance(node, ast.Global)]
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name not in ENTRY_POINTS])
+def test_only_entry_points_print(name):
+    """A library that prints cannot be used in a program."""
+    calls = [node.func for node in ast.walk(TREES[name]) if isinstance(node, ast.Call)]
+    assert not [call for call in calls if isinstance(call, ast.Name) and call.id == "print"]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_nothing_is_unpickled(name):
+    """A file from elsewhere can lie, but it cannot run code."""
+    attributes = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.Attribute)]
+    assert "torch.load" not in {ast.unparse(node) for node in attributes}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_functions_fit_on_a_screen(name):
+    """No function is longer than 60 lines."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, kinds):
+            assert node.end_lineno - node.lineno < 60, f"{name}.{node.name}"
