@@ -1,0 +1,134 @@
+"""Weights on disk: safetensors in Hugging Face's layout, every tensor accounted for.
+
+Reads one `model.safetensors` or the shards an index names. A tensor in the wanted dtype becomes a
+private view of the mapped file, so loading costs no copy; one that must be converted is mapped
+alone, so the peak stays at one model and one tensor. Consequence: do not rewrite a weights file in
+place while a model read from it lives (everything in this package renames a finished file over the
+old one, which is safe). Pickled weights (`pytorch_model.bin`) are never opened.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from kalm_min.files import read_json, write_json
+from kalm_min.model.config import ModelConfig
+from kalm_min.model.qwen2 import Qwen2
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {"F64", "F32", "BF16", "F16"}
+_IGNORED = "lm_head.weight"  # the output head of a language model; an embedder has none
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """Read `config.json`."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: expected a model folder with config.json, found none")
+    return ModelConfig.from_hf(_object(path), where=str(path))
+
+
+def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Qwen2:
+    """Build the decoder of a folder and fill it from the safetensors files, each tensor once.
+
+    Raises:
+        ValueError: one sentence listing every missing, unexpected or wrong-shaped tensor and every
+            file that cannot be read.
+    """
+    with torch.device("meta"):
+        model = Qwen2(load_config(folder))
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    files = [folder / name for name in _file_names(folder)]
+    found, problems = _survey(files)
+    if not problems:
+        # A file that cannot be read would also show up as missing tensors: report only the cause.
+        problems = list(_differences(found, wanted))
+    if problems:
+        raise ValueError(f"{folder}: {'; '.join(problems)}")
+    state = {
+        name: _read(file, key).to(device=device, dtype=dtype)
+        for name, (file, key, _, _) in found.items()
+        if name in wanted
+    }
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(True)
+
+
+def save_model(model: Qwen2, folder: Path, *, causal: bool) -> None:
+    """Write `config.json` and `model.safetensors` into `folder` (not atomic: the caller's folder is)."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    write_json(folder / "config.json", model.config.to_hf(dtype=dtype, causal=causal))
+    save_file(state, folder / SINGLE, metadata={"format": "pt"})
+
+
+def _file_names(folder: Path) -> list[str]:
+    """The weight files of a folder: one, or those the index names."""
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    if (folder / INDEX).is_file():
+        names = _object(folder / INDEX).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise ValueError(f"{folder / INDEX}: expected a weight_map, found none")
+        files = sorted({str(name) for name in names.values()})
+        if outside := [name for name in files if Path(name).name != name]:
+            raise ValueError(f"{folder / INDEX}: expected plain file names, found {outside[0]!r}")
+        return files
+    pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+    hint = "; pickled weights are never opened, convert them to safetensors" if pickled else ""
+    raise ValueError(f"{folder}: expected {SINGLE} or {INDEX}, found neither{hint}")
+
+
+_Entry = tuple[Path, str, tuple[int, ...], str]
+
+
+def _survey(files: Iterable[Path]) -> tuple[dict[str, _Entry], list[str]]:
+    """Read the headers only: {parameter name: (file, key, shape, dtype)} and what is wrong."""
+    found: dict[str, _Entry] = {}
+    problems: list[str] = []
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as reader:
+                for key in reader.keys():  # noqa: SIM118 -- not a dict
+                    piece = reader.get_slice(key)
+                    name = key.removeprefix("model.")
+                    if name in found:
+                        problems.append(f"{name} stands twice")
+                    found[name] = (file, key, tuple(piece.get_shape()), piece.get_dtype())
+        except FileNotFoundError:
+            problems.append(f"{file.name} is named by the index and is not there")
+        except (SafetensorError, OSError) as error:
+            problems.append(f"{file.name} is truncated or not safetensors ({error})")
+    return found, problems
+
+
+def _differences(found: dict[str, _Entry], wanted: dict[str, tuple[int, ...]]) -> Iterable[str]:
+    """What keeps the tensors found from being exactly those wanted, one phrase a kind."""
+    if missing := sorted(wanted.keys() - found.keys()):
+        yield f"missing tensors: {', '.join(missing)}"
+    if extra := sorted(found.keys() - wanted.keys() - {_IGNORED}):
+        yield f"unexpected tensors: {', '.join(extra)}"
+    for name in sorted(wanted.keys() & found.keys()):
+        _, _, shape, dtype = found[name]
+        if shape != wanted[name]:
+            yield f"{name}: expected shape {wanted[name]}, found {shape}"
+        if dtype not in _DTYPES:
+            yield f"{name}: expected a float tensor, found {dtype}"
+
+
+def _read(file: Path, key: str) -> torch.Tensor:
+    """One tensor as a private view of the mapped file; the mapping lives as long as the tensor."""
+    with safe_open(file, framework="pt") as reader:
+        return reader.get_tensor(key)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
