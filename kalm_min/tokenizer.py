@@ -1,0 +1,108 @@
+"""Text to token ids, by the rules of one checkpoint.
+
+Two silent choices lower scores without an error, so both are settled here, once, at load: whether
+an end-of-text token closes every text, and that truncation counts the prompt and that token. The
+rule is written into the tokenizer itself (its post-processor), so a saved folder carries it to
+every other library.
+
+Reads `tokenizer.json` (and `tokenizer_config.json` beside it). Not here: chat templates, padding.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.processors import Sequence as ProcessorSequence
+from tokenizers.processors import TemplateProcessing
+
+from kalm_min.files import read_json, write_json, write_text
+
+_SIDE_FILE = "tokenizer_config.json"
+_GENERIC_CLASS = "PreTrainedTokenizerFast"
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer: `encode` gives lists of ids, `save` writes it back."""
+
+    def __init__(self, fast: FastTokenizer, settings: dict[str, Any] | None = None) -> None:
+        """Wrap a `tokenizers.Tokenizer`; `settings` is what `tokenizer_config.json` holds."""
+        self.settings = {"tokenizer_class": _GENERIC_CLASS} | (settings or {})
+        # A class of the checkpoint's own would need remote code; tokenizer.json says it all.
+        if self.settings.pop("auto_map", None):
+            self.settings["tokenizer_class"] = _GENERIC_CLASS
+        self._fast = fast
+        self._fast.no_padding()
+        if self.settings.pop("add_eos_token", False):
+            self._close_every_text()
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike[str]) -> Self:
+        """Read `tokenizer.json`. Raises ValueError when it is missing or unreadable."""
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(f"{folder}: expected tokenizer.json, found none")
+        try:
+            fast = FastTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises a bare Exception
+            raise ValueError(f"{path}: expected a tokenizers file, found: {error}") from error
+        side = path.with_name(_SIDE_FILE)
+        return cls(fast, read_json(side) if side.is_file() else None)
+
+    def _close_every_text(self) -> None:
+        """Append the end-of-text token to every text, unless the file's post-processor does."""
+        token = self.settings.get("eos_token")
+        token = token["content"] if isinstance(token, dict) else token
+        identity = self._fast.token_to_id(token) if token else None
+        if identity is None:
+            raise ValueError(f"add_eos_token is set and eos_token {token!r} is not a known token")
+        if self._fast.encode("a").ids[-1] != identity:
+            template = TemplateProcessing(f"$A {token}", special_tokens=[(token, identity)])
+            present = self._fast.post_processor
+            self._fast.post_processor = ProcessorSequence([present, template] if present else [template])
+            # Libraries that build the class from its own rules would lose the new post-processor.
+            self.settings["tokenizer_class"] = _GENERIC_CLASS
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included."""
+        return self._fast.get_vocab_size()
+
+    @property
+    def closes_texts(self) -> bool:
+        """Whether special tokens are added to a text (an end-of-text token, say)."""
+        return self._fast.num_special_tokens_to_add() > 0
+
+    def encode(
+        self, texts: Sequence[str], prompt: str = "", *, max_length: int
+    ) -> list[list[int]]:
+        """Token ids of `prompt + text`, at most `max_length` of them, special tokens included.
+
+        The prompt is joined as text, as the official code does, so the tokens at the seam are those
+        of the joined string. An empty joined text may give no ids. `texts` pass `check_texts`.
+        """
+        self._fast.enable_truncation(max_length)
+        joined = [prompt + text for text in texts]
+        return [encoding.ids for encoding in self._fast.encode_batch_fast(joined)]
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json` into `folder`."""
+        self._fast.no_truncation()
+        write_text(Path(folder) / "tokenizer.json", self._fast.to_str())
+        write_json(Path(folder) / _SIDE_FILE, self.settings)
+
+
+def check_texts(texts: Iterable[object]) -> None:
+    """Raise a ValueError naming the first text that is not a string or not valid Unicode."""
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"texts[{index}]: expected a string, found {type(text).__name__}")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"texts[{index}]: expected valid Unicode, found the lone surrogate "
+                f"U+{ord(text[error.start]):04X} at character {error.start}; "
+                'decode the source with errors="replace"'
+            ) from error
