@@ -1,0 +1,301 @@
+"""TaskBatchSampler: what its docstring and the report's section on batching promise."""
+
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from itertools import chain, islice
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from kalm_min.sampling import TaskBatchSampler
+
+
+@st.composite
+def plans(draw):
+    """Arguments of a sampler that has at least one batch."""
+    world_size = draw(st.integers(1, 4))
+    batch_size = world_size * draw(st.integers(1, 6))
+    sizes = draw(st.lists(st.integers(0, 60), min_size=1, max_size=6))
+    drop_last = draw(st.booleans())
+    assume(sum(sizes) >= (batch_size if drop_last else world_size))
+    return {
+        "task_sizes": sizes,
+        "batch_size": batch_size,
+        "homogeneous_ratio": draw(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0])),
+        "seed": draw(st.integers(0, 2**40)),
+        "world_size": world_size,
+        "drop_last": drop_last,
+    }
+
+
+def one_epoch(plan, epoch=0, **changes):
+    sampler = TaskBatchSampler(**{**plan, **changes})
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def joined(plan, epoch=0):
+    """The global batches: the lists of all ranks, step by step, in rank order."""
+    ranks = [one_epoch(plan, epoch, rank=rank) for rank in range(plan["world_size"])]
+    return [list(chain(*parts)) for parts in zip(*ranks, strict=True)]
+
+
+def task_of(sizes):
+    return np.repeat(np.arange(len(sizes)), sizes)
+
+
+@given(plans())
+def test_partition(plan):
+    """Every example at most once, and all of them but the remainder that cannot be shared."""
+    seen = [index for batch in joined(plan) for index in batch]
+    total = sum(plan["task_sizes"])
+    rest = total % plan["batch_size"]
+    left_out = rest if plan["drop_last"] else rest % plan["world_size"]
+    assert len(set(seen)) == len(seen) == total - left_out
+    assert all(0 <= index < total for index in seen)
+
+
+@given(plans())
+def test_ranks_are_disjoint_and_equally_long(plan):
+    """A rank with another number of steps or examples would hang or skew a collective."""
+    ranks = [TaskBatchSampler(**plan, rank=rank) for rank in range(plan["world_size"])]
+    lists = [list(sampler) for sampler in ranks]
+    assert {len(steps) for steps in lists} == {len(ranks[0])}
+    for parts in zip(*lists, strict=True):
+        assert len({len(part) for part in parts}) == 1
+        assert parts[0]
+        assert len(set().union(*parts)) == sum(map(len, parts))
+
+
+@given(plans())
+def test_world_size_does_not_change_the_batches(plan):
+    """One process and N processes see the same global batches in the same order."""
+    alone = one_epoch(plan, world_size=1)
+    shared = joined(plan)
+    assert len(alone) - len(shared) in (0, 1)
+    for one, many in zip(alone, shared, strict=False):
+        assert one[: len(many)] == many
+        assert len(one) - len(many) < plan["world_size"]
+
+
+@given(plans())
+def test_one_task_per_block_at_ratio_one(plan):
+    """At ratio 1 only the blocks made of left-overs mix tasks, and they are as few as can be."""
+    plan = {**plan, "homogeneous_ratio": 1.0}
+    task = task_of(plan["task_sizes"])
+    B = plan["batch_size"]
+    pure = Counter()
+    mixed = 0
+    for batch in joined(plan):
+        tasks = set(task[batch])
+        if len(tasks) == 1 and len(batch) == B:
+            pure[tasks.pop()] += 1
+        else:
+            mixed += 1
+    rest = sum(size % B for size in plan["task_sizes"])
+    assert mixed <= -(-rest // B)
+    for number, size in enumerate(plan["task_sizes"]):
+        assert pure[number] >= size // B
+
+
+@given(plans(), st.sampled_from([0.25, 0.5, 0.75]))
+def test_a_share_of_each_block_stays_with_its_task(plan, ratio):
+    """With ratio r, B - int(B(1-r)) places of a block come from one task, left-overs apart."""
+    task = task_of(plan["task_sizes"])
+    B = plan["batch_size"]
+    kept = B - int(B * (1 - ratio))  # these ratios are exact in binary
+    whole = Counter()
+    for batch in joined({**plan, "homogeneous_ratio": ratio}):
+        first = set(task[batch[:kept]])
+        if len(batch) == B and len(first) == 1:
+            whole[first.pop()] += 1
+    for number, size in enumerate(plan["task_sizes"]):
+        assert whole[number] >= size // B
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "ratio", "mixed"), [(10, 0.9, 1), (10, 0.7, 3), (100, 0.71, 29), (7, 0.9, 0)]
+)
+def test_mixed_places_survive_rounding(batch_size, ratio, mixed):
+    """10 * (1 - 0.9) is 0.99...98 in floating point and must count as one place."""
+    sizes = [batch_size * 50] * 8
+    task = task_of(sizes)
+    plan = {"task_sizes": sizes, "batch_size": batch_size, "homogeneous_ratio": ratio}
+    place_is_mixed = np.zeros(batch_size, bool)
+    for batch in one_epoch(plan):
+        place_is_mixed |= task[batch] != task[batch[0]]
+    assert place_is_mixed.tolist() == [False] * (batch_size - mixed) + [True] * mixed
+
+
+def test_ratio_zero_is_plain_random_sampling():
+    """At ratio 0 a batch holds the tasks in proportion to their sizes."""
+    sizes = [6000, 3000, 1000]
+    task = task_of(sizes)
+    batches = one_epoch({"task_sizes": sizes, "batch_size": 100, "homogeneous_ratio": 0.0})
+    counts = np.array([np.bincount(task[batch], minlength=3) for batch in batches])
+    assert counts.sum(0).tolist() == sizes
+    # Hypergeometric: the standard deviations are about 4.9, 4.6 and 3.0.
+    assert np.all(counts.std(0) < 7)
+    assert np.all(abs(counts - [60, 30, 10]) < 30)
+
+
+@given(plans(), st.integers(0, 5), st.integers(6, 9))
+def test_epochs_differ(plan, one, other):
+    """No two epochs are alike (the official sampler repeats the first one forever)."""
+    assume(sum(plan["task_sizes"]) >= 40)
+    assume(plan["batch_size"] > 1)
+    assert joined(plan, one) != joined(plan, other)
+
+
+@given(plans())
+def test_seeds_differ(plan):
+    """Another seed is another order."""
+    assume(sum(plan["task_sizes"]) >= 40)
+    assert joined(plan) != joined({**plan, "seed": plan["seed"] + 1})
+
+
+@given(plans(), st.integers(0, 2**31))
+def test_independent_of_global_random_state(plan, state):
+    """Ranks whose global generators differ still agree; and the generators are left alone."""
+    random.seed(state)
+    np.random.seed(state % 2**32)  # noqa: NPY002
+    before = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    first = one_epoch(plan)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before  # noqa: NPY002
+    random.seed(state + 1)
+    np.random.seed((state + 1) % 2**32)  # noqa: NPY002
+    assert one_epoch(plan) == first
+
+
+@given(plans(), st.data())
+def test_resume_anywhere_is_the_uninterrupted_run(plan, data):
+    """State saved after any step, through JSON, continues with the next one."""
+    epoch = data.draw(st.integers(0, 3))
+    rank = data.draw(st.integers(0, plan["world_size"] - 1))
+    whole = one_epoch(plan, epoch, rank=rank)
+    step = data.draw(st.integers(0, len(whole)))
+
+    broken = TaskBatchSampler(**plan, rank=rank)
+    broken.set_epoch(epoch)
+    done = list(islice(broken, step))
+    state = json.loads(json.dumps(broken.state_dict()))
+    assert (state["epoch"], state["step"]) == (epoch, step)
+
+    resumed = TaskBatchSampler(**plan, rank=rank)
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    resumed.set_epoch(epoch)  # as a loop over epochs does
+    assert done + list(resumed) == whole
+    assert resumed.state_dict()["step"] == len(whole)
+    assert list(resumed) == whole
+    resumed.set_epoch(epoch + 1)
+    assert list(resumed) == one_epoch(plan, epoch + 1, rank=rank)
+
+
+def test_resume_on_another_number_of_ranks():
+    """The place counts global batches, so a run may resume on more ranks or fewer."""
+    plan = {"task_sizes": [50, 70], "batch_size": 8, "seed": 3}
+    whole = one_epoch(plan)
+    sampler = TaskBatchSampler(**plan)
+    list(islice(sampler, 4))
+    parts = []
+    for rank in range(2):
+        half = TaskBatchSampler(**plan, rank=rank, world_size=2)
+        half.load_state_dict(sampler.state_dict())
+        parts.append(list(half))
+    assert [a + b for a, b in zip(*parts, strict=True)] == whole[4:]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"task_sizes": [50, 71]},
+        {"batch_size": 16},
+        {"homogeneous_ratio": 0.5},
+        {"seed": 4},
+        {"drop_last": False},
+    ],
+)
+def test_resume_with_other_data_is_refused(change):
+    """A checkpoint of other data or settings would silently repeat and skip examples."""
+    plan = {"task_sizes": [50, 70], "batch_size": 8, "seed": 3}
+    state = TaskBatchSampler(**plan).state_dict()
+    with pytest.raises(ValueError, match=f"checkpoint was made with {next(iter(change))}"):
+        TaskBatchSampler(**{**plan, **change}).load_state_dict(state)
+
+
+def test_resume_past_the_end_is_refused():
+    """A step that the epoch does not have is a damaged checkpoint."""
+    sampler = TaskBatchSampler([20], 4)
+    with pytest.raises(ValueError, match="step 6 of 5"):
+        sampler.load_state_dict({**sampler.state_dict(), "step": 6})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 6, "world_size": 4}, "multiple of world_size"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"batch_size": 200}, "holds 120 examples and a batch takes 200"),
+        ({"batch_size": 200, "drop_last": False, "task_sizes": []}, "holds 0 examples"),
+        ({"homogeneous_ratio": 1.5}, "homogeneous_ratio"),
+        ({"homogeneous_ratio": float("nan")}, "homogeneous_ratio"),
+        ({"rank": 2, "world_size": 2}, "rank must be from 0"),
+        ({"seed": -1}, "seed"),
+        ({"task_sizes": [50, -1, 70]}, "task_sizes must not be negative"),
+    ],
+)
+def test_contradictions_are_refused(arguments, message):
+    """Each wrong argument is told in one sentence when the sampler is made."""
+    with pytest.raises(ValueError, match=message):
+        TaskBatchSampler(**{"task_sizes": [50, 70], "batch_size": 8, **arguments})
+
+
+def test_short_batch_without_drop_last():
+    """Without drop_last the remainder comes last, shared equally."""
+    batches = one_epoch({"task_sizes": [10, 9], "batch_size": 8, "drop_last": False})
+    assert [len(batch) for batch in batches] == [8, 8, 3]
+    halves = one_epoch({"task_sizes": [19], "batch_size": 8, "drop_last": False}, world_size=2)
+    assert [len(batch) for batch in halves] == [4, 4, 1]
+
+
+def test_every_task_order_is_equally_likely():
+    """The shuffle is not biased: over epochs each example visits each place equally often."""
+    sampler = TaskBatchSampler([4], 4)
+    places = np.zeros((4, 4), int)
+    for epoch in range(2000):
+        sampler.set_epoch(epoch)
+        places[next(iter(sampler)), range(4)] += 1
+    assert abs(places - 500).max() < 5 * np.sqrt(500 * 0.75)
+
+
+def test_plan_stays_near_the_memory_of_its_indices():
+    """An epoch of 4 million rows is planned with a peak below three arrays of its indices."""
+    program = """if True:
+        import tracemalloc
+        from kalm_min.sampling import TaskBatchSampler
+        sampler = TaskBatchSampler([160_000] * 25, 1024, homogeneous_ratio={ratio})
+        tracemalloc.start()
+        next(iter(sampler))
+        print(tracemalloc.get_traced_memory()[1] / (4 * 4_000_000))
+    """
+    for ratio in (0, 0.5, 1):
+        done = subprocess.run(
+            [sys.executable, "-c", program.format(ratio=ratio)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert float(done.stdout) < 2.6
+
+
+def test_no_torch():
+    """Planning an epoch must not wait for torch, nor need it."""
+    program = "import sys, kalm_min.sampling; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
