@@ -1,0 +1,52 @@
+"""Matryoshka: the same loss on leading slices of the vectors, so that a slice can be used alone.
+
+B  queries    N  documents    D  full width
+
+    L = sum_k  weight_k * loss(q[:, :dim_k], d[:, :dim_k])
+
+A weighted sum, not a mean: with the weights of the public recipe (1, .3, .2, .1, .1 for 896, 512,
+256, 128, 64) the total weight is 1.7. Each slice is normalised again by the loss.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from kalm_min.losses.info_nce import info_nce
+
+
+def matryoshka(
+    queries: Tensor,
+    documents: Tensor,
+    labels: Tensor,
+    *,
+    dims: Sequence[int],
+    weights: Sequence[float],
+    loss: Callable[..., Tensor] = info_nce,
+    **options: Any,
+) -> Tensor:
+    """Sum of `loss` over slices.
+
+    Args:
+        queries: (B, D).
+        documents: (N, D).
+        labels: (B,) int64.
+        dims: leading widths, each at most D.
+        weights: one a width.
+        loss: any loss of (queries, documents, labels, **options).
+        options: passed to every slice alike; a mask is decided once and holds for all of them.
+
+    Returns:
+        A scalar. Raises ValueError when a width exceeds D or the counts differ.
+    """
+    width = queries.shape[-1]
+    if len(dims) != len(weights) or not dims:
+        raise ValueError(f"matryoshka: expected a weight a dimension, found {dims} and {weights}")
+    if max(dims) > width or min(dims) < 1:
+        raise ValueError(f"matryoshka: expected dimensions from 1 to {width}, found {max(dims)}")
+    terms = [
+        weight * loss(queries[:, :dim], documents[:, :dim], labels, **options)
+        for dim, weight in zip(dims, weights, strict=True)
+    ]
+    return sum(terms[1:], start=terms[0])
