@@ -122,7 +122,7 @@ class Embedder:
         """
         folder = _resolve(path_or_hub_id)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = _fastest_safe_dtype(device) if dtype is None else _torch_dtype(dtype)
+        dtype = fastest_safe_dtype(device) if dtype is None else _torch_dtype(dtype)
         side = _read_side_files(folder)
         config = load_config(folder)
         return cls(
@@ -243,10 +243,13 @@ class Embedder:
         tells sentence-transformers to refuse an older one instead of reading causally.
         """
         with atomic_directory(path) as folder:
-            save_model(self.model, folder, causal=self.causal)
-            self.tokenizer.settings["model_max_length"] = self.max_length
-            self.tokenizer.save(folder)
-            _write_side_files(folder, self)
+            self.write_files(folder)
+
+    def write_files(self, folder: Path) -> None:
+        """`save_pretrained` into a folder that the caller makes complete or absent."""
+        save_model(self.model, folder, causal=self.causal)
+        self.tokenizer.save(folder, max_length=self.max_length)
+        _write_side_files(folder, self)
 
 
 def _resolve(path_or_hub_id: str | Path) -> Path:
@@ -273,7 +276,7 @@ def _torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return found
 
 
-def _fastest_safe_dtype(device: torch.device) -> torch.dtype:
+def fastest_safe_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where it is native (a product is then 7 to 9 times faster on a CPU), else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32

@@ -86,11 +86,11 @@ class Tokenizer:
         joined = [prompt + text for text in texts]
         return [encoding.ids for encoding in self._fast.encode_batch_fast(joined)]
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json` into `folder`."""
+    def save(self, folder: str | os.PathLike[str], *, max_length: int) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`, which states `max_length`, into `folder`."""
         self._fast.no_truncation()
         write_text(Path(folder) / "tokenizer.json", self._fast.to_str())
-        write_json(Path(folder) / _SIDE_FILE, self.settings)
+        write_json(Path(folder) / _SIDE_FILE, self.settings | {"model_max_length": max_length})
 
 
 def check_texts(texts: Iterable[object]) -> None:

@@ -9,7 +9,6 @@ releases (`enable_gqa` is looked for, not assumed), and this is the one place to
 """
 
 import inspect
-from collections.abc import Iterator
 from functools import cache
 from itertools import groupby
 
@@ -48,24 +47,16 @@ def per_sequence_attention(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, *, causal: bool
 ) -> Tensor:
     """The plain twin of the kernel: one call a run of equally long sequences; shapes as above."""
+    runs = [(n, len(list(group))) for n, group in groupby(cu_seqlens.diff().tolist())]
+    # Split once: the gradient of a split is one concatenation, that of a slice as long as the batch.
+    sizes = [length * count for length, count in runs]
+    parts = zip(runs, *(x.split(sizes) for x in (query, key, value)), strict=True)
     outputs = []
-    for start, count, length in _runs(cu_seqlens):
-        q, k, v = (
-            x[start : start + count * length].unflatten(0, (count, length)).transpose(1, 2)
-            for x in (query, key, value)
-        )  # (count, H or K, length, E)
+    for (length, _), *tensors in parts:
+        q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in tensors)  # (n, H|K, length, E)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
-        outputs.append(mixed.transpose(1, 2).flatten(0, 1))  # (count * length, H, E)
+        outputs.append(mixed.transpose(1, 2).flatten(0, 1))  # (n * length, H, E)
     return torch.cat(outputs)  # (T, H, E)
-
-
-def _runs(cu_seqlens: Tensor) -> Iterator[tuple[int, int, int]]:
-    """(first token, number of sequences, their length) of each run of equal lengths."""
-    start = 0
-    for length, group in groupby(cu_seqlens.diff().tolist()):
-        count = len(list(group))
-        yield start, count, length
-        start += count * length
 
 
 @cache
