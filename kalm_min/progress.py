@@ -1,0 +1,72 @@
+"""Long work shows itself: a bar on a terminal, plain lines in a log.
+
+A bar written into a file is noise, and a silent job looks like a hung one; so without a terminal a
+line goes out every few seconds, with the time that is left.
+"""
+
+import time
+from types import TracebackType
+from typing import Self, TextIO
+
+from tqdm import tqdm  # comes with tokenizers, through huggingface_hub
+
+_INTERVAL = 10.0  # seconds between two plain lines
+
+
+class Progress:
+    """`with Progress(...) as progress: ... progress.update(n, "loss 0.31")`."""
+
+    def __init__(
+        self, total: int, unit: str, stream: TextIO, *, title: str = "", done: int = 0
+    ) -> None:
+        """Start at `done` of `total` units, drawn on `stream`."""
+        self.total, self.unit, self.stream, self.title = total, unit, stream, title
+        self.done = self.first = done
+        self._start = self._last = time.monotonic()
+        self._bar = (
+            tqdm(total=total, unit=unit, file=stream, initial=done, desc=title, smoothing=0.1)
+            if stream.isatty()
+            else None
+        )
+
+    def update(self, steps: int, note: str = "") -> None:
+        """Advance by `steps`; `note` says how it goes."""
+        self.done += steps
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(steps)
+        elif time.monotonic() - self._last >= _INTERVAL or self.done >= self.total:
+            self._line(note)
+
+    def _line(self, note: str) -> None:
+        """One plain line: how far, how it goes, how long still."""
+        self._last = time.monotonic()
+        elapsed = self._last - self._start
+        left = elapsed / max(1, self.done - self.first) * (self.total - self.done)
+        parts = [f"{self.title} {self.done}/{self.total} {self.unit}".strip(), note]
+        parts.append(f"{duration(elapsed)} elapsed, {duration(left)} left")
+        self.stream.write(" | ".join(part for part in parts if part) + "\n")
+        self.stream.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the bar, leaving its last state on the terminal."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """`42s`, `3m05s` or `2h07m`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

@@ -1,0 +1,81 @@
+"""Checkpoints that are complete or do not exist, and hold everything a run needs to go on.
+
+`<output>/checkpoints/step_00001000/` is a model folder that `Embedder.from_pretrained` opens, plus
+`optimizer.safetensors` (moments and step count by parameter name) and `state.json` (where the run
+is). It appears in one rename. There is no random state to save: order, draws and learning rate are
+pure functions of the seed, the epoch and the step. Nothing is pickled.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from kalm_min.embedder import Embedder
+from kalm_min.files import atomic_directory, read_json, write_json
+
+_STATE, _OPTIMIZER = "state.json", "optimizer.safetensors"
+
+
+def save(
+    root: Path, embedder: Embedder, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> Path:
+    """Write the checkpoint of `state["step"]` below `root`; called on one process."""
+    path = root / f"step_{state['step']:08d}"
+    with atomic_directory(path) as folder:
+        embedder.write_files(folder)
+        save_file(_moments(embedder.model, optimizer), folder / _OPTIMIZER)
+        write_json(folder / _STATE, state)
+    return path
+
+
+def newest(root: Path) -> Path | None:
+    """The checkpoint of the highest step, if any. Unfinished ones have other names."""
+    return max(root.glob("step_*"), default=None)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Where the run was."""
+    return read_json(path / _STATE)
+
+
+def restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimizer the moments of the checkpoint, bit for bit.
+
+    Raises ValueError where the checkpoint is of other parameters.
+    """
+    with safe_open(path / _OPTIMIZER, framework="pt") as reader:
+        names = {name for name, p in model.named_parameters() if p.requires_grad}
+        stored = {key.partition("/")[2] for key in reader.keys()}  # noqa: SIM118 -- not a dict
+        if stored - names or (stored and names - stored):
+            odd = ", ".join(sorted(stored ^ names)[:5])
+            raise ValueError(f"{path / _OPTIMIZER}: of another model, differing in {odd}")
+        for name, parameter in model.named_parameters():
+            if name in stored:
+                optimizer.state[parameter] = {
+                    kind: reader.get_tensor(f"{kind}/{name}").clone().to(parameter.device)
+                    for kind in ("step", "exp_avg", "exp_avg_sq")
+                }
+
+
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """{"exp_avg/<parameter name>": tensor, ...}."""
+    return {
+        f"{kind}/{name}": value.cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        for kind, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def prune(root: Path, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints, and what interrupted writes left behind."""
+    for old in sorted(root.glob("step_*"))[:-keep]:
+        # Renamed first, so that a kill in the middle leaves no folder that looks complete.
+        gone = old.rename(old.with_name(f".{old.name}.tmp"))
+        shutil.rmtree(gone)
+    for left in root.glob(".step_*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)

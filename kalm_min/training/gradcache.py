@@ -1,0 +1,59 @@
+"""Gradient caching: the gradient of one large contrastive batch in the memory of a small one.
+
+n  texts of this process's share of the batch    D  width
+
+A contrastive loss couples all texts of a batch, but only through their vectors:
+
+    1. embed all texts, chunk by chunk, without a graph               -> vectors (n, D)
+    2. the loss of the vectors and its gradient with respect to them  -> g (n, D)
+    3. embed each chunk again, with a graph, and send its rows of g back through it
+
+Memory is that of one chunk whatever n is; the gradient is the same (Gao et al. 2021, "Scaling Deep
+Contrastive Learning Batch Size under Memory Limited Setup"). Step 3 repeats step 1 exactly because
+the decoder has no dropout. With one chunk steps 1 and 3 are the same forward: plain backward.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kalm_min.model import Packed
+
+
+def cached_backward(
+    embed: Callable[[Packed], Tensor],
+    chunks: Sequence[Packed],
+    rows: Sequence[np.ndarray],
+    loss: Callable[[Tensor], Tensor],
+    no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Tensor:
+    """Add the gradient of `loss` of all vectors to the parameters; return the loss, detached.
+
+    Args:
+        embed: (b, D) vectors of a packed chunk.
+        chunks: the texts, packed.
+        rows: for each chunk, the places of its texts among all n.
+        loss: a scalar of the (n, D) vectors. It may communicate: every process calls it once.
+        no_sync: entered around every replay but the last, so that processes exchange parameter
+            gradients once a step.
+    """
+    order = torch.from_numpy(np.concatenate(rows))
+    if len(chunks) == 1:
+        vectors = embed(chunks[0])
+        value = loss(vectors[order.argsort()])
+        value.backward()
+        return value.detach()
+    with torch.no_grad():
+        vectors = torch.cat([embed(chunk) for chunk in chunks])[order.argsort()]
+    leaf = vectors.requires_grad_()
+    value = loss(leaf)
+    value.backward()
+    assert leaf.grad is not None
+    gradients = leaf.grad[order].split([len(places) for places in rows])
+    for number, (chunk, gradient) in enumerate(zip(chunks, gradients, strict=True), start=1):
+        with nullcontext() if number == len(chunks) else no_sync():
+            embed(chunk).backward(gradient)
+    return value.detach()

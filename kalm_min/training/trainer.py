@@ -1,0 +1,356 @@
+"""The training loop.
+
+    for epoch, for batch of the sampler:
+        texts -> ids (prepared ahead, in a thread)
+        gradients of the global batch   (step.py)
+        clip, update, log, now and then validate and save
+
+Everything a step does is a pure function of the configuration, the data and the step's number, so
+a run that is killed and started again goes on bit for bit (on a CPU; a GPU's sums may reorder).
+"""
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kalm_min.data import TrainingData, collate
+from kalm_min.embedder import Embedder, fastest_safe_dtype
+from kalm_min.model import Packed, pool
+from kalm_min.sampling import TaskBatchSampler
+from kalm_min.training import checkpoint, distributed, optimizer, parallel, run_folder
+from kalm_min.training.step import (
+    LossConfig,
+    StepResult,
+    TokenBatch,
+    contrastive_step,
+    tokenize,
+)
+from kalm_min.training.validation import validate
+
+_PREPARED = 4  # batches tokenised ahead of the step
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingConfig:
+    """Which examples meet in a batch."""
+
+    batch_size: int = 512
+    """Queries of one step over all processes; it must divide by their number."""
+    homogeneous_ratio: float = 1.0
+    """Share of each batch that is of one task; 1 is one task a batch, 0 mixes all."""
+    num_negatives: int = 7
+    """Hard negatives drawn for each query, at most."""
+    seed: int = 0
+    """Of the order of examples and of the positives and negatives drawn."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be sampled."""
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size: expected at least 2 queries, found {self.batch_size}")
+        if not 0 <= self.homogeneous_ratio <= 1:
+            raise ValueError(f"homogeneous_ratio: expected 0 to 1, found {self.homogeneous_ratio}")
+        if self.num_negatives < 0:
+            raise ValueError(f"num_negatives: expected 0 or more, found {self.num_negatives}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopConfig:
+    """How long to train, and what to do on the way."""
+
+    epochs: int = 1
+    """Passes over the data."""
+    max_steps: int | None = None
+    """Stop after this many steps, whatever the epochs; the learning rate ends there too."""
+    tokens_per_batch: int = 16_384
+    """Tokens of one forward on one process; bounds the memory, changes no result."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the products; weights and optimizer stay float32. auto: bfloat16 where it is native."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints that are kept."""
+    validate_every: int = 500
+    """Steps between validations, where validation data is given."""
+    validation_limit: int = 500
+    """Pairs of each held-out task that a validation looks at."""
+
+    def __post_init__(self) -> None:
+        """Refuse counts below one."""
+        for name in ("epochs", "tokens_per_batch", "save_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps: expected at least 1, found {self.max_steps}")
+
+
+class _Prepared(NamedTuple):
+    """A batch ready for its step."""
+
+    indices: list[int]
+    """This process's examples."""
+    task: str
+    """Their task, "mixed" where there are several."""
+    tokens: TokenBatch
+
+
+class Trainer:
+    """Owns one run: `run` takes it from where it is to its end, or to `stop`."""
+
+    def __init__(
+        self,
+        embedder: Embedder,
+        data: TrainingData,
+        validation: TrainingData | None,
+        output: Path,
+        *,
+        loss: LossConfig,
+        sampling: SamplingConfig,
+        optimization: optimizer.OptimizerConfig,
+        loop: LoopConfig,
+        resume: Path | None = None,
+    ) -> None:
+        """Prepare a run.
+
+        Args:
+            embedder: float32 weights on this process's device; of `resume` where given.
+            data: what to train on.
+            validation: held-out pairs, or None.
+            output: the run's folder.
+            loss, sampling, optimization, loop: the recipe.
+            resume: a checkpoint of this run.
+
+        Raises ValueError where recipe, data and number of processes do not fit.
+        """
+        self.embedder, self.data, self.validation = embedder, data, validation
+        self.output, self.loss_config, self.sampling, self.loop = output, loss, sampling, loop
+        self.optimization = optimization
+        if too_wide := [dim for dim in loss.matryoshka_dims if dim > embedder.dimension]:
+            raise ValueError(
+                f"matryoshka_dims: expected at most {embedder.dimension}, the width of the model, "
+                f"found {too_wide[0]}"
+            )
+        self.sampler = TaskBatchSampler(
+            data.task_sizes,
+            sampling.batch_size,
+            homogeneous_ratio=sampling.homogeneous_ratio,
+            seed=sampling.seed,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+        self.total_steps = min(
+            loop.epochs * len(self.sampler), loop.max_steps or loop.epochs * len(self.sampler)
+        )
+        self.step = 0
+        self.stop = False
+        """Set from outside (a signal) to save and return after the current step."""
+        self._clock = 0.0  # when the last step ended
+        self.model = parallel.wrap(embedder.model)
+        self.optimizer = optimizer.build(embedder.model, optimization)
+        self.autocast = partial(
+            torch.autocast,
+            embedder.device.type,
+            dtype=torch.bfloat16,
+            enabled=_wants_bfloat16(loop.precision, embedder.device),
+        )
+        if resume is not None:
+            state = checkpoint.read_state(resume)
+            checkpoint.restore_optimizer(resume, embedder.model, self.optimizer)
+            self.step = state["step"]
+            self.sampler.load_state_dict(state["sampler"])
+
+    def run(self, report: Callable[[dict[str, Any]], None]) -> bool:
+        """Train to the end; True when it was reached, False when stopped.
+
+        Args:
+            report: is given every log line, on rank 0.
+
+        Raises:
+            FloatingPointError: loss or gradient is not finite; the weights are as before the step.
+        """
+        main = distributed.rank() == 0
+        log_path = self.output / "log.jsonl"
+        if main:
+            checkpoint.prune(self.output / "checkpoints", self.loop.keep_checkpoints)
+            run_folder.cut_log(log_path, self.step)
+        self._clock = time.perf_counter()
+        with log_path.open("a", encoding="utf-8") if main else _Nowhere() as log:
+
+            def write(line: dict[str, Any]) -> None:
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+                report(line)
+
+            if self.validation is not None and self.step == 0:
+                self._validate(write if main else None)
+            for batch in self._batches():
+                line = self._step(batch)
+                self.step += 1
+                if main:
+                    write(line)
+                if self.validation is not None and (
+                    self.step % self.loop.validate_every == 0 or self.step == self.total_steps
+                ):
+                    self._validate(write if main else None)
+                stop = distributed.any_true(self.stop, self.embedder.device)
+                if stop or self.step % self.loop.save_every == 0 or self.step == self.total_steps:
+                    self._save()
+                if stop and self.step < self.total_steps:
+                    return False
+        if main:
+            self.embedder.save_pretrained(self.output / "final")
+        distributed.barrier()
+        return True
+
+    def _batches(self) -> Iterator[_Prepared]:
+        """The remaining batches, tokenised ahead of time in a thread."""
+        with ThreadPoolExecutor(1) as thread:
+            waiting: deque[Future[_Prepared]] = deque()
+            for indices, epoch in self._plan():
+                waiting.append(thread.submit(self._prepare, indices, epoch))
+                if len(waiting) > _PREPARED:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+    def _plan(self) -> Iterator[tuple[list[int], int]]:
+        """(this process's examples, epoch) of every remaining step."""
+        left = self.total_steps - self.step
+        for epoch in range(self.step // len(self.sampler), self.loop.epochs):
+            self.sampler.set_epoch(epoch)
+            for indices in islice(self.sampler, left):
+                yield indices, epoch
+                left -= 1
+
+    def _prepare(self, indices: list[int], epoch: int) -> _Prepared:
+        """Draw, prompt and tokenise one batch."""
+        examples = [self.data[i] for i in indices]
+        batch = collate(
+            examples,
+            num_negatives=self.sampling.num_negatives,
+            template=self.embedder.instruction_template,
+            epoch=epoch,
+            seed=self.sampling.seed,
+        )
+        tokens = tokenize(batch, self.embedder.tokenizer, max_length=self.embedder.max_length)
+        tasks = {example.task for example in examples}
+        name = self.data.task_names[tasks.pop()] if len(tasks) == 1 else "mixed"
+        return _Prepared(indices, name, tokens)
+
+    def _embed(self, packed: Packed) -> Tensor:
+        """(b, D) vectors with a graph."""
+        # Autocast is entered once a chunk: a weight cast without a graph in the first pass of
+        # gradient caching must not be reused by the second.
+        with self.autocast():
+            hidden = self.model(packed, causal=self.embedder.causal)  # (T, D)
+        return pool(hidden, packed.cu_seqlens, self.embedder.pooling)
+
+    def _step(self, batch: _Prepared) -> dict[str, Any]:
+        """Gradients, clipping, update; the log line of the step."""
+        rate = optimizer.learning_rate(self.optimization, self.step, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad()
+        result = contrastive_step(
+            batch.tokens,
+            self._embed,
+            self.loss_config,
+            device=self.embedder.device,
+            tokens_per_batch=self.loop.tokens_per_batch,
+            no_sync=lambda: parallel.no_sync(self.model),
+        )
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.embedder.model.parameters(), self.optimization.max_grad_norm
+        )
+        loss, sums = self._joined(result)
+        if not (torch.isfinite(norm) and torch.isfinite(torch.tensor(loss))):
+            raise FloatingPointError(
+                f"step {self.step + 1}: loss {loss} and gradient norm {norm.item()} must be finite; "
+                f"the weights are untouched; this process's examples: "
+                f"{', '.join(self.data.location(i) for i in batch.indices[:5])}, ..."
+            )
+        self.optimizer.step()
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        tokens = sums.pop("tokens")
+        return {
+            "step": self.step + 1,
+            "epoch": self.step // len(self.sampler),
+            "loss": loss,
+            "lr": rate,
+            "grad_norm": norm.item(),
+            "task": batch.task,
+            "tokens": int(tokens),
+            "tokens_per_second": round(tokens / seconds),
+            "seconds": round(seconds, 4),
+        } | {name: value / self.sampling.batch_size for name, value in sums.items()}
+
+    def _joined(self, result: StepResult) -> tuple[float, dict[str, float]]:
+        """The loss, mean over processes, and the counts, summed over them."""
+        numbers = torch.tensor([*result.counts.values()], dtype=torch.float64, device=result.loss.device)
+        joined = distributed.mean(torch.cat([result.loss.double().view(1), numbers])).tolist()
+        sums = [value * distributed.world_size() for value in joined[1:]]
+        return joined[0], dict(zip(result.counts, sums, strict=True))
+
+    @torch.no_grad()
+    def _validate(self, write: Callable[[dict[str, Any]], None] | None) -> None:
+        """Measure on the held-out pairs; every process takes part."""
+        assert self.validation is not None
+        embedder = self.embedder
+
+        def embed(texts: list[str]) -> Tensor:
+            with self.autocast():
+                return torch.from_numpy(embedder.encode(texts)).to(embedder.device)
+
+        numbers = validate(
+            self.validation,
+            embed,
+            template=embedder.instruction_template,
+            batch_size=self.sampling.batch_size,
+            limit=self.loop.validation_limit,
+        )
+        if write is not None:
+            write({"step": self.step, "validation": numbers})
+
+    def _save(self) -> None:
+        """A checkpoint of the current step; the other processes wait for it."""
+        if distributed.rank() == 0:
+            epoch, within = divmod(self.step, len(self.sampler))
+            place = {"epoch": epoch, "step": within}
+            state = {"step": self.step, "sampler": self.sampler.state_dict() | place}
+            root = self.output / "checkpoints"
+            checkpoint.save(root, self.embedder, self.optimizer, state)
+            checkpoint.prune(root, self.loop.keep_checkpoints)
+        distributed.barrier()
+
+
+def _wants_bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether products are taken in bfloat16."""
+    if precision == "auto":
+        return fastest_safe_dtype(device) is torch.bfloat16
+    return precision == "bfloat16"
+
+
+class _Nowhere:
+    """The log of a process that keeps none."""
+
+    def __enter__(self) -> "_Nowhere":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def write(self, text: str) -> None:
+        """Drop it."""
+
+    def flush(self) -> None:
+        """Nothing to do."""
