@@ -1,0 +1,231 @@
+"""Exactness, shown on your own machine: `python -m kalm_min.check`.
+
+For every loss option: the loss and every parameter gradient of one plain backward over the whole
+batch, against the same batch on several gloo processes and through gradient caching in several
+chunks, in float64. A small random decoder and made-up examples with everything that masking looks
+for: shared positives, several positives, a query that is somebody's document, groups, rows without
+negatives, tasks without in-batch negatives.
+
+The two must agree to 1e-10: what is compared are sums of the same numbers in another order.
+"""
+
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.multiprocessing.spawn import start_processes
+
+from kalm_min.config import parse
+from kalm_min.data import Example, collate
+from kalm_min.files import write_text
+from kalm_min.model import ModelConfig, Packed, Qwen2, initialise, pool
+from kalm_min.training import distributed, parallel
+from kalm_min.training.step import LossConfig, TokenBatch, contrastive_step
+
+LIMIT = 1e-10
+_QUERIES = 12  # divides by 1, 2 and 3 processes
+_PLAIN = LossConfig(temperature=0.05, mask_false_negatives=False)
+_MASKED = replace(_PLAIN, mask_false_negatives=True)
+_MATRYOSHKA = replace(_MASKED, matryoshka_dims=(16, 8, 4), matryoshka_weights=(1.0, 0.3, 0.2))
+
+
+class Option(NamedTuple):
+    """One row of the table."""
+
+    name: str
+    loss: LossConfig
+    num_negatives: int = 3
+
+
+OPTIONS = (
+    Option("in-batch negatives", _PLAIN, num_negatives=0),
+    Option("hard negatives", _PLAIN),
+    Option("masking", _MASKED),
+    Option("Matryoshka", _MATRYOSHKA),
+    Option("focal", replace(_MASKED, gamma=0.5)),
+    Option("focal, Matryoshka", replace(_MATRYOSHKA, gamma=0.5)),
+)
+_TOKEN_BUDGETS = {"1": 10**6, "3": 110, "n": 1}  # chunks: tokens of each
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckConfig:
+    """The exactness check."""
+
+    output: Path | None = None
+    """Also write the table to this Markdown file."""
+    processes: tuple[int, ...] = (1, 2, 3)
+    """Numbers of gloo processes; each must divide 12."""
+
+
+class Result(NamedTuple):
+    """Loss and gradients of one way to compute a step."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+
+
+def examples(count: int = _QUERIES) -> list[Example]:
+    """Made-up examples in which every kind of false negative occurs."""
+    made = []
+    for i in range(count):
+        positives = (f"positive {i // 2}",) if i < 4 else (f"positive {i}", f"other {i}")
+        negatives = [f"negative {i} {j}" for j in range(i % 5)]
+        if i == 7:
+            negatives[0] = "positive 1"  # another query's positive
+        if i == 6:
+            negatives[0] = "query 7"  # another query's text
+        made.append(
+            Example(
+                query=f"query {i}",
+                positives=positives,
+                negatives=tuple(negatives),
+                task=0,
+                index=i,
+                group="class" if i in {8, 9} else None,
+                in_batch_negatives=i != 10,
+            )
+        )
+    return made
+
+
+def tokenized(some: list[Example], num_negatives: int) -> TokenBatch:
+    """A batch whose token ids are drawn from each text's own letters: 2 to 13 tokens."""
+    text = collate(some, num_negatives=num_negatives, template="{instruction}", epoch=0, seed=0)
+    texts = [*text.queries, *text.documents]
+    unique = {t: i for i, t in enumerate(dict.fromkeys(texts))}
+    sequences = [
+        np.random.default_rng([*t.encode()]).integers(64, size=2 + sum(t.encode()) % 12).tolist()
+        for t in unique
+    ]
+    return TokenBatch(sequences, torch.tensor([unique[t] for t in texts]), text)
+
+
+def decoder() -> Qwen2:
+    """A small random decoder in float64."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = Qwen2(ModelConfig(vocab_size=64, initializer_range=0.3, **sizes, **heads))
+    initialise(model, seed=1)
+    return model.double()
+
+
+def step(option: Option, budget: int) -> Result:
+    """One step on this process's share, with the loss and gradients that data parallelism gives."""
+    rank, size = distributed.rank(), distributed.world_size()
+    share = _QUERIES // size
+    own = examples()[rank * share : (rank + 1) * share]
+    model = decoder()
+    wrapped = parallel.wrap(model)
+
+    def embed(packed: Packed) -> Tensor:
+        return pool(wrapped(packed, causal=False), packed.cu_seqlens, "mean")
+
+    result = contrastive_step(
+        tokenized(own, option.num_negatives),
+        embed,
+        option.loss,
+        device=torch.device("cpu"),
+        tokens_per_batch=budget,
+        no_sync=partial(parallel.no_sync, wrapped),
+    )
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return Result(distributed.mean(result.loss).item(), gradients)
+
+
+def difference(one: Result, other: Result) -> float:
+    """The larger of the relative differences of the loss and of all gradients together."""
+    assert one.gradients.keys() == other.gradients.keys()
+    gap = sum((one.gradients[k] - other.gradients[k]).square().sum() for k in one.gradients)
+    norm = sum(g.square().sum() for g in one.gradients.values())
+    return max(abs(one.loss - other.loss) / abs(one.loss), float(gap / norm) ** 0.5)
+
+
+def compare(processes: Iterable[int]) -> Iterator[tuple[str, int, str, float]]:
+    """Yield (option, processes, chunks, relative difference from the plain form)."""
+    plain = {option.name: step(option, _TOKEN_BUDGETS["1"]) for option in OPTIONS}
+    for count in processes:
+        with tempfile.TemporaryDirectory() as folder:
+            context = start_processes(
+                _worker, (count, _free_port(), folder), nprocs=count, start_method="spawn"
+            )
+            assert context is None
+            for option, chunks in product(OPTIONS, _TOKEN_BUDGETS):
+                found = _read(Path(folder) / f"{option.name} {chunks}.npz")
+                yield option.name, count, chunks, difference(plain[option.name], found)
+
+
+def _worker(rank: int, count: int, port: int, folder: str) -> None:
+    """One process: every option and number of chunks; rank 0 keeps the results."""
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    distributed.start(dict(os.environ), torch.device("cpu"))
+    try:
+        for option, (chunks, budget) in product(OPTIONS, _TOKEN_BUDGETS.items()):
+            result = step(option, budget)
+            if rank == 0:
+                arrays = {name: gradient.numpy() for name, gradient in result.gradients.items()}
+                np.savez(Path(folder) / f"{option.name} {chunks}.npz", loss=result.loss, **arrays)
+    finally:
+        distributed.stop()
+
+
+def _read(path: Path) -> Result:
+    """What a worker kept."""
+    with np.load(path, allow_pickle=False) as arrays:
+        gradients = {name: torch.from_numpy(arrays[name]) for name in arrays if name != "loss"}
+        return Result(float(arrays["loss"]), gradients)
+
+
+def _free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def main(argv: list[str]) -> int:
+    """Print the table; 0 when every difference is within the limit."""
+    description = "Compare one process, several, and gradient caching, for every loss option."
+    config = parse(CheckConfig, argv, program="kalm_min.check", description=description)
+    rows = list(compare(config.processes))
+    counts = list(product(config.processes, _TOKEN_BUDGETS))
+    cells = {(name, count, chunks): value for name, count, chunks, value in rows}
+    heads = [f"{count} x {chunks}" for count, chunks in counts]
+    lines = [
+        "# One process = several = gradient-cached",
+        "",
+        "Largest relative difference of loss and parameter gradients from one plain backward over "
+        "the whole batch, float64, CPU, gloo. Columns: processes x chunks (n: one text a chunk). "
+        f"Made by `python -m kalm_min.check`; the limit is {LIMIT:.0e}.",
+        "",
+        f"| loss option | {' | '.join(heads)} |",
+        f"|---|{'---|' * len(heads)}",
+    ]
+    for option in OPTIONS:
+        values = " | ".join(f"{cells[option.name, *place]:.0e}" for place in counts)
+        lines.append(f"| {option.name} | {values} |")
+    table = "\n".join(lines) + "\n"
+    sys.stdout.write(table)
+    if config.output is not None:
+        write_text(config.output, table)
+    return int(max(value for *_, value in rows) > LIMIT)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
