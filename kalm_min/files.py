@@ -134,7 +134,10 @@ def parse_object(line: bytes, where: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: expected UTF-8 text, found {error.reason}") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: expected a JSON object, found {error.msg}") from error
+        found = "a NUL byte" if b"\0" in line else f"{error.msg} (column {error.colno})"
+        raise ValueError(f"{where}: expected a JSON object, found {found}") from error
+    except (ValueError, RecursionError) as error:  # 5,000 digits; brackets without end
+        raise ValueError(f"{where}: expected a JSON object, found: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(value).__name__}")
     return value
