@@ -1,7 +1,7 @@
 """Semi-homogeneous task batching (KaLM-Embedding V1, section on data batching).
 
-Each task is shuffled and cut into blocks of the global batch; the left-overs of all tasks are joined,
-shuffled and cut into mixed blocks. With homogeneous ratio r the last int(B(1-r)) places of every
+Each task is shuffled and cut into blocks of the global batch; the left-overs of all tasks are
+joined, shuffled and cut into mixed blocks. With homogeneous ratio r the last int(B(1-r)) places of every
 block are pooled over all blocks, shuffled and dealt back. Then the order of the blocks is shuffled.
 
 The order of an epoch is a pure function of (sizes, batch size, ratio, seed, epoch). Every rank
