@@ -51,30 +51,34 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
 
 @contextmanager
 def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Make a temporary sibling folder; sync its files and rename it to `path` when the block succeeds.
+    """Make a temporary sibling folder; sync its files and put it at `path` when the block succeeds.
 
-    An existing `path` is moved aside first and deleted last, so a kill between the two renames
-    leaves its content in a sibling named `.<name>.*.old`, never a mixture of both.
+    A new `path` appears in one rename, complete or not at all. Into a folder that is there already
+    the files are moved one by one, each complete; what else stands in it is left alone.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         yield folder
+        folder.chmod(_permissions(_FOLDER_MODE))
         for entry in [*folder.rglob("*"), folder]:
             _sync(entry)
-        folder.chmod(_permissions(_FOLDER_MODE))
-        if path.exists():
-            old = folder.with_suffix(".old")
-            path.rename(old)
-            folder.rename(path)
-            shutil.rmtree(old)
-        else:
-            folder.rename(path)
+        _move(folder, path)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     _sync(path.parent)
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename `source` to `target`, or, where `target` is a folder, each thing in it."""
+    if not target.is_dir():
+        source.replace(target)
+        return
+    for entry in source.iterdir():
+        _move(entry, target / entry.name)
+    source.rmdir()
 
 
 def _permissions(full: int) -> int:
