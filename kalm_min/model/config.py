@@ -50,9 +50,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Refuse sizes no decoder can have."""
         for name in (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: expected a whole number of at least 1, found {value!r}")
+            _positive(name, getattr(self, name))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} must be a multiple of "
@@ -78,6 +76,8 @@ class ModelConfig:
             _refuse_unimplemented(hf)
             if missing := [name for name in _REQUIRED if name not in hf]:
                 raise ValueError(f"the keys {', '.join(missing)} are missing")
+            for name in _REQUIRED:
+                _positive(name, hf[name])
             heads = hf["num_attention_heads"]
             return cls(
                 **{name: hf[name] for name in _REQUIRED},
@@ -126,6 +126,12 @@ class ModelConfig:
             "torch_dtype": dtype,
             **dict(self.token_ids),
         }
+
+
+def _positive(name: str, value: object) -> None:
+    """Raise unless `value` is a whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: expected a whole number of at least 1, found {value!r}")
 
 
 def _head_dim(hf: Mapping[str, Any]) -> int:
