@@ -1,0 +1,198 @@
+"""Runs as a user starts them: killed, stopped, continued, refused."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from kalm_min import Embedder
+from kalm_min.training import checkpoint
+
+ROOT = Path(__file__).parents[2]
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two tasks of 40 pairs about numbered things, and a validation file."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = random.Random(0)
+    words = "cat dog bird house mat blue far see run sat".split()
+    for task in ("a", "b"):
+        rows = []
+        for i in range(40):
+            text = " ".join(rng.choices(words, k=5))
+            rows.append({"query": f"{text} {task}", "pos": [f"{text} {i}", text], "neg": ["the", "on"]})
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / "train").mkdir(exist_ok=True)
+        (folder / "train" / f"{task}.jsonl").write_text(lines)
+    (folder / "valid.jsonl").write_text(lines)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def arguments(data, tiny_model_dir):
+    """A run of 12 steps in 3 epochs on one thread, a checkpoint every 4."""
+    return [
+        *("--model.path", tiny_model_dir, "--data.path", data / "train"),
+        *("--sampling.batch-size", "16", "--sampling.num-negatives", "1", "--training.epochs", "3"),
+        *("--training.max-steps", str(STEPS), "--training.save-every", "4"),
+        *("--training.precision", "float32", "--training.tokens-per-batch", "200"),
+        *("--loss.temperature", "0.1", "--optimizer.learning-rate", "0.01"),
+    ]
+
+
+def command(arguments, output, *extra):
+    return [sys.executable, str(ROOT / "train.py"), *map(str, arguments), "--output", str(output), *extra]
+
+
+def run(arguments, output, *extra, launcher=()):
+    """Run to the end; the finished process."""
+    line = command(arguments, output, *extra)
+    line = [*launcher, *line[1:]] if launcher else line
+    return subprocess.run(line, capture_output=True, text=True, env=environment(), timeout=120)
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def log(output):
+    """The logged steps without the clock."""
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+
+
+def weights(output):
+    return load_file(output / "final" / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="module")
+def unbroken(arguments, tmp_path_factory):
+    output = tmp_path_factory.mktemp("unbroken") / "run"
+    result = run(arguments, output)
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+def test_a_finished_run_explains_itself(unbroken):
+    """config, environment, a line a step, the newest checkpoints, and a model that encodes."""
+    assert [line["step"] for line in log(unbroken)] == list(range(1, STEPS + 1))
+    assert sorted(p.name for p in (unbroken / "checkpoints").iterdir()) == [
+        f"step_{step:08d}" for step in (4, 8, 12)
+    ]
+    assert json.loads((unbroken / "environment.json").read_text())["world_size"] == 1
+    first, last = log(unbroken)[0], log(unbroken)[-1]
+    assert first["lr"] == 0.0
+    assert last["loss"] < log(unbroken)[1]["loss"]
+    assert {"hard", "in_batch", "masked_positive", "masked_query", "tokens", "grad_norm"} <= set(first)
+    assert Embedder.from_pretrained(unbroken / "final").encode("a cat").any()
+    assert Embedder.from_pretrained(unbroken / "checkpoints" / "step_00000004").encode("a").any()
+
+
+def test_killed_run_goes_on_bit_for_bit(arguments, unbroken, tmp_path):
+    """kill -9 after step 6; the same command gives the log and the weights of the unbroken run."""
+    process = subprocess.Popen(
+        command(arguments, tmp_path / "run"), stderr=subprocess.DEVNULL, env=environment()
+    )
+    wait_for_steps(tmp_path / "run", 6, process)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "run" / "final").exists()
+    with (tmp_path / "run" / "log.jsonl").open("a") as file:
+        file.write('{"step": 7, "los')  # a line torn by the kill
+    result = run(arguments, tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    assert "going on from step" in result.stderr
+    assert log(tmp_path / "run") == log(unbroken)
+    assert same(weights(tmp_path / "run"), weights(unbroken))
+
+
+def wait_for_steps(output, steps, process):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        path = output / "log.jsonl"
+        if path.exists() and len(path.read_text().splitlines()) >= steps:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"the run did not reach step {steps}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopping_saves_a_checkpoint(arguments, tmp_path, number):
+    """SIGTERM and Ctrl-C finish the step, save, say how to go on, and exit with 128 + signal."""
+    longer = [*arguments, "--training.max-steps", "15"]
+    process = subprocess.Popen(
+        command(longer, tmp_path / "run"), stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    wait_for_steps(tmp_path / "run", 2, process)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, stderr
+    saved = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert checkpoint.read_state(saved)["step"] == len(log(tmp_path / "run"))
+    assert "the same command goes on from there" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_a_folder_belongs_to_one_configuration(arguments, unbroken):
+    """Other settings in the same folder are refused by name; the same command has nothing to do."""
+    result = run(arguments, unbroken, "--optimizer.learning-rate", "0.5")
+    assert result.returncode == 2
+    assert "optimizer.learning_rate was 0.01, is 0.5" in result.stderr
+    assert "Traceback" not in result.stderr
+    before = (unbroken / "log.jsonl").read_text()
+    result = run(arguments, unbroken)
+    assert result.returncode == 0, result.stderr
+    assert (unbroken / "log.jsonl").read_text() == before
+
+
+def test_torchrun_equals_one_process(arguments, unbroken, data, tmp_path):
+    """Two torchrun processes: the losses of one process to float32's accuracy, and validation runs."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    extra = ("--data.validation", str(data / "valid.jsonl"), "--training.validate-every", "6")
+    result = run(arguments, tmp_path / "run", *extra, launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    lines = log(tmp_path / "run")
+    validations = [line for line in lines if "validation" in line]
+    assert [line["step"] for line in validations] == [0, 6, 12]
+    assert 0 < validations[0]["validation"]["mrr"] <= 1
+    steps = [line for line in lines if "loss" in line]
+    for ours, alone in zip(steps, log(unbroken), strict=True):
+        assert ours["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+        assert ours["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-3)
+        assert ours["masked_positive"] == alone["masked_positive"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--optimizer.learning-rat", "1"], "learning-rate"),
+        (["--loss.matryoshka-dims", "8"], "matryoshka_weights: expected one for each of the 1"),
+        (["--loss.matryoshka-dims", "64", "--loss.matryoshka-weights", "1"], "at most 32"),
+        (["--sampling.batch-size", "1000"], "the data holds 80 examples"),
+        (["--model.path", "nowhere"], "nowhere"),
+        (["--data.path", "nowhere"], "nowhere"),
+        (["--model.tokenizer", "x"], "give either path"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_sentence(arguments, tmp_path, extra, message):
+    """Exit code 2, one line, no traceback, and nothing that looks like a run."""
+    result = run(arguments, tmp_path / "run", *extra)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run" / "checkpoints").exists()
