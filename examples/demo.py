@@ -1,0 +1,214 @@
+"""From plain text to a trained, measured embedding model, on a machine with nothing but Python.
+
+    python examples/demo.py          (or `make demo`, which installs what it needs first)
+
+Each step runs the command that a user would run, shows it, and writes below `runs/demo`: the texts,
+the untrained and the trained model, their scores, `summary.md`, `loss.png` and `dimensions.png`.
+About five minutes on two cores; no network, no GPU.
+"""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import bag_of_words
+import plots
+import standard_library
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from kalm_min import Embedder
+from kalm_min.config import parse
+from kalm_min.files import write_json, write_text
+from kalm_min.training.source import ModelSource, open_model
+
+ROOT = Path(__file__).parent.parent
+DIMS = (256, 128, 64, 32)
+VOCABULARY = 8192
+END_OF_TEXT = "<|endoftext|>"
+QUESTIONS = (
+    "delete a folder and everything in it",
+    "how do I wait for several coroutines at once?",
+    "split a command line into words like a shell does",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    """What the demo may be told."""
+
+    output: Path = Path("runs/demo")
+    """Folder for everything it writes; emptied first."""
+    steps: int | None = None
+    """Training steps; none trains as long as configs/demo.toml says."""
+
+
+def main(argv: list[str]) -> int:
+    """The whole story, step by step."""
+    config = parse(
+        DemoConfig, argv, program="demo.py", description="From text to a trained, measured model."
+    )
+    begun, out = time.monotonic(), config.output
+    shutil.rmtree(out, ignore_errors=True)
+
+    title("1. Collect what the standard library says about itself")
+    collect(out / "data")
+    title("2. Train a tokenizer and create a small Qwen2 with random weights")
+    create_model(out / "tokenizer", out / "untrained", out / "data" / "train")
+    title("3. Measure a bag of words and the untrained model on the held-out texts")
+    baseline = bag_of_words.scores(out / "data" / "eval")
+    evaluate(out / "untrained", out, DIMS[:1])
+    title("4. Train")
+    train(out, config.steps)
+    title("5. Measure again, at every Matryoshka dimension")
+    evaluate(out / "run" / "final", out, DIMS)
+    title("6. What was learned")
+    report(out, baseline)
+    title("7. Ask")
+    answer(Embedder.from_pretrained(out / "run" / "final"), QUESTIONS)
+    print(f"\n{time.monotonic() - begun:.0f} seconds in all; everything is in {out}")
+    return 0
+
+
+def title(text: str) -> None:
+    """Announce a step."""
+    print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n## {text}", flush=True)
+
+
+def collect(folder: Path) -> None:
+    """Write training tasks and evaluation sets, and say how much there is."""
+    for name, rows in standard_library.write(folder).items():
+        print(f"{rows:7,} rows  {name}")
+    print("No text is on both sides.")
+
+
+def create_model(tokenizer: Path, model: Path, texts: Path) -> None:
+    """Train a byte-level BPE tokenizer on the training texts; save a random decoder with it."""
+    fast = Tokenizer(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    fast.train_from_iterator(training_texts(texts), trainer)
+    write_text(tokenizer / "tokenizer.json", fast.to_str())
+    side = {"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT, "add_eos_token": True}
+    write_json(tokenizer / "tokenizer_config.json", side)
+    source = ModelSource(
+        tokenizer=tokenizer,
+        hidden_size=DIMS[0],
+        intermediate_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_length=64,
+    )
+    embedder = open_model(source, None, torch.device("cpu"))
+    embedder.save_pretrained(model)
+    size = sum(parameter.numel() for parameter in embedder.model.parameters())
+    print(f"{fast.get_vocab_size():,} tokens, {size / 1e6:.1f} million parameters: {model}")
+
+
+def training_texts(folder: Path) -> Iterable[str]:
+    """Every text of the training tasks."""
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            yield from (row["query"], *row["pos"])
+
+
+def evaluate(model: Path, out: Path, dims: tuple[int, ...]) -> None:
+    """Score a model on the held-out sets, without the instructions it was not trained with."""
+    run(
+        *("evaluate.py", "--model", model, "--data", out / "data" / "eval"),
+        *("--output", out / "scores" / model.name, "--instructions", "none", "--dims", *dims),
+    )
+
+
+def train(out: Path, steps: int | None) -> None:
+    """Train on both cores."""
+    run(
+        *("-m", "torch.distributed.run", "--nproc-per-node", 2),
+        *("train.py", "configs/demo.toml", "--model.path", out / "untrained"),
+        *("--data.path", out / "data" / "train", "--output", out / "run"),
+        *(() if steps is None else ("--training.max-steps", steps)),
+    )
+
+
+def run(*arguments: object) -> None:
+    """Run a Python program of the project where the user stands, its output shown."""
+    words = [str(word) for word in arguments]
+    words = [str(ROOT / word) if word.endswith((".py", ".toml")) else word for word in words]
+    print("$ python", *arguments, flush=True)
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    subprocess.run([sys.executable, *words], check=True, env=os.environ | {"PYTHONPATH": path})
+
+
+def report(out: Path, baseline: dict[str, float]) -> None:
+    """Print and save the table of scores; draw the loss and the score by dimension."""
+    before, after = (read_scores(out / "scores" / name) for name in ("untrained", "final"))
+    head = ["task", "score", "bag of words", "untrained", *(f"trained, {dim}" for dim in DIMS)]
+    lines = [head, ["---"] * len(head)]
+    for name, (metric, scores) in after.items():
+        cells = [baseline[name], before[name][1][0], *scores]
+        lines.append([name, metric, *(f"{cell:.1f}" for cell in cells)])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    findings = "\n".join(conclude(baseline, before, after))
+    write_text(out / "summary.md", f"{table}\n\n{findings}\n")
+    print(f"{table}\n\n{findings}")
+    plots.loss(out / "run" / "log.jsonl", out / "loss.png")
+    curves = {name: scores for name, (_, scores) in after.items()}
+    plots.dimensions(DIMS, curves, out / "dimensions.png")
+    print(f"Plots: {out / 'loss.png'}, {out / 'dimensions.png'}")
+
+
+Scores = dict[str, tuple[str, list[float]]]
+
+
+def read_scores(folder: Path) -> Scores:
+    """Task -> (name of its score, score at each dimension), from an evaluation's summary.csv."""
+    with (folder / "summary.csv").open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["kind"] == "task"]
+    return {
+        row["name"]: (row["score"], [float(row[str(dim)]) for dim in DIMS if str(dim) in row])
+        for row in rows
+    }
+
+
+def conclude(baseline: dict[str, float], before: Scores, after: Scores) -> list[str]:
+    """Say what the numbers show, the unwelcome too."""
+    sentences: list[str] = []
+    for name, (metric, scores) in after.items():
+        learned, words = scores[0], baseline[name]
+        times = learned / max(before[name][1][0], 0.01)
+        verdict = "above" if learned > words else "below"
+        sentences.append(
+            f"- {name}: {metric} is {times:.1f} times the untrained model's, "
+            f"{abs(learned - words):.1f} points {verdict} the bag of words."
+        )
+    return sentences
+
+
+def answer(model: Embedder, questions: tuple[str, ...]) -> None:
+    """Answer each question with the nearest documented functions of the library."""
+    told = [one for one in standard_library.collect() if one.code and len(one.summary) >= 15]
+    vectors = model.encode_document([one.documentation for one in told], show_progress_bar=False)
+    for question in questions:
+        print(f"\n{question}")
+        cosines = model.similarity(model.encode_query(question)[None], vectors)[0]
+        for place in (-cosines).argsort(kind="stable")[:3]:
+            print(f"  {cosines[place]:.2f}  {told[place].signature}\n        {told[place].summary}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
