@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,10 +17,8 @@ from kalm_min.config import parse, to_toml
 from kalm_min.data import TrainingData
 from kalm_min.progress import Progress
 from kalm_min.training import distributed, run_folder
-from kalm_min.training.optimizer import OptimizerConfig
 from kalm_min.training.source import ModelSource, open_model
-from kalm_min.training.step import LossConfig
-from kalm_min.training.trainer import LoopConfig, SamplingConfig, Trainer
+from kalm_min.training.trainer import Recipe, Trainer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,17 +36,13 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
+class TrainConfig(Recipe):
     """A training run."""
 
     output: Path
     """Folder of the run: config.toml, log.jsonl, checkpoints/, final/."""
     model: ModelSource
     data: DataConfig
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    training: LoopConfig = field(default_factory=LoopConfig)
 
 
 def main(argv: list[str]) -> int:
@@ -77,17 +71,8 @@ def _train(config: TrainConfig, device: Any) -> int:
     if main_process:
         run_folder.describe(config.output, text, device)
     data, validation = _open_data(config.data)
-    trainer = Trainer(
-        open_model(config.model, resume, device),
-        data,
-        validation,
-        config.output,
-        loss=config.loss,
-        sampling=config.sampling,
-        optimization=config.optimizer,
-        loop=config.training,
-        resume=resume,
-    )
+    model = open_model(config.model, resume, device)
+    trainer = Trainer(model, data, validation, config.output, config, resume)
     if main_process:
         _say(
             f"{len(data):,} examples in {len(data.task_names)} tasks, {trainer.total_steps:,} steps "
@@ -113,8 +98,7 @@ def _open_data(config: DataConfig) -> tuple[TrainingData, TrainingData | None]:
     if distributed.rank() != 0:
         distributed.barrier()
     data, validation = (
-        path
-        and TrainingData.open(path, instruction=config.instruction, cache_dir=config.cache_dir)
+        path and TrainingData.open(path, instruction=config.instruction, cache_dir=config.cache_dir)
         for path in (config.path, config.validation)
     )
     if distributed.rank() == 0:

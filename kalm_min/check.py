@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 
@@ -113,9 +114,17 @@ def tokenized(some: list[Example], num_negatives: int) -> TokenBatch:
 
 def decoder() -> Qwen2:
     """A small random decoder in float64."""
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 4}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    model = Qwen2(ModelConfig(vocab_size=64, initializer_range=0.3, **sizes, **heads))
+    config = ModelConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        initializer_range=0.3,
+    )
+    model = Qwen2(config)
     initialise(model, seed=1)
     return model.double()
 
@@ -161,7 +170,7 @@ def compare(processes: Iterable[int]) -> Iterator[tuple[str, int, str, float]]:
             )
             assert context is None
             for option, chunks in product(OPTIONS, _TOKEN_BUDGETS):
-                found = _read(Path(folder) / f"{option.name} {chunks}.npz")
+                found = _read(Path(folder) / f"{option.name} {chunks}.safetensors")
                 yield option.name, count, chunks, difference(plain[option.name], found)
 
 
@@ -179,17 +188,16 @@ def _worker(rank: int, count: int, port: int, folder: str) -> None:
         for option, (chunks, budget) in product(OPTIONS, _TOKEN_BUDGETS.items()):
             result = step(option, budget)
             if rank == 0:
-                arrays = {name: gradient.numpy() for name, gradient in result.gradients.items()}
-                np.savez(Path(folder) / f"{option.name} {chunks}.npz", loss=result.loss, **arrays)
+                tensors = result.gradients | {"": torch.tensor(result.loss, dtype=torch.float64)}
+                save_file(tensors, Path(folder) / f"{option.name} {chunks}.safetensors")
     finally:
         distributed.stop()
 
 
 def _read(path: Path) -> Result:
     """What a worker kept."""
-    with np.load(path, allow_pickle=False) as arrays:
-        gradients = {name: torch.from_numpy(arrays[name]) for name in arrays if name != "loss"}
-        return Result(float(arrays["loss"]), gradients)
+    gradients = load_file(path)
+    return Result(gradients.pop("").item(), gradients)
 
 
 def _free_port() -> int:
@@ -210,8 +218,8 @@ def main(argv: list[str]) -> int:
     lines = [
         "# One process = several = gradient-cached",
         "",
-        "Largest relative difference of loss and parameter gradients from one plain backward over "
-        "the whole batch, float64, CPU, gloo. Columns: processes x chunks (n: one text a chunk). "
+        "Largest relative difference of loss and parameter gradients from one plain backward over",
+        "the whole batch, float64, CPU, gloo. Columns: processes x chunks (n: one text a chunk).",
         f"Made by `python -m kalm_min.check`; the limit is {LIMIT:.0e}.",
         "",
         f"| loss option | {' | '.join(heads)} |",

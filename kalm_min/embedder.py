@@ -226,7 +226,9 @@ class Embedder:
         """(B, D) raw float32 vectors on the CPU; halves the batch when the device's memory is full."""
         try:
             packed = Packed.from_sequences(sequences, self.device)
-            return pool(self.model(packed, causal=self.causal), packed.cu_seqlens, self.pooling).cpu()
+            return pool(
+                self.model(packed, causal=self.causal), packed.cu_seqlens, self.pooling
+            ).cpu()
         except torch.OutOfMemoryError:
             if len(sequences) == 1:
                 raise
@@ -259,13 +261,17 @@ def _resolve(path_or_hub_id: str | Path) -> Path:
         return path
     name = str(path_or_hub_id)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ValueError(f"{name}: expected a model folder or a hub id like org/name, found neither")
+        raise ValueError(
+            f"{name}: expected a model folder or a hub id like org/name, found neither"
+        )
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except Exception as error:  # the hub client has a dozen, none of which says it in a sentence
-        raise ValueError(f"{name}: no such folder, and the hub did not give it ({error})") from error
+        raise ValueError(
+            f"{name}: no such folder, and the hub did not give it ({error})"
+        ) from error
 
 
 def _torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -281,8 +287,7 @@ def fastest_safe_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     native = device.type == "cpu" and (
-        torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001 -- torch has no public question for it
-        or torch.cpu._is_amx_tile_supported()  # noqa: SLF001
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     )
     return torch.bfloat16 if native else torch.float32
 
@@ -345,7 +350,9 @@ def _read_pooling(path: Path) -> Pooling:
     """The pooling mode of a new (`pooling_mode`) or old (six booleans) file; mean without a file."""
     settings = _optional(path)
     if not settings.get("include_prompt", True):
-        raise ValueError(f"{path}: include_prompt false is not built, the prompt is pooled like text")
+        raise ValueError(
+            f"{path}: include_prompt false is not built, the prompt is pooled like text"
+        )
     mode = settings.get("pooling_mode")
     if mode is None:
         prefix = "pooling_mode_"
@@ -355,9 +362,11 @@ def _read_pooling(path: Path) -> Pooling:
             if key.startswith(prefix) and value
         ] or ["mean"]
     modes = [mode] if isinstance(mode, str) else list(mode)
-    if len(modes) != 1 or modes[0] not in {"mean", "lasttoken"}:
-        raise ValueError(f"{path}: expected pooling mean or lasttoken, found {', '.join(modes)}")
-    return modes[0]
+    if modes == ["mean"]:
+        return "mean"
+    if modes == ["lasttoken"]:
+        return "lasttoken"
+    raise ValueError(f"{path}: expected pooling mean or lasttoken, found {', '.join(modes)}")
 
 
 def _write_side_files(folder: Path, embedder: Embedder) -> None:

@@ -13,17 +13,17 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 _FOLDER_MODE = 0o777
 _FILE_MODE = 0o666
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
+def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Generator[IO[Any]]:
     """Open a temporary sibling of `path` for writing; rename it to `path` when the block succeeds.
 
     Args:
@@ -34,10 +34,12 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
-        with os.fdopen(handle, mode, **text) as file:
+        text = "b" not in mode
+        with os.fdopen(
+            handle, mode, encoding="utf-8" if text else None, newline="" if text else None
+        ) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -50,7 +52,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
 
 
 @contextmanager
-def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_directory(path: str | os.PathLike[str]) -> Generator[Path]:
     """Make a temporary sibling folder; sync its files and put it at `path` when the block succeeds.
 
     A new `path` appears in one rename, complete or not at all. Into a folder that is there already
@@ -144,7 +146,7 @@ def parse_object(line: bytes, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: expected a JSON object, found: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(value).__name__}")
-    return value
+    return cast("dict[str, Any]", value)
 
 
 def text_hash(text: str) -> int:

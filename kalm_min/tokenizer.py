@@ -60,7 +60,9 @@ class Tokenizer:
         if self._fast.encode("a").ids[-1] != identity:
             template = TemplateProcessing(f"$A {token}", special_tokens=[(token, identity)])
             present = self._fast.post_processor
-            self._fast.post_processor = ProcessorSequence([present, template] if present else [template])
+            self._fast.post_processor = ProcessorSequence(
+                [present, template] if present else [template]
+            )
             # Libraries that build the class from its own rules would lose the new post-processor.
             self.settings["tokenizer_class"] = _GENERIC_CLASS
 
@@ -72,11 +74,9 @@ class Tokenizer:
     @property
     def closes_texts(self) -> bool:
         """Whether special tokens are added to a text (an end-of-text token, say)."""
-        return self._fast.num_special_tokens_to_add() > 0
+        return self._fast.num_special_tokens_to_add(is_pair=False) > 0
 
-    def encode(
-        self, texts: Sequence[str], prompt: str = "", *, max_length: int
-    ) -> list[list[int]]:
+    def encode(self, texts: Sequence[str], prompt: str = "", *, max_length: int) -> list[list[int]]:
         """Token ids of `prompt + text`, at most `max_length` of them, special tokens included.
 
         The prompt is joined as text, as the official code does, so the tokens at the seam are those

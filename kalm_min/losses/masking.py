@@ -66,7 +66,7 @@ def candidate_masks(queries: Queries, documents: Documents, labels: Tensor) -> d
         "query": queries.hashes[:, None] == documents.hashes,
         "group": group,
     }
-    masks = {}
+    masks: dict[str, Tensor] = {}
     for name, found in reasons.items():
         masks[name] = found & free
         free &= ~found

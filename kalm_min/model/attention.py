@@ -11,6 +11,7 @@ releases (`enable_gqa` is looked for, not assumed), and this is the one place to
 import inspect
 from functools import cache
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +54,9 @@ def per_sequence_attention(
     parts = zip(runs, *(x.split(sizes) for x in (query, key, value)), strict=True)
     outputs = []
     for (length, _), *tensors in parts:
-        q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in tensors)  # (n, H|K, length, E)
+        q, k, v = (
+            x.unflatten(0, (-1, length)).transpose(1, 2) for x in tensors
+        )  # (n, H|K, length, E)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
         outputs.append(mixed.transpose(1, 2).flatten(0, 1))  # (n * length, H, E)
     return torch.cat(outputs)  # (T, H, E)
@@ -79,15 +82,14 @@ def _kernel(
     """torch's packed kernel; a window of (-1, 0) looks back without limit and never ahead."""
     from torch.nn.attention.varlen import varlen_attn
 
+    options: dict[str, Any] = {"window_size": (-1, 0) if causal else (-1, -1)}
     if _kernel_takes_grouped_heads():
-        options = {"enable_gqa": True}
+        options["enable_gqa"] = True
     else:
-        options = {}
         repeats = query.shape[1] // key.shape[1]
         key = key.repeat_interleave(repeats, dim=1)  # (T, H, E)
         value = value.repeat_interleave(repeats, dim=1)  # (T, H, E)
-    window = (-1, 0) if causal else (-1, -1)
-    return varlen_attn(
-        query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
-        window_size=window, **options,
-    )  # fmt: skip
+    bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    mixed = varlen_attn(query, key, value, *bounds, **options)
+    assert isinstance(mixed, Tensor)  # a tuple only where auxiliary results are asked for
+    return mixed

@@ -60,7 +60,9 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str =
 
 def save_model(model: Qwen2, folder: Path, *, causal: bool) -> None:
     """Write `config.json` and `model.safetensors` into `folder` (not atomic: the caller's folder is)."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
     write_json(folder / "config.json", model.config.to_hf(dtype=dtype, causal=causal))
     save_file(state, folder / SINGLE, metadata={"format": "pt"})

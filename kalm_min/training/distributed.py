@@ -121,13 +121,13 @@ class _GatherEqual(torch.autograd.Function):
     """all_gather forward, reduce_scatter (sum) backward; every process has as many rows."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:  # noqa: ARG004
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
         gathered = rows.new_empty(world_size() * rows.shape[0], *rows.shape[1:])
         _all_gather(gathered, rows.contiguous())
         return gathered
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ARG004
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (gradient,) = gradients
         own = gradient.new_empty(gradient.shape[0] // world_size(), *gradient.shape[1:])
         _reduce_scatter(own, gradient.contiguous())

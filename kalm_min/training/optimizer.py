@@ -36,7 +36,7 @@ class OptimizerConfig:
             raise ValueError(f"max_grad_norm: expected more than 0, found {self.max_grad_norm}")
 
 
-def build(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters, matrices with weight decay and vectors without."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [

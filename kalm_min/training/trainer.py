@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -27,7 +27,8 @@ from kalm_min.data import TrainingData, collate
 from kalm_min.embedder import Embedder, fastest_safe_dtype
 from kalm_min.model import Packed, pool
 from kalm_min.sampling import TaskBatchSampler
-from kalm_min.training import checkpoint, distributed, optimizer, parallel, run_folder
+from kalm_min.training import checkpoint, distributed, parallel, run_folder
+from kalm_min.training.optimizer import OptimizerConfig, build_optimizer, learning_rate
 from kalm_min.training.step import (
     LossConfig,
     StepResult,
@@ -93,6 +94,16 @@ class LoopConfig:
             raise ValueError(f"max_steps: expected at least 1, found {self.max_steps}")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """How to train, whatever the model and the data."""
+
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: LoopConfig = field(default_factory=LoopConfig)
+
+
 class _Prepared(NamedTuple):
     """A batch ready for its step."""
 
@@ -112,11 +123,7 @@ class Trainer:
         data: TrainingData,
         validation: TrainingData | None,
         output: Path,
-        *,
-        loss: LossConfig,
-        sampling: SamplingConfig,
-        optimization: optimizer.OptimizerConfig,
-        loop: LoopConfig,
+        recipe: Recipe,
         resume: Path | None = None,
     ) -> None:
         """Prepare a run.
@@ -126,15 +133,15 @@ class Trainer:
             data: what to train on.
             validation: held-out pairs, or None.
             output: the run's folder.
-            loss, sampling, optimization, loop: the recipe.
+            recipe: how.
             resume: a checkpoint of this run.
 
         Raises ValueError where recipe, data and number of processes do not fit.
         """
         self.embedder, self.data, self.validation = embedder, data, validation
-        self.output, self.loss_config, self.sampling, self.loop = output, loss, sampling, loop
-        self.optimization = optimization
-        if too_wide := [dim for dim in loss.matryoshka_dims if dim > embedder.dimension]:
+        self.output, self.recipe = output, recipe
+        sampling, loop = recipe.sampling, recipe.training
+        if too_wide := [d for d in recipe.loss.matryoshka_dims if d > embedder.dimension]:
             raise ValueError(
                 f"matryoshka_dims: expected at most {embedder.dimension}, the width of the model, "
                 f"found {too_wide[0]}"
@@ -147,15 +154,14 @@ class Trainer:
             rank=distributed.rank(),
             world_size=distributed.world_size(),
         )
-        self.total_steps = min(
-            loop.epochs * len(self.sampler), loop.max_steps or loop.epochs * len(self.sampler)
-        )
+        whole = loop.epochs * len(self.sampler)
+        self.total_steps = min(whole, loop.max_steps or whole)
         self.step = 0
         self.stop = False
         """Set from outside (a signal) to save and return after the current step."""
         self._clock = 0.0  # when the last step ended
         self.model = parallel.wrap(embedder.model)
-        self.optimizer = optimizer.build(embedder.model, optimization)
+        self.optimizer = build_optimizer(embedder.model, recipe.optimizer)
         self.autocast = partial(
             torch.autocast,
             embedder.device.type,
@@ -180,7 +186,7 @@ class Trainer:
         main = distributed.rank() == 0
         log_path = self.output / "log.jsonl"
         if main:
-            checkpoint.prune(self.output / "checkpoints", self.loop.keep_checkpoints)
+            checkpoint.prune(self.output / "checkpoints", self.recipe.training.keep_checkpoints)
             run_folder.cut_log(log_path, self.step)
         self._clock = time.perf_counter()
         with log_path.open("a", encoding="utf-8") if main else _Nowhere() as log:
@@ -198,11 +204,16 @@ class Trainer:
                 if main:
                     write(line)
                 if self.validation is not None and (
-                    self.step % self.loop.validate_every == 0 or self.step == self.total_steps
+                    self.step % self.recipe.training.validate_every == 0
+                    or self.step == self.total_steps
                 ):
                     self._validate(write if main else None)
                 stop = distributed.any_true(self.stop, self.embedder.device)
-                if stop or self.step % self.loop.save_every == 0 or self.step == self.total_steps:
+                if (
+                    stop
+                    or self.step % self.recipe.training.save_every == 0
+                    or self.step == self.total_steps
+                ):
                     self._save()
                 if stop and self.step < self.total_steps:
                     return False
@@ -225,7 +236,7 @@ class Trainer:
     def _plan(self) -> Iterator[tuple[list[int], int]]:
         """(this process's examples, epoch) of every remaining step."""
         left = self.total_steps - self.step
-        for epoch in range(self.step // len(self.sampler), self.loop.epochs):
+        for epoch in range(self.step // len(self.sampler), self.recipe.training.epochs):
             self.sampler.set_epoch(epoch)
             for indices in islice(self.sampler, left):
                 yield indices, epoch
@@ -236,10 +247,10 @@ class Trainer:
         examples = [self.data[i] for i in indices]
         batch = collate(
             examples,
-            num_negatives=self.sampling.num_negatives,
+            num_negatives=self.recipe.sampling.num_negatives,
             template=self.embedder.instruction_template,
             epoch=epoch,
-            seed=self.sampling.seed,
+            seed=self.recipe.sampling.seed,
         )
         tokens = tokenize(batch, self.embedder.tokenizer, max_length=self.embedder.max_length)
         tasks = {example.task for example in examples}
@@ -256,20 +267,20 @@ class Trainer:
 
     def _step(self, batch: _Prepared) -> dict[str, Any]:
         """Gradients, clipping, update; the log line of the step."""
-        rate = optimizer.learning_rate(self.optimization, self.step, self.total_steps)
+        rate = learning_rate(self.recipe.optimizer, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
         result = contrastive_step(
             batch.tokens,
             self._embed,
-            self.loss_config,
+            self.recipe.loss,
             device=self.embedder.device,
-            tokens_per_batch=self.loop.tokens_per_batch,
+            tokens_per_batch=self.recipe.training.tokens_per_batch,
             no_sync=lambda: parallel.no_sync(self.model),
         )
         norm = torch.nn.utils.clip_grad_norm_(
-            self.embedder.model.parameters(), self.optimization.max_grad_norm
+            self.embedder.model.parameters(), self.recipe.optimizer.max_grad_norm
         )
         loss, sums = self._joined(result)
         if not (torch.isfinite(norm) and torch.isfinite(torch.tensor(loss))):
@@ -292,11 +303,13 @@ class Trainer:
             "tokens": int(tokens),
             "tokens_per_second": round(tokens / seconds),
             "seconds": round(seconds, 4),
-        } | {name: value / self.sampling.batch_size for name, value in sums.items()}
+        } | {name: value / self.recipe.sampling.batch_size for name, value in sums.items()}
 
     def _joined(self, result: StepResult) -> tuple[float, dict[str, float]]:
         """The loss, mean over processes, and the counts, summed over them."""
-        numbers = torch.tensor([*result.counts.values()], dtype=torch.float64, device=result.loss.device)
+        numbers = torch.tensor(
+            [*result.counts.values()], dtype=torch.float64, device=result.loss.device
+        )
         joined = distributed.mean(torch.cat([result.loss.double().view(1), numbers])).tolist()
         sums = [value * distributed.world_size() for value in joined[1:]]
         return joined[0], dict(zip(result.counts, sums, strict=True))
@@ -315,8 +328,8 @@ class Trainer:
             self.validation,
             embed,
             template=embedder.instruction_template,
-            batch_size=self.sampling.batch_size,
-            limit=self.loop.validation_limit,
+            batch_size=self.recipe.sampling.batch_size,
+            limit=self.recipe.training.validation_limit,
         )
         if write is not None:
             write({"step": self.step, "validation": numbers})
@@ -329,7 +342,7 @@ class Trainer:
             state = {"step": self.step, "sampler": self.sampler.state_dict() | place}
             root = self.output / "checkpoints"
             checkpoint.save(root, self.embedder, self.optimizer, state)
-            checkpoint.prune(root, self.loop.keep_checkpoints)
+            checkpoint.prune(root, self.recipe.training.keep_checkpoints)
         distributed.barrier()
 
 

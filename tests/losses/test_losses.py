@@ -51,7 +51,9 @@ def test_info_nce_is_the_formula(gamma, masked, seed, temperature):
     options = {"temperature": temperature, "mask": mask if masked else None, "gamma": gamma}
     found = info_nce(q, d, labels, **options).item()
     # gamma > 0: (1 - p)^gamma of the oracle cancels where p is near 1, so the bound is absolute
-    assert found == pytest.approx(oracle(q, d, labels, **options), rel=TIGHT, abs=1e-9 if gamma else TIGHT)
+    assert found == pytest.approx(
+        oracle(q, d, labels, **options), rel=TIGHT, abs=1e-9 if gamma else TIGHT
+    )
 
 
 def test_matryoshka_is_the_weighted_sum_of_slices():
@@ -60,7 +62,8 @@ def test_matryoshka_is_the_weighted_sum_of_slices():
     dims, weights = (6, 4, 1), (1.0, 0.3, 0.2)
     options = {"temperature": 0.1, "mask": mask, "gamma": 0.5}
     expected = sum(
-        w * oracle(q[:, :k], d[:, :k], labels, **options) for k, w in zip(dims, weights, strict=True)
+        w * oracle(q[:, :k], d[:, :k], labels, **options)
+        for k, w in zip(dims, weights, strict=True)
     )
     found = matryoshka(q, d, labels, dims=dims, weights=weights, **options)
     assert found.item() == pytest.approx(expected, rel=1e-9)

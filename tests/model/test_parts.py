@@ -44,7 +44,9 @@ def test_attention_is_softmax_within_each_sequence(causal, lengths, heads, seed)
     key, value = (x.repeat_interleave(h // k, dim=1) for x in (key, value))
     scores = torch.einsum("the,she->hts", q, key) / e**0.5
     weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
-    torch.testing.assert_close(found, torch.einsum("hts,she->the", weights, value), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        found, torch.einsum("hts,she->the", weights, value), atol=1e-12, rtol=0
+    )
 
 
 @pytest.mark.gpu
@@ -81,7 +83,10 @@ def test_rotary_is_relative():
     cos, sin = rotary_tables(torch.arange(40), 8, 10_000.0)
 
     def score(i, j):
-        a, b = rotate(x[0], cos[i : i + 1], sin[i : i + 1]), rotate(x[1], cos[j : j + 1], sin[j : j + 1])
+        a, b = (
+            rotate(x[0], cos[i : i + 1], sin[i : i + 1]),
+            rotate(x[1], cos[j : j + 1], sin[j : j + 1]),
+        )
         return (a * b).sum()
 
     torch.testing.assert_close(score(3, 7), score(30, 34), atol=1e-4, rtol=1e-4)

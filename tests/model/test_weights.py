@@ -89,11 +89,13 @@ def test_damaged_files_are_named(folder):
         with pytest.raises(ValueError, match=r"model\.safetensors is truncated or not safetensors"):
             load_model(folder, dtype=torch.float32)
     (folder / FILE).unlink()
-    with pytest.raises(ValueError, match="expected model.safetensors or"):
+    with pytest.raises(ValueError, match=r"expected model\.safetensors or"):
         load_model(folder, dtype=torch.float32)
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"norm.weight": "gone.safetensors"}}))
-    with pytest.raises(ValueError, match=r"gone\.safetensors is named by the index and is not there"):
+    with pytest.raises(
+        ValueError, match=r"gone\.safetensors is named by the index and is not there"
+    ):
         load_model(folder, dtype=torch.float32)
     index.write_text(json.dumps({"weight_map": {"norm.weight": "../../secret.safetensors"}}))
     with pytest.raises(ValueError, match="expected plain file names"):
@@ -160,7 +162,10 @@ BASE = {
         ({"model_type": "llama"}, "expected qwen2 or qwen3, found 'llama'"),
         ({"rope_scaling": {"type": "yarn", "factor": 4}}, "found 'yarn'"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "found 'linear'"),
-        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding-window"),
+        (
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+            "sliding-window",
+        ),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
         ({"hidden_act": "gelu"}, "expected silu"),
         ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads 3"),

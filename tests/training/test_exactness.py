@@ -57,4 +57,3 @@ def test_the_ledger_counts_every_pair():
     # queries 0 and 1, 2 and 3 share a positive; "positive 1" is also a negative of query 7
     assert counts["masked_positive"] == 4 + 2
     assert counts["tokens"] == sum(map(len, batch.sequences))
-

@@ -25,12 +25,14 @@ def data(tmp_path_factory):
     """Two tasks of 40 pairs about numbered things, and a validation file."""
     folder = tmp_path_factory.mktemp("data")
     rng = random.Random(0)
-    words = "cat dog bird house mat blue far see run sat".split()
+    words = ["cat", "dog", "bird", "house", "mat", "blue", "far", "see", "run", "sat"]
     for task in ("a", "b"):
         rows = []
         for i in range(40):
             text = " ".join(rng.choices(words, k=5))
-            rows.append({"query": f"{text} {task}", "pos": [f"{text} {i}", text], "neg": ["the", "on"]})
+            rows.append(
+                {"query": f"{text} {task}", "pos": [f"{text} {i}", text], "neg": ["the", "on"]}
+            )
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / "train").mkdir(exist_ok=True)
         (folder / "train" / f"{task}.jsonl").write_text(lines)
@@ -51,7 +53,14 @@ def arguments(data, tiny_model_dir):
 
 
 def command(arguments, output, *extra):
-    return [sys.executable, str(ROOT / "train.py"), *map(str, arguments), "--output", str(output), *extra]
+    return [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *map(str, arguments),
+        "--output",
+        str(output),
+        *extra,
+    ]
 
 
 def run(arguments, output, *extra, launcher=()):
@@ -97,7 +106,9 @@ def test_a_finished_run_explains_itself(unbroken):
     first, last = log(unbroken)[0], log(unbroken)[-1]
     assert first["lr"] == 0.0
     assert last["loss"] < log(unbroken)[1]["loss"]
-    assert {"hard", "in_batch", "masked_positive", "masked_query", "tokens", "grad_norm"} <= set(first)
+    assert {"hard", "in_batch", "masked_positive", "masked_query", "tokens", "grad_norm"} <= set(
+        first
+    )
     assert Embedder.from_pretrained(unbroken / "final").encode("a cat").any()
     assert Embedder.from_pretrained(unbroken / "checkpoints" / "step_00000004").encode("a").any()
 
@@ -161,7 +172,14 @@ def test_a_folder_belongs_to_one_configuration(arguments, unbroken):
 
 def test_torchrun_equals_one_process(arguments, unbroken, data, tmp_path):
     """Two torchrun processes: the losses of one process to float32's accuracy, and validation runs."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     extra = ("--data.validation", str(data / "valid.jsonl"), "--training.validate-every", "6")
     result = run(arguments, tmp_path / "run", *extra, launcher=launcher)
     assert result.returncode == 0, result.stderr
