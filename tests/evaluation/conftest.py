@@ -1,0 +1,87 @@
+"""mteb, imported once, and eight small datasets of one's own."""
+
+import json
+import random
+import warnings
+
+import pytest
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "one", "dog", "ran", "far", "to", "see", "birds"]
+
+
+@pytest.fixture(scope="session")
+def mteb():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("sentence_transformers")
+        return pytest.importorskip("mteb")
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_datasets(folder, seed=0):
+    """One dataset of each type, the folder named after the type."""
+    draw = random.Random(seed)
+
+    def text(least=3, most=8):
+        return " ".join(draw.choices(WORDS, k=draw.randint(least, most)))
+
+    def pair():
+        return {"sentence1": text(), "sentence2": text()}
+
+    corpus = [{"_id": f"d{i}", "title": text(0, 2), "text": text()} for i in range(60)]
+    corpus[7] |= {"title": None, "text": ""}  # such documents exist (cranfield)
+    write_rows(folder / "retrieval" / "corpus.jsonl", corpus)
+    write_rows(
+        folder / "retrieval" / "queries.jsonl", [{"_id": i, "text": text()} for i in range(12)]
+    )
+    judged = [f"{i}\td{draw.randrange(60)}\t{draw.randint(1, 2)}" for i in range(10)]
+    (folder / "retrieval" / "qrels").mkdir()
+    (folder / "retrieval" / "qrels" / "test.tsv").write_text(
+        "\n".join(["query-id\tcorpus-id\tscore", *judged]) + "\n"
+    )
+    write_rows(
+        folder / "reranking" / "test.jsonl",
+        [
+            {"query": text(), "positive": [text()], "negative": [text() for _ in range(i % 5 + 1)]}
+            for i in range(10)
+        ],
+    )
+    write_rows(
+        folder / "sts" / "test.jsonl", [pair() | {"score": draw.random() * 5} for _ in range(40)]
+    )
+    write_rows(folder / "pair" / "test.jsonl", [pair() | {"label": i % 2} for i in range(40)])
+    labels = ["cat", "dog", "bird"]
+    for part in ("train", "test"):
+        rows = [{"text": f"{labels[i % 3]} {text()}", "label": labels[i % 3]} for i in range(45)]
+        write_rows(folder / "classification" / f"{part}.jsonl", rows)
+    rows = [{"text": f"{labels[i % 3]} {text()}", "label": i % 3 - 1} for i in range(45)]
+    write_rows(folder / "clustering" / "test.jsonl", rows)
+    rows = [
+        {
+            "text": text(),
+            "human_summaries": [text(), text()],
+            "machine_summaries": [text() for _ in range(5)],
+            "relevance": [draw.randint(1, 5) + i / 10 for i in range(5)],
+        }
+        for _ in range(6)
+    ]
+    write_rows(folder / "summarization" / "test.jsonl", rows)
+    for name in ("deu-eng", "fra-eng"):
+        write_rows(folder / "bitext" / f"{name}.jsonl", [pair() for _ in range(20)])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def eight(tmp_path_factory):
+    """A folder with a dataset of each type; not to be written to."""
+    return write_datasets(tmp_path_factory.mktemp("eight"))
+
+
+@pytest.fixture
+def datasets(tmp_path):
+    """The same, to be broken."""
+    return write_datasets(tmp_path / "data")
