@@ -1,0 +1,272 @@
+"""Plans: instructions, what a result belongs to, and which results still hold."""
+
+import json
+import re
+import warnings
+
+import pytest
+
+from kalm_min.evaluation import plan as planning
+from kalm_min.evaluation.plan import (
+    EvaluationConfig,
+    Instruction,
+    instruction_table,
+    make_plan,
+    official_means,
+    official_results,
+    resolve_instruction,
+)
+from kalm_min.files import write_json
+
+RETRIEVE = "Given a query, retrieve documents that answer the query"
+
+
+@pytest.fixture
+def config(tiny_model_dir, eight, tmp_path):
+    """make(**changes) -> the plan of the eight datasets."""
+
+    def make(**changes):
+        settings = {"model": str(tiny_model_dir), "data": (eight,), "output": tmp_path / "results"}
+        return make_plan(EvaluationConfig(**settings | changes))
+
+    return make
+
+
+def finish(plan, task, **changes):
+    """Write what a worker would write for a task."""
+    dims = {str(dim): {"main_score": 0.5} for dim in plan.dims}
+    record = {"key": plan.key(task), "dims": dims, "seconds": 1.0} | changes
+    write_json(plan.result_path(task), {"kalm_min": record})
+
+
+@pytest.mark.parametrize(
+    ("style", "name", "kind", "expected"),
+    [
+        # V1 section 1.6: one sentence for retrieval and reranking, nothing on passages.
+        ("official-v1", "QuoraRetrieval", "Retrieval", Instruction(RETRIEVE + ".", "", "type")),
+        (
+            "official-v1",
+            "AskUbuntuDupQuestions",
+            "Reranking",
+            Instruction(RETRIEVE + ".", "", "type"),
+        ),
+        ("official-v1", "STS12", "STS", Instruction()),
+        ("official-v1", "MyOwn", "Classification", Instruction()),
+        # The official typing errors stay.
+        (
+            "official-v1",
+            "Banking77Classification",
+            "Classification",
+            Instruction("Given a online banking query, find the corresponding intents", "", "task"),
+        ),
+        (
+            "official-v1",
+            "JDReview",
+            "Classification",
+            Instruction(
+                "Classifying sentiment of the customer review for iPhoneinto positive or negative",
+                "",
+                "task",
+            ),
+        ),
+        # V2: symmetric tasks on both sides, other documents bare.
+        (
+            "v2",
+            "QuoraRetrieval",
+            "Retrieval",
+            Instruction(
+                "Retrieve semantically similar questions",
+                "Retrieve semantically similar questions",
+                "task",
+            ),
+        ),
+        ("v2", "SciFact", "Retrieval", Instruction(RETRIEVE, "", "task")),
+        ("v2", "STS22.v2", "STS", Instruction("Retrieve semantically similar text", "", "task")),
+        ("v2", "MyOwn", "STS", Instruction("Retrieve semantically similar text", "", "type")),
+        ("v2", "SummEval", "Summarization", None),
+        ("v2", "Odd", "Regression", Instruction()),
+        ("none", "STS12", "STS", Instruction()),
+    ],
+)
+def test_instructions(style, name, kind, expected):
+    """Promise: our own tables, and a type's default is marked as such."""
+    found = resolve_instruction(instruction_table(style), name, kind)
+    if expected is None:
+        expected = Instruction("Retrieve semantically similar summaries", "", "task")
+    assert found == expected
+
+
+def test_every_symmetric_row_of_v2_says_the_same_on_both_sides():
+    sides = [entry for entry in instruction_table("v2").values() if isinstance(entry, dict)]
+    assert len(sides) == 17  # 12 CQADupstack parts, Quora, SCIDOCS, and three rerankings
+    assert all(entry["query"] == entry["document"] for entry in sides)
+
+
+def test_a_table_of_ones_own(tmp_path):
+    path = tmp_path / "mine.json"
+    write_json(path, {"type:STS": "Compare", "a": {"query": "q", "document": "d"}})
+    table = instruction_table(str(path))
+    assert resolve_instruction(table, "a", "Retrieval") == Instruction("q", "d", "task")
+    assert resolve_instruction(table, "b", "STS") == Instruction("Compare", "", "type")
+    write_json(path, {"a": {"passage": "d"}})
+    with pytest.raises(ValueError, match="a: expected a text or"):
+        instruction_table(str(path))
+    with pytest.raises(ValueError, match=r"official-v1.*did you mean official-v1"):
+        instruction_table("official-v2")
+
+
+def test_task_toml_instruction_and_symmetry(config, datasets):
+    """One's own instruction wins, on both sides if the task is symmetric; none means none."""
+    (datasets / "retrieval" / "task.toml").write_text('instruction = "Find it"\nsymmetric = true')
+    (task,) = config(data=(datasets / "retrieval",)).tasks
+    assert task.instruction == Instruction("Find it", "Find it", "task")
+    (task,) = config(data=(datasets / "retrieval",), instructions="none").tasks
+    assert task.instruction.query == task.instruction.document == ""
+
+
+def test_a_result_holds_for_its_settings_only(config):
+    """Bug to avoid: a changed setting reusing an old score."""
+    plan = config()
+    for task in plan.tasks:
+        finish(plan, task)
+    assert all(plan.result(task) for task in plan.tasks)
+    assert all(config().result(task) for task in plan.tasks)
+    for change in (
+        {"instructions": "none"},
+        {"max_length": 16},
+        {"dtype": "float32"},
+        {"causal": False},
+        {"pooling": "lasttoken"},
+    ):
+        other = config(**change)
+        assert other.results != plan.results
+        assert not any(other.result(task) for task in other.tasks), change
+
+
+def test_dimensions_are_had_or_not(config):
+    """A result with more dimensions serves a run that asks for fewer, not the other way round."""
+    plan = config(dims=(8, 32))
+    assert plan.dims == (32, 8)
+    task = plan.tasks[0]
+    finish(plan, task)
+    assert config(dims=(8,)).result(task)
+    assert config().result(task)  # 32 is the model's own
+    assert not config(dims=(16, 8)).result(task)
+    with pytest.raises(ValueError, match="--dims: 64 is more than the model's 32"):
+        config(dims=(64,))
+
+
+def test_a_result_holds_for_its_data_and_instruction_only(config, datasets):
+    """Bug to avoid: the folder is named alike, the content is not."""
+    rows = (datasets / "sts" / "test.jsonl").read_text()
+    for file, content in (
+        ("task.toml", 'instruction = "Other"'),
+        ("test.jsonl", rows.replace("cat", "dog")),
+    ):
+        plan = config(data=(datasets / "sts",))
+        finish(plan, plan.tasks[0])
+        assert plan.result(plan.tasks[0])
+        (datasets / "sts" / file).write_text(content)
+        plan = config(data=(datasets / "sts",))
+        assert not plan.result(plan.tasks[0])
+
+
+def test_a_changed_weight_is_another_checkpoint(config, make_model, tmp_path):
+    models = [tmp_path / "a" / "model", tmp_path / "b" / "model"]
+    for seed, folder in enumerate(models):
+        make_model(folder, seed=seed)
+    plans = [config(model=str(folder)) for folder in models]
+    assert plans[0].checkpoint != plans[1].checkpoint
+    assert plans[0].results.parent == plans[1].results.parent  # the folders are named alike
+    assert plans[0].results != plans[1].results
+    (models[0] / "README.md").write_text("a new card")
+    assert config(model=str(models[0])).checkpoint == plans[0].checkpoint
+
+
+@pytest.mark.parametrize("content", ["", '{"kalm_min": {"key"', "[]", "{}", '{"kalm_min": 3}'])
+def test_a_torn_result_is_no_result(config, content):
+    plan = config()
+    task = plan.tasks[0]
+    finish(plan, task)
+    plan.result_path(task).write_text(content)
+    assert plan.result(task) is None
+
+
+def test_longest_first(config):
+    sizes = [task.characters for task in config().tasks]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_what_cannot_be_run_is_said(config, tmp_path, monkeypatch, eight):
+    with pytest.raises(ValueError, match="expected a model folder or a hub id"):
+        config(model="./nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"expected a model folder with config.json"):
+        config(model=str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match="two tasks are called sts"):
+        config(data=(eight, eight / "sts"))
+    with pytest.raises(ValueError, match="nothing to evaluate"):
+        config(data=())
+    with pytest.raises(ValueError, match="--devices: expected cpu, cuda:0"):
+        config(devices=("gpu",))
+    monkeypatch.setattr(planning, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=re.escape('pip install "kalm-min[eval]"')):
+        config()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_official_benchmark(mteb, config):
+    """Leaf tasks, sizes and subsets come from what mteb ships; nothing is downloaded."""
+    plan = config(data=(), benchmark=("MTEB(eng, v1)",), tasks=("STS12", "TNews"))
+    assert len(plan.benchmarks["MTEB(eng, v1)"]) == 56
+    assert len(plan.aggregates["CQADupstackRetrieval"]) == 12
+    assert len(plan.tasks) == 67 + 1  # STS12 is in the benchmark already
+    assert plan.tasks[0].name == "MSMARCO"
+    assert plan.tasks[0].splits == ("dev",)
+    total = sum(task.characters for task in plan.tasks if task.name != "TNews")
+    assert total == pytest.approx(16_376e6, rel=1e-3)
+    by_name = {task.name: task for task in plan.tasks}
+    assert by_name["STS17"].subsets == ("en-en",)
+    assert all(task.instruction.origin == "task" for task in plan.tasks)
+    for changes, hint in (
+        ({"benchmark": ("MTEB(eng v1)",)}, r"MTEB\(eng, v1\)"),
+        ({"tasks": ("STS21",)}, "STS22"),
+    ):
+        with pytest.raises(ValueError, match=hint):
+            config(data=(), **changes)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_official_means_are_mtebs_and_never_partial(mteb, config):
+    """The official mean counts an aggregate once and is refused while a task is missing."""
+    plan = config(data=(), benchmark=("MTEB(eng, v1)",))
+    leaves = {}
+    for number, task in enumerate(plan.tasks):
+        scores = {
+            split: [
+                {"main_score": number / 100, "hf_subset": subset, "languages": ["eng-Latn"]}
+                for subset in task.subsets
+            ]
+            for split in task.splits
+        }
+        result = {"dataset_revision": "1", "task_name": task.name, "mteb_version": "2.20.0"}
+        leaves[task.name] = result | {"scores": scores, "evaluation_time": 1.0}
+    numbers = {task.name: number / 100 for number, task in enumerate(plan.tasks)}
+    children = plan.aggregates["CQADupstackRetrieval"]
+    mean = sum(numbers.pop(name) for name in children) / 12
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert official_results("CQADupstackRetrieval", leaves).get_score() == pytest.approx(mean)
+        means = official_means("MTEB(eng, v1)", leaves)
+        assert means["Mean(Task)"] == pytest.approx((sum(numbers.values()) + mean) / 56)
+        del leaves["STS12"]
+        with pytest.raises((ValueError, KeyError)):
+            official_means("MTEB(eng, v1)", leaves)
+
+
+def test_the_tables_are_data(tmp_path):
+    """instructions.json is complete JSON that a person may read and copy."""
+    tables = json.loads(planning._TABLES.read_text(encoding="utf-8"))
+    assert list(tables) == ["official-v1", "v2", "none"]
+    for table in tables.values():
+        assert all(name.strip() == name for name in table)
