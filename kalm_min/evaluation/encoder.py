@@ -1,0 +1,212 @@
+"""An `Embedder` in the shape mteb asks for: an encoder and a search in one object.
+
+Every text of a task is encoded once, at full width; each Matryoshka dimension is cut from that and
+scaled back to unit length. Corpora are never held whole: a search walks slices and keeps, on the
+device and for all dimensions at once, the best so far. mteb's own search would do it with a Python
+heap per query; the rankings are the same.
+
+Not here: scores (mteb), and any memory that outlives its task: one adapter serves one task.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kalm_min.embedder import Embedder
+
+_SLICE = 50_000  # documents of a corpus encoded and searched at a time; mteb's own number
+_QUERIES = 1024  # queries compared with a slice at a time: 0.2 GB of scores
+_FIRST_CHUNK = 256  # texts between two reports of progress, doubled until it takes a second
+
+Vectors = NDArray[np.float32]
+
+
+class Adapter:
+    """mteb's EncoderProtocol and SearchProtocol over an Embedder, for one task."""
+
+    def __init__(
+        self,
+        embedder: Embedder,
+        *,
+        query_prompt: str = "",
+        document_prompt: str = "",
+        dims: Sequence[int] = (),
+        report: Callable[[int], None] = lambda texts: None,
+    ) -> None:
+        """Wrap a model for one task.
+
+        Args:
+            embedder: the model.
+            query_prompt: put before queries, and before every text of tasks without two sides.
+            document_prompt: put before the documents of retrieval and reranking.
+            dims: the dimensions that will be asked for; the full one if none is given.
+            report: called with the number of texts encoded since the last call.
+        """
+        from mteb.models import ModelMeta
+
+        self.mteb_model_meta = ModelMeta.create_empty(
+            overwrites={"name": "kalm_min/evaluated", "revision": "0", "modalities": ["text"]}
+        )
+        self.dims = tuple(dims) or (embedder.dimension,)
+        self.dim = self.dims[0]
+        self._embedder = embedder
+        self._prompts = {"query": query_prompt, "document": document_prompt}
+        self._report = report
+        self._vectors: dict[str, dict[str, Vectors]] = {"query": {}, "document": {}}
+        self._corpus: Any = None
+        # By place in the task and corpus (held, so that its id stays its own).
+        self._rankings: dict[tuple[str, str, int], dict[int, tuple[Tensor, Tensor]]] = {}
+        self._corpora: list[Any] = []
+
+    def encode(self, inputs: Any, *, prompt_type: Any = None, **_: Any) -> Vectors:
+        """(n, dim) float32 unit vectors of a DataLoader's texts, in their order."""
+        side = "document" if prompt_type == "document" else "query"
+        return _cut(
+            torch.from_numpy(self._encode(inputs.dataset["text"][:], side)), self.dim
+        ).numpy()
+
+    def similarity(self, a: Any, b: Any) -> Tensor:
+        """(n, m) cosine similarities of unit vectors."""
+        return torch.as_tensor(a) @ torch.as_tensor(b).T
+
+    def similarity_pairwise(self, a: Any, b: Any) -> Tensor:
+        """(n,) cosine similarities of rows."""
+        return (torch.as_tensor(a) * torch.as_tensor(b)).sum(-1)
+
+    def index(self, corpus: Any, **_: Any) -> None:
+        """Take the documents to search: a Dataset with id, text and perhaps title."""
+        self._corpus = corpus
+
+    def search(
+        self,
+        queries: Any,
+        *,
+        task_metadata: Any,
+        hf_split: str,
+        hf_subset: str,
+        top_k: int,
+        top_ranked: dict[str, list[str]] | None = None,
+        **_: Any,
+    ) -> dict[str, dict[str, float]]:
+        """Find the best documents of each query: {query id: {document id: cosine}}.
+
+        With `top_ranked` only those candidates are scored. Otherwise the first call ranks the
+        corpus for every dimension; calls for the other dimensions look it up.
+        """
+        # The only place where a query may be a conversation or carry an instruction of its own.
+        from mteb._create_dataloaders import create_dataloader
+        from mteb.types import PromptType
+
+        loader: Any = create_dataloader(
+            queries, task_metadata=task_metadata, prompt_type=PromptType.query
+        )
+        full = torch.from_numpy(self._encode(loader.dataset["text"][:], "query"))  # (Q, D)
+        ids = queries["id"][:]
+        if top_ranked is not None:
+            return self._rerank(dict(zip(ids, full, strict=True)), top_ranked, top_k)
+        place = (hf_split, hf_subset, id(self._corpus))
+        if place not in self._rankings:
+            self._corpora.append(self._corpus)
+            self._rankings[place] = self._rank(full, top_k)
+        scores, rows = self._rankings[place][self.dim]
+        names = self._corpus["id"][:]
+        return {
+            query: dict(zip([names[row] for row in found], values, strict=True))
+            for query, found, values in zip(ids, rows.tolist(), scores.tolist(), strict=True)
+        }
+
+    def _rank(self, full: Tensor, top_k: int) -> dict[int, tuple[Tensor, Tensor]]:
+        """Per dimension the cosines and the corpus rows of the best `top_k` documents, (Q, top_k) each."""
+        device = self._embedder.device
+        queries = {dim: _cut(full.to(device), dim).split(_QUERIES) for dim in self.dims}
+        best: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        for start in range(0, len(self._corpus), _SLICE):
+            texts = _document_texts(self._corpus[start : start + _SLICE])
+            documents = torch.from_numpy(self._embed(texts, "document")).to(device)  # (S, D)
+            for dim in self.dims:
+                slice_ = _cut(documents, dim)  # (S, dim)
+                for number, block in enumerate(queries[dim]):
+                    scores = block @ slice_.T  # (q, S)
+                    scores, rows = scores.topk(min(top_k, scores.shape[1]))
+                    found = best.get((dim, number))
+                    best[dim, number] = _merge(found, (scores, rows + start), top_k)
+
+        def joined(dim: int, part: int) -> Tensor:
+            return torch.cat([best[dim, number][part].cpu() for number in range(len(queries[dim]))])
+
+        return {dim: (joined(dim, 0), joined(dim, 1)) for dim in self.dims}
+
+    def _rerank(
+        self, queries: dict[str, Tensor], top_ranked: dict[str, list[str]], top_k: int
+    ) -> dict[str, dict[str, float]]:
+        """Score each query's candidates; a query without any is left out, as mteb leaves it out."""
+        names = self._corpus["id"][:]
+        rows = {name: row for row, name in enumerate(names)}
+        full = torch.from_numpy(self._encode(_document_texts(self._corpus[:]), "document"))
+        documents = _cut(full, self.dim)
+        results: dict[str, dict[str, float]] = {}
+        for query, vector in queries.items():
+            candidates = top_ranked.get(query, [])
+            scores = (
+                documents[[rows[name] for name in candidates]] @ _cut(vector[None], self.dim)[0]
+            )
+            best = scores.topk(min(top_k, len(candidates)))
+            found = [candidates[place] for place in best.indices.tolist()]
+            results[query] = dict(zip(found, best.values.tolist(), strict=True))
+        return results
+
+    def _encode(self, texts: list[str], side: str) -> Vectors:
+        """(n, D) raw unit vectors; a text that this task has shown before is not encoded again."""
+        known = self._vectors[side]
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        if new:
+            known.update(zip(new, self._embed(new, side), strict=True))
+        return np.stack([known[text] for text in texts]) if texts else self._embed([], side)
+
+    def _embed(self, texts: list[str], side: str) -> Vectors:
+        """(n, D) unit vectors, the longest texts first and with a sign of life about every second."""
+        order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
+        vectors = np.empty((len(texts), self._embedder.dimension), np.float32)
+        start, size = 0, _FIRST_CHUNK
+        while start < len(order):
+            begun = time.monotonic()
+            rows = order[start : start + size]
+            vectors[rows] = self._embedder.encode([texts[r] for r in rows], self._prompts[side])
+            self._report(len(rows))
+            start += size
+            size *= 2 if time.monotonic() - begun < 1 else 1
+        if not np.isfinite(vectors).all():
+            raise ValueError(
+                f"the model gives vectors with NaN or infinity in {self._embedder.dtype}; "
+                "try --dtype float32"
+            )
+        return vectors
+
+
+def _cut(vectors: Tensor, dim: int) -> Tensor:
+    """The first `dim` coordinates (n, dim), scaled to unit length; zero vectors stay zero."""
+    return F.normalize(vectors[:, :dim].float(), dim=-1)
+
+
+def _document_texts(documents: dict[str, list[str]]) -> list[str]:
+    """Title and text in one, joined as mteb joins them."""
+    titles = documents.get("title") or [""] * len(documents["text"])
+    pairs = zip(titles, documents["text"], strict=True)
+    return [f"{title} {text}".strip() if title else text.strip() for title, text in pairs]
+
+
+def _merge(
+    a: tuple[Tensor, Tensor] | None, b: tuple[Tensor, Tensor], top_k: int
+) -> tuple[Tensor, Tensor]:
+    """The best `top_k` of two sets of (scores, rows), each (q, at most top_k)."""
+    if a is None:
+        return b
+    scores, rows = (torch.cat(pair, dim=1) for pair in zip(a, b, strict=True))
+    scores, order = scores.topk(min(top_k, scores.shape[1]))
+    return scores, rows.gather(1, order)
