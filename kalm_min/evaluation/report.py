@@ -1,0 +1,187 @@
+"""Results of a plan as tables: the plan itself, scores per task and dimension, means, failures.
+
+Scores are mteb's, times 100. Means over what was asked for are named as just that; under the name
+of an official benchmark stands only what mteb itself averages, and nothing while a task is missing.
+"""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kalm_min.evaluation.plan import Plan, PlannedTask, official_means, official_results
+from kalm_min.progress import duration
+
+_MISSING = "—"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of the score table; `scores` by dimension, None where there is none."""
+
+    kind: str
+    """task, type, mean or benchmark."""
+    name: str
+    type: str
+    metric: str
+    scores: Mapping[int, float | None]
+    seconds: float | None = None
+
+
+def plan_table(plan: Plan) -> str:
+    """The tasks to come, longest first: size, whether they are done, what is said before the texts."""
+    rows = []
+    for task in plan.tasks:
+        size = f"{task.characters / 1e6:.2f}" if task.characters else "?"
+        state = "done" if plan.result(task) is not None else "to do"
+        rows.append([task.name, task.type, size, state, _instruction(task)])
+    return _markdown(["task", "type", "Mchar", "state", "instruction"], rows, right={2})
+
+
+def _instruction(task: PlannedTask) -> str:
+    """The resolved instruction of a task, with a mark where it is only the type's."""
+    said = task.instruction
+    if not said.query and not said.document:
+        return "none"
+    mark = " (default of the type)" if said.origin == "type" else ""
+    if said.document == said.query:
+        return f"{said.query}{mark} (both sides)"
+    return f"{said.query}{mark}" + (f" | documents: {said.document}" if said.document else "")
+
+
+def score_rows(plan: Plan) -> list[Row]:
+    """Every task (scores None where it has no result), then means, then official benchmarks."""
+    records: dict[str, Any] = {}
+    for task in plan.tasks:
+        result = plan.result(task)
+        if result is not None:
+            records[task.name] = result["kalm_min"]
+    inside = {leaf for leaves in plan.aggregates.values() for leaf in leaves}
+    rows = [_task_row(plan, task, records) for task in plan.tasks if task.name not in inside]
+    rows += [_aggregate_row(plan, name, records) for name in plan.aggregates]
+    rows.sort(key=lambda row: (row.type, row.name))
+    official = [row for name in plan.benchmarks for row in _benchmark_rows(plan, name, records)]
+    return rows + _mean_rows(rows, plan.dims) + official
+
+
+def _task_row(plan: Plan, task: PlannedTask, records: dict[str, Any]) -> Row:
+    if task.name not in records:
+        return Row("task", task.name, task.type, task.main_score, dict.fromkeys(plan.dims))
+    record = records[task.name]
+    scores = {dim: 100 * record["dims"][str(dim)]["main_score"] for dim in plan.dims}
+    return Row("task", task.name, task.type, task.main_score, scores, record["seconds"])
+
+
+def _aggregate_row(plan: Plan, name: str, records: dict[str, Any]) -> Row:
+    """A task that is the mean of others (CQADupstackRetrieval), by mteb's own rule."""
+    leaves = [task for task in plan.tasks if task.name in plan.aggregates[name]]
+    kind, metric = leaves[0].type, leaves[0].main_score
+    if any(leaf.name not in records for leaf in leaves):
+        return Row("task", name, kind, metric, dict.fromkeys(plan.dims))
+    results = {dim: official_results(name, _at(records, dim)) for dim in plan.dims}
+    scores = {dim: 100 * result.get_score() for dim, result in results.items()}
+    seconds = sum(records[leaf.name]["seconds"] for leaf in leaves)
+    return Row("task", name, kind, metric, scores, seconds)
+
+
+def _at(records: dict[str, Any], dim: int) -> dict[str, Any]:
+    return {name: record["dims"][str(dim)] for name, record in records.items()}
+
+
+def _mean_rows(rows: Sequence[Row], dims: Sequence[int]) -> list[Row]:
+    """Means of each type, over tasks and over types; their names say so when tasks are missing."""
+
+    def mean(kind: str, name: str, group: Sequence[Row], missing: int) -> Row:
+        scores = {dim: sum(row.scores[dim] or 0 for row in group) / len(group) for dim in dims}
+        note = f" ({missing} task{'s' * (missing > 1)} missing)" if missing else ""
+        return Row(kind, f"mean of {len(group)} {name}{note}", "", "", scores)
+
+    done = [row for row in rows if row.scores[dims[0]] is not None]
+    types = []
+    for kind in sorted({row.type for row in done}):
+        group = [row for row in done if row.type == kind]
+        missing = sum(row.type == kind for row in rows) - len(group)
+        types.append(mean("type", kind, group, missing))
+    if not done:
+        return []
+    missing = len(rows) - len(done)
+    return [*types, mean("mean", "tasks", done, missing), mean("mean", "types", types, missing)]
+
+
+def _benchmark_rows(plan: Plan, name: str, records: dict[str, Any]) -> list[Row]:
+    """mteb's own means of a benchmark; none of its numbers while a task is missing."""
+    leaves = [leaf for task in plan.benchmarks[name] for leaf in plan.aggregates.get(task, (task,))]
+    missing = sum(leaf not in records for leaf in leaves)
+    if missing:
+        note = f"{name}: {missing} of {len(leaves)} tasks missing"
+        return [Row("benchmark", note, "", "", dict.fromkeys(plan.dims))]
+    means = {dim: official_means(name, _at(records, dim)) for dim in plan.dims}
+    return [
+        Row("benchmark", name, "", key, {dim: 100 * (means[dim][key] or 0) for dim in plan.dims})
+        for key in ("Mean(Task)", "Mean(TaskType)")
+        if all(means[dim].get(key) is not None for dim in plan.dims)
+    ]
+
+
+def markdown(plan: Plan, rows: Sequence[Row], failures: Mapping[str, Any]) -> str:
+    """The report: what was evaluated and how, the scores, and what failed and why."""
+    settings = ", ".join(
+        f"{key} {value}" for key, value in plan.settings.items() if value is not None
+    )
+    head = ["task", "type", "score", *(str(dim) for dim in plan.dims), "time"]
+    lines = [
+        [
+            row.name,
+            row.type if row.kind == "task" else "",
+            row.metric if row.kind in {"task", "benchmark"} else "",
+            *(_number(row.scores[dim]) for dim in plan.dims),
+            "" if row.seconds is None else duration(row.seconds),
+        ]
+        for row in rows
+    ]
+    parts = [
+        f"# {plan.model}",
+        f"Checkpoint {plan.checkpoint[:12]}; {settings}. Scores are mteb's, times 100.",
+        _markdown(head, lines, right=set(range(3, len(head)))),
+    ]
+    for name, failure in failures.items():
+        log = f"\n\n```\n{failure.log}\n```" if failure.log else ""
+        parts.append(f"**{name} failed**: {failure.reason}{log}")
+    return "\n\n".join(parts) + "\n"
+
+
+def comma_separated(plan: Plan, rows: Sequence[Row]) -> str:
+    """The same rows for programs: kind, name, type, score, a column per dimension, seconds."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["kind", "name", "type", "score", *plan.dims, "seconds"])
+    for row in rows:
+        scores = [_number(row.scores[dim]).replace(_MISSING, "") for dim in plan.dims]
+        seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
+        writer.writerow([row.kind, row.name, row.type, row.metric, *scores, seconds])
+    return stream.getvalue()
+
+
+def _number(score: float | None) -> str:
+    return _MISSING if score is None else f"{score:.2f}"
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]], right: set[int]) -> str:
+    """A Markdown table whose columns line up when printed; `right` are the numbers' columns."""
+    table = [
+        [cell.replace("|", "\\|").replace("\n", "\\n") for cell in row] for row in [head, *rows]
+    ]
+    widths = [max(3, *(len(row[i]) for row in table)) for i in range(len(head))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        return f"| {' | '.join(cells)} |"
+
+    rule = [
+        "-" * (width - 1) + ":" if i in right else "-" * width for i, width in enumerate(widths)
+    ]
+    return "\n".join([line(table[0]), line(rule), *map(line, table[1:])])

@@ -1,0 +1,256 @@
+"""Workers that die, hang and lie: every other result is there, and what failed is named."""
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from kalm_min.evaluation.child import Child
+from kalm_min.evaluation.plan import Instruction, Plan, PlannedTask
+from kalm_min.evaluation.report import comma_separated, markdown, plan_table, score_rows
+from kalm_min.evaluation.runner import Runner
+
+FAKE = (sys.executable, "-S", str(Path(__file__).with_name("fake_worker.py")))
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """plan("ok-1", "crash-2", ...): tasks called after what the fake worker does with them."""
+
+    def make(*names, **changes):
+        tasks = tuple(
+            PlannedTask(name, "STS", "cosine_spearman", "1", 1000, Instruction()) for name in names
+        )
+        (tmp_path / "run").mkdir(exist_ok=True)
+        settings = {"dtype": "auto", "causal": None, "pooling": None, "max_length": None}
+        options = {
+            "model": "a/model",
+            "checkpoint": "c" * 64,
+            "dims": (32, 8),
+            "settings": settings,
+            "tasks": tasks,
+            "results": tmp_path / "run",
+        }
+        return Plan(**options | changes)
+
+    return make
+
+
+def runner(plan, tmp_path, devices=("cpu", "cpu"), timeout=30.0, stream=None):
+    return Runner(
+        plan,
+        devices=devices,
+        environment={"PATH": os.environ["PATH"]},
+        logs=tmp_path / "logs",
+        timeout=timeout,
+        stream=stream or io.StringIO(),
+        command=FAKE,
+    )
+
+
+def are_gone(pids):
+    """Whether the processes end within seconds (a grandchild's end is not waited for)."""
+    end = time.monotonic() + 5
+    while any(is_alive(int(pid)) for pid in pids):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "Z" not in Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0]
+
+
+def test_all_go_well(plan, tmp_path):
+    stream = io.StringIO()
+    every = plan(*(f"ok-{i}" for i in range(6)))
+    assert runner(every, tmp_path, stream=stream).run() == {}
+    assert all(every.result(task) for task in every.tasks)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 6
+    assert re.fullmatch(r"\[6/6\] ok-\d  cosine_spearman 50.00  0s  cpu#[01]", lines[-1])
+    assert "left)" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("crash", r"died (signal SIGSEGV), 3 times"),
+        ("exit", "died (exit code 3), 3 times"),
+        ("garbage", "wrote b'Downloading: 45%' where a message belongs, 3 times"),
+        ("half", "where a message belongs"),
+        ("stranger", "speaks of somebody else's, which it was not given"),
+        ("memory", "ran out of memory, 3 times"),
+        ("error", "ValueError: no"),
+        ("liar", "said it was done and left no valid result file"),
+        ("torn", "said it was done and left no valid result file"),
+    ],
+)
+def test_a_broken_task_stops_no_other(plan, tmp_path, name, reason):
+    """Promise: a failing task is reported with its reason and log; the others have their results."""
+    every = plan("ok-1", f"{name}-2", "ok-3", "ok-4")
+    failures = runner(every, tmp_path).run()
+    assert list(failures) == [f"{name}-2"]
+    assert reason in failures[f"{name}-2"].reason
+    tries = 3 if "3 times" in failures[f"{name}-2"].reason else 1
+    assert failures[f"{name}-2"].log.splitlines()[0].endswith(f"attempt {tries - 1}") or tries == 1
+    assert [bool(every.result(task)) for task in every.tasks] == [True, False, True, True]
+    text = markdown(every, score_rows(every), failures)
+    assert f"**{name}-2 failed**: " in text
+    assert "| mean of 3 tasks (1 task missing) |" in text
+
+
+def test_a_crash_is_tried_again_with_less(plan, tmp_path):
+    """The second attempt says so to the worker (half the batch) and may succeed."""
+    stream = io.StringIO()
+    every = plan("once-1", "ok-2")
+    assert runner(every, tmp_path, stream=stream).run() == {}
+    assert every.result(every.tasks[0])
+    assert re.search(r"once-1: worker cpu#\d died \(signal SIGSEGV\); trying", stream.getvalue())
+
+
+def test_a_hanging_worker_is_killed_with_its_children(plan, tmp_path):
+    """Promise: no sign of life for the timeout ends the worker and all it started."""
+    every = plan("hang-1", "ok-2", "slow-3")
+    failures = runner(every, tmp_path, timeout=0.5).run()
+    assert list(failures) == ["hang-1"]
+    assert "gave no sign of progress for 0s" in failures["hang-1"].reason
+    pids = (tmp_path / "run" / "hang-1.json.pids").read_text().split()
+    assert len(pids) == 6
+    assert are_gone(pids)
+
+
+def test_ctrl_c_ends_the_children_and_keeps_results(plan, tmp_path):
+    """Promise: an interrupted run leaves no process, and the same command finishes the rest."""
+    every = plan("ok-1", "hang-2")
+    marker = tmp_path / "run" / "hang-2.json.pids"
+
+    def interrupt():
+        while not (marker.exists() and every.result(every.tasks[0])):
+            time.sleep(0.01)
+        signal.raise_signal(signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        runner(every, tmp_path).run()
+    thread.join()
+    assert are_gone(marker.read_text().split())
+    again = runner(every, tmp_path)
+    assert [task.name for task, _ in again.queue] == ["hang-2"]
+
+
+def test_what_is_done_is_not_done_again(plan, tmp_path):
+    """A second run starts no worker; a torn file is made anew."""
+    every = plan("ok-1", "ok-2")
+    runner(every, tmp_path).run()
+    before = [every.result_path(task).stat().st_mtime_ns for task in every.tasks]
+    second = runner(every, tmp_path)
+    assert second.slots == []
+    assert second.run() == {}
+    assert [every.result_path(task).stat().st_mtime_ns for task in every.tasks] == before
+    every.result_path(every.tasks[1]).write_text('{"kalm_min"')
+    (tmp_path / "run" / ".ok-2.json.abc.tmp").write_text("of a worker that was killed")
+    assert runner(every, tmp_path).run() == {}
+    assert every.result(every.tasks[1])
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("devices", "failed"),
+    [
+        (("cuda:7", "cpu"), []),
+        (("cuda:7",), ["ok-1", "ok-2"]),
+        (("cuda:8", "cuda:7"), ["ok-1", "ok-2"]),
+    ],
+)
+def test_a_device_that_does_not_come_up(plan, tmp_path, devices, failed):
+    """The others do its work; with none left every task is failed, and nothing waits for ever."""
+    failures = runner(plan("ok-1", "ok-2"), tmp_path, devices=devices).run()
+    assert list(failures) == failed
+    for failure in failures.values():
+        assert failure.reason.startswith("no worker could start: ")
+
+
+def test_workers_share_the_cores(plan, tmp_path):
+    """Bug to avoid: eight workers with a thread for every core each."""
+    every = runner(plan("ok-1", "ok-2", "ok-3"), tmp_path, devices=("cpu",) * 2)
+    cores = len(os.sched_getaffinity(0))
+    assert every.environment["OMP_NUM_THREADS"] == str(max(1, cores // 2))
+    assert len(runner(plan("ok-1"), tmp_path, devices=("cpu",) * 9).slots) == 1
+
+
+def test_a_terminal_gets_a_line_in_place(plan, tmp_path):
+    """What each worker is at is redrawn, and wiped before a line that stays."""
+    reader, writer = os.openpty()
+    with open(writer, "w") as stream:  # noqa: PTH123 -- a descriptor
+        runner(plan("slow-1"), tmp_path, stream=stream).run()
+        drawn = os.read(reader, 1 << 16).decode()
+    os.close(reader)
+    assert "\r\x1b[K0/1 done | cpu slow-1 " in drawn.replace("#0", "")
+    assert drawn.endswith("\r\x1b[K")
+
+
+def test_tables(plan):
+    """Markdown lines up and is complete without scores; CSV holds the same rows."""
+    every = plan("ok|1", "ok-2")
+    assert "to do" in plan_table(every)
+    rows = score_rows(every)
+    assert [row.kind for row in rows] == ["task", "task"]
+    lines = markdown(every, rows, {}).splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len({len(line) for line in table}) == 1
+    assert "ok\\|1" in table[3]
+    assert comma_separated(every, rows).splitlines() == [
+        "kind,name,type,score,32,8,seconds",
+        "task,ok-2,STS,cosine_spearman,,,",
+        "task,ok|1,STS,cosine_spearman,,,",
+    ]
+
+
+@pytest.fixture
+def real_worker(tmp_path, tiny_model_dir):
+    """A started worker of the real kind, told of its model, when it is ready."""
+    settings = {"model": str(tiny_model_dir), "device": "cpu", "dtype": "float32", "dims": [32]}
+    settings |= {"causal": None, "pooling": None, "max_length": None}
+    command = (sys.executable, "-m", "kalm_min.evaluation.worker")
+    environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": os.environ["PATH"]}
+    child = Child.start(command, environment | {"OMP_NUM_THREADS": "1"}, tmp_path / "log")
+    child.send(settings)
+    messages, end = child.read()
+    assert not end, child.tail()
+    assert messages[0]["event"] == "ready"
+    assert messages[0]["dtype"] == "float32"
+    yield child
+    child.kill()
+
+
+def test_an_orphan_ends(real_worker):
+    """Bug to avoid: a killed parent leaves workers that hold the GPU."""
+    real_worker.process.stdin.close()
+    assert real_worker.process.wait(timeout=20) == 0
+
+
+def test_noise_on_stdout_goes_to_the_log(tmp_path):
+    """Promise: what a library prints cannot be taken for a message."""
+    code = (
+        "import os; from kalm_min.evaluation.worker import _take_stdout;"
+        "pipe = _take_stdout(); print('noise', flush=True); os.write(1, b'more'); pipe.write('message')"
+    )
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert done.stdout == "message"
+    assert "noise" in done.stderr
+    assert "more" in done.stderr
