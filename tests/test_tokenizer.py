@@ -1,0 +1,59 @@
+"""Text to ids by the rules of a checkpoint."""
+
+import json
+import shutil
+
+import pytest
+
+from kalm_min.tokenizer import Tokenizer, check_texts
+
+
+@pytest.fixture
+def folder(tiny_model_dir, tmp_path):
+    return shutil.copytree(tiny_model_dir, tmp_path / "model")
+
+
+def test_ids_are_those_of_transformers(folder):
+    """Prompt joined as text, truncation that counts it, foreign scripts, the empty text."""
+    from transformers import AutoTokenizer
+
+    ours, theirs = Tokenizer.from_folder(folder), AutoTokenizer.from_pretrained(folder)
+    texts = ["the cat sat", "", "你好 🐦 naïve", "dog " * 100, "<|endoftext|> inside"]
+    for prompt in ("", "Instruct: see \n Query: "):
+        found = ours.encode(texts, prompt, max_length=20)
+        expected = [theirs(prompt + t, truncation=True, max_length=20)["input_ids"] for t in texts]
+        assert found == expected
+
+
+def test_a_file_that_closes_texts_is_not_closed_twice(folder, tmp_path):
+    """add_eos_token with a post-processor that already appends the token: one token."""
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"add_eos_token": True}))
+    once = Tokenizer.from_folder(folder)
+    assert once.closes_texts
+    once.save(tmp_path, max_length=9)
+    saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(saved | {"add_eos_token": True}))
+    twice = Tokenizer.from_folder(tmp_path)
+    assert twice.encode(["a"], max_length=9) == once.encode(["a"], max_length=9)
+    path.write_text(json.dumps(settings | {"add_eos_token": True, "eos_token": "<nope>"}))
+    with pytest.raises(ValueError, match="eos_token '<nope>' is not a known token"):
+        Tokenizer.from_folder(folder)
+
+
+def test_what_is_missing_or_damaged_is_named(folder):
+    """No tokenizer.json; one that is not JSON; remote code is dropped, never run."""
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: expected a tokenizers file"):
+        Tokenizer.from_folder(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"expected tokenizer\.json, found none"):
+        Tokenizer.from_folder(folder)
+
+
+def test_texts_are_checked_by_position():
+    """The first bad one is named by its place."""
+    check_texts(["fine", "", "🐦"])
+    with pytest.raises(ValueError, match=r"texts\[2\]: expected a string, found int"):
+        check_texts(["a", "b", 3])
