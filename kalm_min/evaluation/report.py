@@ -30,24 +30,36 @@ class Row:
 
 
 def plan_table(plan: Plan) -> str:
-    """The tasks to come, longest first: size, whether they are done, what is said before the texts."""
-    rows = []
-    for task in plan.tasks:
-        size = f"{task.characters / 1e6:.2f}" if task.characters else "?"
-        state = "done" if plan.result(task) is not None else "to do"
-        rows.append([task.name, task.type, size, state, _instruction(task)])
-    return _markdown(["task", "type", "Mchar", "state", "instruction"], rows, right={2})
+    """The tasks, longest first: size, whether they are done, and what is said before their texts.
+
+    The instruction is the task's own, or the default of its type.
+    """
+    done = [plan.result(task) is not None for task in plan.tasks]
+    rows = [
+        [
+            task.name,
+            task.type,
+            f"{task.characters / 1e6:.2f}" if task.characters else "?",
+            "done" if is_done else "to do",
+            task.instruction.origin if _said(task) else "",
+            _said(task) or "none",
+        ]
+        for task, is_done in zip(plan.tasks, done, strict=True)
+    ]
+    total = sum(task.characters for task in plan.tasks) / 1e6
+    head = ["task", "type", "Mchar", "state", "of the", "instruction"]
+    return (
+        f"{_markdown(head, rows, right={2})}\n\n"
+        f"{len(rows)} tasks ({sum(done)} done), {total:.2f} Mchar; results in {plan.results}"
+    )
 
 
-def _instruction(task: PlannedTask) -> str:
-    """The resolved instruction of a task, with a mark where it is only the type's."""
-    said = task.instruction
-    if not said.query and not said.document:
-        return "none"
-    mark = " (default of the type)" if said.origin == "type" else ""
-    if said.document == said.query:
-        return f"{said.query}{mark} (both sides)"
-    return f"{said.query}{mark}" + (f" | documents: {said.document}" if said.document else "")
+def _said(task: PlannedTask) -> str:
+    """The resolved instruction of a task, on both sides."""
+    query, document = task.instruction.query, task.instruction.document
+    if query == document:
+        return f"{query} (both sides)" if query else ""
+    return f"{query} | documents: {document}" if document else query
 
 
 def score_rows(plan: Plan) -> list[Row]:
@@ -142,13 +154,25 @@ def markdown(plan: Plan, rows: Sequence[Row], failures: Mapping[str, Any]) -> st
     ]
     parts = [
         f"# {plan.model}",
-        f"Checkpoint {plan.checkpoint[:12]}; {settings}. Scores are mteb's, times 100.",
+        f"Checkpoint {plan.checkpoint[:12]}; {settings}.{_used(plan)} Scores are mteb's, times 100.",
         _markdown(head, lines, right=set(range(3, len(head)))),
     ]
     for name, failure in failures.items():
         log = f"\n\n```\n{failure.log}\n```" if failure.log else ""
         parts.append(f"**{name} failed**: {failure.reason}{log}")
     return "\n\n".join(parts) + "\n"
+
+
+def _used(plan: Plan) -> str:
+    """What settings that were left open came to; more than one answer is a reason to look twice."""
+    results = [result for task in plan.tasks if (result := plan.result(task)) is not None]
+    used = [result["kalm_min"]["used"] for result in results]
+    answers = sorted(
+        f"{one['dtype']}, {'causal' if one['causal'] else 'bidirectional'}, {one['pooling']} pooling, "
+        f"{one['max_length']} tokens at most"
+        for one in used
+    )
+    return f" Computed in {' and in '.join(dict.fromkeys(answers))}." if answers else ""
 
 
 def comma_separated(plan: Plan, rows: Sequence[Row]) -> str:

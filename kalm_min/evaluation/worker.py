@@ -193,15 +193,27 @@ def _prompt(embedder: Embedder, instruction: str) -> str:
 
 
 def _load_task(order: dict[str, Any]) -> Any:
-    """The mteb task of an order, with its data."""
+    """The mteb task of an order, with its data.
+
+    Raises ValueError for reranking without candidates: with HF_HUB_OFFLINE=1 `datasets` does not
+    find them in its cache, and mteb would then rank the whole corpus and call it the same task.
+    """
     import mteb
 
     if order["folder"]:
         return build_task(Path(order["folder"]))
     key = order["key"]
-    task = mteb.get_task(order["name"], eval_splits=key["splits"], hf_subsets=key["subsets"])
+    task: Any = mteb.get_task(order["name"], eval_splits=key["splits"], hf_subsets=key["subsets"])
     task.load_data()
     task.data_loaded = True
+    if hasattr(task, "convert_v1_dataset_format_to_v2"):
+        task.convert_v1_dataset_format_to_v2(num_proc=None)  # once, so that all twins share it
+    if order["type"].endswith("Reranking"):
+        parts = [
+            task.dataset[subset][split] for subset in key["subsets"] for split in key["splits"]
+        ]
+        if not all(part["top_ranked"] for part in parts):
+            raise ValueError("the candidates to rerank (top_ranked) were not found in the dataset")
     return task
 
 

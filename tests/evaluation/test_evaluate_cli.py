@@ -68,8 +68,9 @@ def test_a_run_and_its_repetition(mteb, evaluate, eight, datasets):
 def test_dry_run_shows_the_plan_and_runs_nothing(mteb, evaluate, eight):
     shown = evaluate("--data", eight, "--dry-run", "--output", "elsewhere")
     assert shown.returncode == 0
-    assert shown.stdout.count("to do") == 8
-    assert "Retrieve semantically similar text (default of the type)" in shown.stdout
+    assert shown.stdout.count("| to do |") == 8
+    assert "| to do | type   | Retrieve semantically similar text " in shown.stdout
+    assert "8 tasks (0 done), " in shown.stdout
     assert not (evaluate.folder / "elsewhere").exists()
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from importlib.util import find_spec
 
 import pytest
 
@@ -24,6 +25,8 @@ RETRIEVE = "Given a query, retrieve documents that answer the query"
 @pytest.fixture
 def config(tiny_model_dir, eight, tmp_path):
     """make(**changes) -> the plan of the eight datasets."""
+    if find_spec("mteb") is None:
+        pytest.skip("needs mteb")
 
     def make(**changes):
         settings = {"model": str(tiny_model_dir), "data": (eight,), "output": tmp_path / "results"}
