@@ -23,26 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "while",
-    "one",
-    "dog",
-    "ran",
-    "far",
-    "from",
-    "its",
-    "house",
-    "to",
-    "see",
-    "blue",
-    "birds",
-]
+WORDS = "the cat sat on a mat while one dog ran far from its house to see blue birds".split()
 
 
 def build_model(folder, *, causal=True, pooling="mean", max_length=32, seed=0, **sizes):

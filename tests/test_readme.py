@@ -1,0 +1,67 @@
+"""The README keeps its word: its Python runs, its commands parse, its files exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import train
+from kalm_min.config import parse
+from kalm_min.evaluation.plan import EvaluationConfig
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(program: str) -> list[list[str]]:
+    """The arguments of every call of a program in the README."""
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    words = [shlex.split(line, comments=True) for line in lines if f" {program} " in line]
+    return [line[line.index(program) + 1 :] for line in words]
+
+
+def test_the_python_runs(tiny_model_dir, capsys):
+    """The first lines a user types work as they stand, on any model."""
+    assert len(blocks("python")) == 1
+    for block in blocks("python"):
+        exec(block.replace("path-or-hub-id", str(tiny_model_dir)), {})
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", commands("train.py"))
+def test_training_commands(arguments):
+    """Every flag is one that train.py knows."""
+    parse(train.TrainConfig, arguments, program="train.py", description="")
+
+
+@pytest.mark.parametrize("arguments", commands("evaluate.py"))
+def test_evaluation_commands(arguments):
+    """Every flag is one that evaluate.py knows."""
+    parse(EvaluationConfig, arguments, program="evaluate.py", description="")
+
+
+def test_its_files_exist():
+    """Every path of the project that it names is there."""
+    named = set(re.findall(r"[\w./]+\.(?:py|toml|md|txt)\b", README)) - {"config.toml"}
+    places = [ROOT, ROOT / "kalm_min", ROOT / "kalm_min/model", ROOT / "kalm_min/losses"]
+    places.append(ROOT / "kalm_min/training")
+    missing = [name for name in named if not any((place / name).exists() for place in places)]
+    assert not missing
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.name)
+def test_recipes_parse(path):
+    """Every recipe is a configuration of train.py, but for what only its user knows."""
+    text = path.read_text(encoding="utf-8")
+    own = [] if re.search(r"^(path|tokenizer) = ", text, re.MULTILINE) else ["--model.path", "m"]
+    parse(
+        train.TrainConfig,
+        [str(path), "--data.path", "d", "--output", "o", *own],
+        program="train.py",
+        description="",
+    )
