@@ -9,8 +9,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 EXTRAS := mining,eval,report,data
 
-# Tests run in two processes; more threads than that only get in each other's way.
-export OMP_NUM_THREADS ?= 1
+# Two processes of tests; more threads than cores only get in each other's way.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .PHONY: help venv test fast lint types demo clean
 
@@ -29,10 +29,10 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 test: lint types  ## lint, format, types, import floors and all tests
-	$(BIN)/python -m pytest -n 2
+	$(PYTEST)
 
 fast: $(READY)  ## the tests that take a moment
-	$(BIN)/python -m pytest -n 2 -m "not slow and not network and not gpu"
+	$(PYTEST) -m "not slow and not network and not gpu"
 
 lint: $(READY)  ## ruff: rules and format
 	$(BIN)/ruff check .
