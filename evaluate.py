@@ -30,6 +30,15 @@ def main() -> int:
     )
     signal.signal(signal.SIGTERM, _interrupt)
     try:
+        return _evaluate(config)
+    except KeyboardInterrupt:
+        print("interrupted; finished results are kept, the same command continues")
+        return 130
+
+
+def _evaluate(config: EvaluationConfig) -> int:
+    """The exit code of a run."""
+    try:
         plan = make_plan(config)
     except ValueError as error:
         sys.stderr.write(f"evaluate.py: {error}\n")
@@ -45,11 +54,7 @@ def main() -> int:
         timeout=config.timeout,
         stream=sys.stdout,
     )
-    try:
-        failures = runner.run()
-    except KeyboardInterrupt:
-        print(f"interrupted; finished results are in {plan.results}, the same command continues")
-        return 130
+    failures = runner.run()
     rows = report.score_rows(plan)
     text = report.markdown(plan, rows, failures)
     write_text(config.output / "summary.md", text)

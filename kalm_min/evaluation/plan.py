@@ -175,7 +175,8 @@ def make_plan(config: EvaluationConfig) -> Plan:
         "pooling": config.pooling,
     }
     digest = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()
-    owner = config.model if not Path(config.model).exists() else f"local/{folder.resolve().name}"
+    is_local = Path(config.model).expanduser().is_dir()
+    owner = f"local/{folder.resolve().name}" if is_local else config.model
     # mteb's layout, so that mteb.ResultCache(output) finds the results too.
     revision = f"{checkpoint[:12]}-{digest[:8]}"
     return Plan(
@@ -210,9 +211,12 @@ def _resolve_model(model: str) -> Path:
 
 
 def _hash_model(folder: Path) -> str:
-    """A digest of the names and bytes of weights, tokenizer and settings."""
+    """A digest of the names and bytes of weights, tokenizer and settings.
+
+    Only the folder itself and its module folders (1_Pooling): results may be kept beside them.
+    """
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
+    for path in sorted([*folder.glob("*"), *folder.glob("[0-9]_*/*")]):
         if path.suffix in _HASHED and path.is_file():
             with path.open("rb") as file:
                 content = hashlib.file_digest(file, "sha256").digest()

@@ -183,6 +183,7 @@ def test_a_changed_weight_is_another_checkpoint(config, make_model, tmp_path):
     assert plans[0].results.parent == plans[1].results.parent  # the folders are named alike
     assert plans[0].results != plans[1].results
     (models[0] / "README.md").write_text("a new card")
+    write_json(models[0] / "results" / "task.json", {"kept": "beside the weights"})
     assert config(model=str(models[0])).checkpoint == plans[0].checkpoint
 
 
