@@ -38,6 +38,7 @@ _QUERIES = 12  # divides by 1, 2 and 3 processes
 _PLAIN = LossConfig(temperature=0.05, mask_false_negatives=False)
 _MASKED = replace(_PLAIN, mask_false_negatives=True)
 _MATRYOSHKA = replace(_MASKED, matryoshka_dims=(16, 8, 4), matryoshka_weights=(1.0, 0.3, 0.2))
+_ALL = replace(_MATRYOSHKA, gamma=0.5, mixing=True, distillation_weight=0.7)
 
 
 class Option(NamedTuple):
@@ -54,7 +55,10 @@ OPTIONS = (
     Option("masking", _MASKED),
     Option("Matryoshka", _MATRYOSHKA),
     Option("focal", replace(_MASKED, gamma=0.5)),
-    Option("focal, Matryoshka", replace(_MATRYOSHKA, gamma=0.5)),
+    Option("mixing", replace(_MASKED, mixing=True)),
+    Option("distillation", replace(_MASKED, distillation_weight=0.7)),
+    Option("all of them", _ALL),
+    Option("all of them, in blocks", replace(_ALL, memory_gib=1e-5)),
 )
 _TOKEN_BUDGETS = {"1": 10**6, "3": 110, "n": 1}  # chunks: tokens of each
 
@@ -91,6 +95,8 @@ def examples(count: int = _QUERIES) -> list[Example]:
                 query=f"query {i}",
                 positives=positives,
                 negatives=tuple(negatives),
+                positive_scores=(0.9, 0.8)[: len(positives)],
+                negative_scores=tuple(0.1 * j for j in range(len(negatives))),
                 task=0,
                 index=i,
                 group="class" if i in {8, 9} else None,

@@ -10,6 +10,7 @@ B queries, N documents. Not here: tokenizing, and turning hashes into masks (tra
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,10 @@ import numpy.typing as npt
 from kalm_min.data.examples import Example
 from kalm_min.files import text_hash
 
+_BETA = 2.0  # of the shares of a pair-wise mix, Beta(2, 2): KaLM V2 report, online mixing
+
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +47,12 @@ class TextBatch:
     """(N,) the query that brought the document."""
     in_batch: npt.NDArray[np.bool_]
     """(B,) False: the query sees its own documents only."""
+    mix_pair: Ints
+    """(B, 2) places, among the query's negatives, of the two that losses/mixing.py mixes."""
+    mix_share: Floats
+    """(B,) share of the first one, from Beta(2, 2)."""
+    teacher_scores: Floats
+    """(N,) a teacher's score of each document for its owner; nan where the data has none."""
 
 
 def collate(
@@ -62,6 +72,7 @@ def collate(
     queries: list[str] = []
     documents: list[str] = []
     plain: list[str] = []  # the documents without prompt
+    draws: list[_Drawn] = []
     owner: list[int] = []
     labels: list[int] = []
     for number, example in enumerate(examples):
@@ -69,10 +80,11 @@ def collate(
         prompt = template.format(instruction=instruction) if instruction else ""
         queries.append(prompt + example.query)
         drawn = _draw(example, num_negatives, seed, epoch)
+        draws.append(drawn)
         labels.append(len(documents))
-        owner += [number] * len(drawn)
-        plain += drawn
-        documents += [prompt + text for text in drawn] if example.symmetric else drawn
+        owner += [number] * len(drawn.texts)
+        plain += drawn.texts
+        documents += [prompt + text for text in drawn.texts] if example.symmetric else drawn.texts
     groups = _ints(_group_hash(example) for example in examples)
     document_groups = np.zeros(len(documents), np.int64)
     document_groups[labels] = groups
@@ -87,23 +99,47 @@ def collate(
         document_groups=document_groups,
         document_owner=_ints(owner),
         in_batch=np.array([example.in_batch_negatives for example in examples], np.bool_),
+        mix_pair=np.array([drawn.mix_pair for drawn in draws], np.int64),
+        mix_share=np.array([drawn.mix_share for drawn in draws], np.float64),
+        teacher_scores=np.array([score for drawn in draws for score in drawn.scores], np.float64),
     )
 
 
-def _draw(example: Example, num_negatives: int, seed: int, epoch: int) -> list[str]:
-    """One positive, then at most `num_negatives` of the negatives, none twice.
+class _Drawn(NamedTuple):
+    """What one example brings to a batch."""
+
+    texts: list[str]
+    """Its positive, then its negatives."""
+    scores: list[float]
+    """A teacher's of each, nan where there is none."""
+    mix_pair: tuple[int, int]
+    mix_share: float
+
+
+def _draw(example: Example, num_negatives: int, seed: int, epoch: int) -> _Drawn:
+    """One positive, then at most `num_negatives` of the negatives, none twice, and how to mix them.
 
     A negative that equals a positive or the query is no negative (mined data has such rows).
     """
     key = np.random.SeedSequence(seed, spawn_key=(epoch, example.index))
     rng = np.random.default_rng(key)
-    positive = example.positives[rng.integers(len(example.positives))]
+    place = int(rng.integers(len(example.positives)))
     known = {example.query, *example.positives}
+    scores = example.negative_scores or (np.nan,) * len(example.negatives)
+    scored = dict(zip(reversed(example.negatives), reversed(scores), strict=True))
     negatives = [text for text in dict.fromkeys(example.negatives) if text not in known]
     if len(negatives) > num_negatives:
         chosen: list[int] = rng.permutation(len(negatives))[:num_negatives].tolist()
         negatives = [negatives[i] for i in chosen]
-    return [positive, *negatives]
+    share = float(rng.beta(_BETA, _BETA))
+    pair: list[int] = rng.permutation(len(negatives))[:2].tolist() if len(negatives) > 1 else [0, 0]
+    return _Drawn(
+        [example.positives[place], *negatives],
+        [(example.positive_scores or (np.nan,) * len(example.positives))[place]]
+        + [scored[text] for text in negatives],
+        (pair[0], pair[1]),
+        share,
+    )
 
 
 def _group_hash(example: Example) -> int:

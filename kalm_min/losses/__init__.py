@@ -1,7 +1,21 @@
 """Losses: pure functions of vectors, labels and masks."""
 
-from kalm_min.losses.info_nce import info_nce
+from kalm_min.losses.cosines import cosines
+from kalm_min.losses.distillation import distillation_rows
+from kalm_min.losses.info_nce import contrastive_rows, info_nce
 from kalm_min.losses.masking import Documents, Queries, candidate_masks
 from kalm_min.losses.matryoshka import matryoshka
+from kalm_min.losses.mixing import Mixes, mixed_cosines
 
-__all__ = ["Documents", "Queries", "candidate_masks", "info_nce", "matryoshka"]
+__all__ = [
+    "Documents",
+    "Mixes",
+    "Queries",
+    "candidate_masks",
+    "contrastive_rows",
+    "cosines",
+    "distillation_rows",
+    "info_nce",
+    "matryoshka",
+    "mixed_cosines",
+]

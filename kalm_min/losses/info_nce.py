@@ -1,6 +1,7 @@
 """InfoNCE: each query against one positive and every other candidate.
 
 B  queries of this process    N  candidate documents    D  width of the vectors
+S  synthetic negatives of each query
 
     p_i = exp(s(q_i, d_label_i) / t) / sum_n exp(s(q_i, d_n) / t)        s: cosine, t: temperature
     L   = mean_i  -(1 - p_i)^gamma log p_i
@@ -12,8 +13,10 @@ documents come from: the function knows nothing of processes.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from kalm_min.losses.cosines import cosines
+from kalm_min.losses.mixing import Mixes, mixed_cosines
 
 
 def info_nce(
@@ -24,6 +27,7 @@ def info_nce(
     temperature: float,
     mask: Tensor | None = None,
     gamma: float = 0.0,
+    mixes: Mixes | None = None,
 ) -> Tensor:
     """The mean loss over the B queries given.
 
@@ -39,18 +43,47 @@ def info_nce(
             is, whatever the mask says.
         gamma: exponent of the focal weight (1 - p)^gamma; 0.5 in the V2 report. The gradient flows
             through the weight, as in the focal loss it is named after; the report does not say.
+        mixes: how to mix each query's own negatives into S more (V2), or None.
 
     Returns:
         A scalar in the dtype of the inputs.
     """
-    scores = F.normalize(queries, dim=-1) @ F.normalize(documents, dim=-1).T  # (B, N)
-    scores = scores / temperature
+    (similarity,) = cosines(queries, documents, (queries.shape[-1],))
+    extra = None if mixes is None else mixed_cosines(queries, documents, mixes)
+    losses = contrastive_rows(
+        similarity, labels, temperature=temperature, mask=mask, gamma=gamma, extra=extra
+    )
+    return losses.mean()
+
+
+def contrastive_rows(
+    similarity: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float,
+    mask: Tensor | None = None,
+    gamma: float = 0.0,
+    extra: Tensor | None = None,
+) -> Tensor:
+    """The loss of each query, from cosines.
+
+    Args:
+        similarity: (B, N) cosines.
+        labels, temperature, mask, gamma: see `info_nce`.
+        extra: (B, S) cosines of synthetic negatives (`mixed_cosines`).
+
+    Returns:
+        (B,).
+    """
     positive = labels[:, None]  # (B, 1)
     if mask is not None:
-        scores = scores.masked_fill(mask.scatter(1, positive, False), -torch.inf)
-    log_p = scores.log_softmax(dim=-1).gather(1, positive).squeeze(1)  # (B,)
+        similarity = similarity.masked_fill(mask.scatter(1, positive, False), -torch.inf)
+    total = (similarity / temperature).logsumexp(dim=1)  # (B,)
+    if extra is not None:
+        total = torch.logaddexp(total, (extra / temperature).logsumexp(dim=1))
+    log_p = similarity.gather(1, positive).squeeze(1) / temperature - total  # (B,)
     if gamma == 0.0:
-        return -log_p.mean()
+        return -log_p
     # 1 - exp(log p) without cancellation; bounded away from 0, where x^gamma has no derivative.
     rest = (-torch.expm1(log_p)).clamp_min(torch.finfo(log_p.dtype).tiny)
-    return -(rest**gamma * log_p).mean()
+    return -(rest**gamma) * log_p

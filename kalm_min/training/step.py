@@ -16,9 +16,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from kalm_min.data import TextBatch
-from kalm_min.losses import Documents, Queries, candidate_masks, matryoshka
+from kalm_min.losses import (
+    Documents,
+    Mixes,
+    Queries,
+    candidate_masks,
+    contrastive_rows,
+    cosines,
+    distillation_rows,
+    mixed_cosines,
+)
 from kalm_min.model import Packed
 from kalm_min.sampling import token_budget_batches
 from kalm_min.tokenizer import Tokenizer
@@ -28,7 +38,7 @@ from kalm_min.training.gradcache import cached_backward
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
-    """InfoNCE with Matryoshka; the defaults are those of the public fine-tuning script."""
+    """The loss of a step; the defaults are those of the public fine-tuning script."""
 
     temperature: float = 0.01
     """Divides the cosine."""
@@ -38,6 +48,14 @@ class LossConfig:
     """Leading widths that are trained to stand alone; none trains the full width only."""
     matryoshka_weights: tuple[float, ...] = ()
     """One a width; the report's are 1, 0.3, 0.2, 0.1, 0.1."""
+    mixing: bool = False
+    """Add two synthetic negatives a query, mixed from its own (V2)."""
+    distillation_weight: float = 0.0
+    """Share of the KL term against teacher scores in the data; 0.7 is the V2.5 report's."""
+    distillation_temperature: float = 0.05
+    """Divides student and teacher scores in the KL term."""
+    memory_gib: float = 1.0
+    """What the scores may take beside the vectors; larger batches are scored in blocks."""
     mask_false_negatives: bool = True
     """Documents whose text is a known positive of the query, or the query, are no negatives."""
 
@@ -47,6 +65,12 @@ class LossConfig:
             raise ValueError(f"temperature: expected more than 0, found {self.temperature}")
         if self.gamma < 0:
             raise ValueError(f"gamma: expected 0 or more, found {self.gamma}")
+        if not 0 <= self.distillation_weight <= 1:
+            raise ValueError(
+                f"distillation_weight: expected 0 to 1, found {self.distillation_weight}"
+            )
+        if self.distillation_temperature <= 0 or self.memory_gib <= 0:
+            raise ValueError("distillation_temperature and memory_gib must be more than 0")
         if len(self.matryoshka_dims) != len(self.matryoshka_weights):
             raise ValueError(
                 f"matryoshka_weights: expected one for each of the {len(self.matryoshka_dims)} "
@@ -123,23 +147,101 @@ def _batch_loss(
     own = vectors[size:]  # (own documents, D)
     counts = distributed.row_counts(len(own), own.device)
     documents = distributed.gather_rows(own, counts)  # (N, D)
+    first = sum(counts[: distributed.rank()])  # this process's documents stand from here on
     queries, brought = facts(text, own.device, first=distributed.rank() * size)
     columns = distributed.gather_rows(torch.stack(brought, dim=1), counts)  # (N, 3)
     known = Documents(*columns.T)
-    labels = torch.from_numpy(text.labels).to(own.device) + sum(counts[: distributed.rank()])
-    masks = candidate_masks(queries, known, labels)
+    labels = torch.from_numpy(text.labels).to(own.device) + first
+    scores = torch.from_numpy(text.teacher_scores).to(own)  # (own documents,)
+    # Only a query's own documents have a score that matters; the others' places are filled.
+    teacher = torch.cat(
+        [scores.new_zeros(first), scores, scores.new_zeros(len(documents) - first - len(own))]
+    )
+    mixes = _mixes(text, own.device, first) if config.mixing else None
+    rows = _Rows(vectors[:size], documents, labels, queries, known, teacher, mixes)
+    block = _block_size(len(documents), config)
+    totals = [
+        # Recomputed in backward, so that the scores of one block exist at a time.
+        checkpoint(_block_loss, rows, slice(start, start + block), config, use_reentrant=False)
+        if block < size
+        else _block_loss(rows, slice(0, size), config)
+        for start in range(0, size, block)
+    ]
+    ledger = torch.stack([found for _, found in totals]).sum(0).tolist()
+    value = torch.stack([loss for loss, _ in totals]).sum() / size
+    return value, dict(zip(_LEDGER, ledger, strict=True))
+
+
+class _Rows(NamedTuple):
+    """All that the loss of any block of queries needs."""
+
+    queries: Tensor  # (B, D)
+    documents: Tensor  # (N, D)
+    labels: Tensor  # (B,)
+    asked: Queries
+    known: Documents
+    teacher: Tensor  # (N,)
+    mixes: Mixes | None
+
+
+_REASONS = ("foreign", "positive", "query", "group")
+_LEDGER = ("hard", "in_batch", *(f"masked_{reason}" for reason in _REASONS))
+
+
+def _block_size(documents: int, config: LossConfig) -> int:
+    """Queries whose scores against all documents fit in the budget.
+
+    A row holds, for each document and width, about six float32 numbers at a time (products, cosine,
+    scaled, masked, and two gradients) and the masks.
+    """
+    a_row = documents * (24 * max(1, len(config.matryoshka_dims)) + 16)
+    return max(1, int(config.memory_gib * 2**30) // a_row)
+
+
+def _block_loss(rows: _Rows, part: slice, config: LossConfig) -> tuple[Tensor, Tensor]:
+    """The sum of the losses of some queries, and the ledger's counts over them."""
+    queries, labels = rows.queries[part], rows.labels[part]
+    asked = Queries(*(fact[part] for fact in rows.asked))
+    masks = candidate_masks(asked, rows.known, labels)
     if not config.mask_false_negatives:
-        masks = {"foreign": masks["foreign"]}
-    mask = torch.stack(list(masks.values())).any(0)  # (B, N)
-    options = {"temperature": config.temperature, "gamma": config.gamma, "mask": mask}
-    dims = config.matryoshka_dims or (vectors.shape[-1],)
+        masks = {name: found & (name == "foreign") for name, found in masks.items()}
+    mask = torch.stack([masks[reason] for reason in _REASONS]).any(0)  # (b, N)
+    own = asked.numbers[:, None] == rows.known.owners  # (b, N)
+    mixes = rows.mixes and Mixes(*(fact[part] for fact in rows.mixes))
+    dims = config.matryoshka_dims or (queries.shape[-1],)
     weights = config.matryoshka_weights or (1.0,)
-    value = matryoshka(vectors[:size], documents, labels, dims=dims, weights=weights, **options)
-    seen = ~mask.scatter(1, labels[:, None], True)  # (B, N) negatives that count
-    hard = seen & (queries.numbers[:, None] == known.owners)
-    ledger = {"hard": hard, "in_batch": seen & ~hard}
-    ledger |= {f"masked_{reason}": found for reason, found in masks.items()}
-    return value, {name: float(found.sum()) for name, found in ledger.items()}
+    total = queries.new_zeros(())
+    for dim, weight, similarity in zip(
+        dims, weights, cosines(queries, rows.documents, dims), strict=True
+    ):
+        extra = mixes and mixed_cosines(queries[:, :dim], rows.documents[:, :dim], mixes)
+        losses = contrastive_rows(
+            similarity,
+            labels,
+            temperature=config.temperature,
+            mask=mask,
+            gamma=config.gamma,
+            extra=extra,
+        )  # (b,)
+        if a := config.distillation_weight:
+            gap = distillation_rows(
+                similarity, rows.teacher, own, temperature=config.distillation_temperature
+            )
+            losses = (1 - a) * losses + a * gap
+        total = total + weight * losses.sum()
+    seen = ~mask.scatter(1, labels[:, None], True)  # (b, N) negatives that count
+    found = [seen & own, seen & ~own, *(masks[reason] for reason in _REASONS)]
+    return total, torch.stack([one.sum() for one in found])
+
+
+def _mixes(text: TextBatch, device: torch.device, first: int) -> Mixes:
+    """Each query's own negatives, as rows of the documents of all processes."""
+    sizes = np.bincount(text.document_owner, minlength=len(text.queries)) - 1  # (B,)
+    places = np.arange(max(1, sizes.max()))  # (M,)
+    present = places < sizes[:, None]  # (B, M)
+    own = np.where(present, text.labels[:, None] + 1 + places, text.labels[:, None]) + first
+    columns = (own, present, text.mix_pair, text.mix_share)
+    return Mixes(*(torch.from_numpy(column).to(device) for column in columns))
 
 
 def facts(text: TextBatch, device: torch.device, first: int = 0) -> tuple[Queries, Documents]:

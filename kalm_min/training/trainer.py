@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -252,6 +253,10 @@ class Trainer:
             epoch=epoch,
             seed=self.recipe.sampling.seed,
         )
+        if self.recipe.loss.distillation_weight and np.isnan(batch.teacher_scores).any():
+            row = np.isnan(batch.teacher_scores).argmax()
+            example = self.data.location(indices[batch.document_owner[row]])
+            raise ValueError(f"{example}: expected pos_scores and neg_scores to distil, found none")
         tokens = tokenize(batch, self.embedder.tokenizer, max_length=self.embedder.max_length)
         tasks = {example.task for example in examples}
         name = self.data.task_names[tasks.pop()] if len(tasks) == 1 else "mixed"
