@@ -68,12 +68,11 @@ def _train(config: TrainConfig, device: Any) -> int:
     text = to_toml(config)
     resume = run_folder.claim(config.output, text)
     distributed.barrier()  # nobody writes before everybody has looked
-    if main_process:
-        run_folder.describe(config.output, text, device)
     data, validation = _open_data(config.data)
     model = open_model(config.model, resume, device)
     trainer = Trainer(model, data, validation, config.output, config, resume)
     if main_process:
+        run_folder.describe(config.output, text, device)
         _say(
             f"{len(data):,} examples in {len(data.task_names)} tasks, {trainer.total_steps:,} steps "
             f"of {config.sampling.batch_size} queries on {distributed.world_size()} process(es), "

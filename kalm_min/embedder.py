@@ -269,9 +269,8 @@ def _resolve(path_or_hub_id: str | Path) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except Exception as error:  # the hub client has a dozen, none of which says it in a sentence
-        raise ValueError(
-            f"{name}: no such folder, and the hub did not give it ({error})"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{name}: no such folder, and the hub gives none ({reason})") from error
 
 
 def _torch_dtype(dtype: torch.dtype | str) -> torch.dtype:

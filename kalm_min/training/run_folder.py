@@ -30,15 +30,16 @@ def claim(output: Path, config_toml: str) -> Path | None:
 
     Raises ValueError naming the settings that differ.
     """
-    path = output / "config.toml"
-    if path.is_file():
+    path, newest = output / "config.toml", checkpoint.newest(output / "checkpoints")
+    # Where nothing has been trained there is nothing to protect.
+    if newest is not None and path.is_file():
         there, here = tomllib.loads(path.read_text(encoding="utf-8")), tomllib.loads(config_toml)
         if differences := list(_differences(there, here)):
             raise ValueError(
                 f"{output} holds a run with other settings ({'; '.join(differences[:5])}); "
                 "give another --output, or delete the folder"
             )
-    return checkpoint.newest(output / "checkpoints")
+    return newest
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
