@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from kalm_min.data import Example, collate
 from kalm_min.files import write_text
 from kalm_min.model import ModelConfig, Packed, Qwen2, initialise, pool
 from kalm_min.training import distributed, parallel
+from kalm_min.training.parallel import ParallelConfig
 from kalm_min.training.step import LossConfig, TokenBatch, contrastive_step
 
 LIMIT = 1e-10
@@ -60,7 +61,22 @@ OPTIONS = (
     Option("all of them", _ALL),
     Option("all of them, in blocks", replace(_ALL, memory_gib=1e-5)),
 )
-_TOKEN_BUDGETS = {"1": 10**6, "3": 110, "n": 1}  # chunks: tokens of each
+
+
+class Way(NamedTuple):
+    """One way to compute a step."""
+
+    budget: int
+    """Tokens of a chunk."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+
+
+WAYS = {
+    "1 chunk": Way(10**6),
+    "3 chunks": Way(110),
+    "n chunks": Way(1),
+    "3 chunks, sharded": Way(110, "fsdp"),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,13 +151,13 @@ def decoder() -> Qwen2:
     return model.double()
 
 
-def step(option: Option, budget: int) -> Result:
+def step(option: Option, way: Way) -> Result:
     """One step on this process's share, with the loss and gradients that data parallelism gives."""
     rank, size = distributed.rank(), distributed.world_size()
     share = _QUERIES // size
     own = examples()[rank * share : (rank + 1) * share]
     model = decoder()
-    wrapped = parallel.wrap(model)
+    wrapped = parallel.wrap(model, ParallelConfig(strategy=way.strategy))
 
     def embed(packed: Packed) -> Tensor:
         return pool(wrapped(packed, causal=False), packed.cu_seqlens, "mean")
@@ -151,10 +167,13 @@ def step(option: Option, budget: int) -> Result:
         embed,
         option.loss,
         device=torch.device("cpu"),
-        tokens_per_batch=budget,
+        tokens_per_batch=way.budget,
         no_sync=partial(parallel.no_sync, wrapped),
+        sharded=parallel.is_sharded(model),
     )
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {
+        name: parallel.whole(p.grad) for name, p in model.named_parameters() if p.grad is not None
+    }
     return Result(distributed.mean(result.loss).item(), gradients)
 
 
@@ -167,21 +186,21 @@ def difference(one: Result, other: Result) -> float:
 
 
 def compare(processes: Iterable[int]) -> Iterator[tuple[str, int, str, float]]:
-    """Yield (option, processes, chunks, relative difference from the plain form)."""
-    plain = {option.name: step(option, _TOKEN_BUDGETS["1"]) for option in OPTIONS}
+    """Yield (option, processes, way, relative difference from the plain form)."""
+    plain = {option.name: step(option, WAYS["1 chunk"]) for option in OPTIONS}
     for count in processes:
         with tempfile.TemporaryDirectory() as folder:
             context = start_processes(
                 _worker, (count, _free_port(), folder), nprocs=count, start_method="spawn"
             )
             assert context is None
-            for option, chunks in product(OPTIONS, _TOKEN_BUDGETS):
-                found = _read(Path(folder) / f"{option.name} {chunks}.safetensors")
-                yield option.name, count, chunks, difference(plain[option.name], found)
+            for option, way in product(OPTIONS, WAYS):
+                found = _read(Path(folder) / f"{option.name} {way}.safetensors")
+                yield option.name, count, way, difference(plain[option.name], found)
 
 
 def _worker(rank: int, count: int, port: int, folder: str) -> None:
-    """One process: every option and number of chunks; rank 0 keeps the results."""
+    """One process: every option in every way; rank 0 keeps the results."""
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
@@ -191,11 +210,11 @@ def _worker(rank: int, count: int, port: int, folder: str) -> None:
     }
     distributed.start(dict(os.environ), torch.device("cpu"))
     try:
-        for option, (chunks, budget) in product(OPTIONS, _TOKEN_BUDGETS.items()):
-            result = step(option, budget)
+        for option, (name, way) in product(OPTIONS, WAYS.items()):
+            result = step(option, way)
             if rank == 0:
                 tensors = result.gradients | {"": torch.tensor(result.loss, dtype=torch.float64)}
-                save_file(tensors, Path(folder) / f"{option.name} {chunks}.safetensors")
+                save_file(tensors, Path(folder) / f"{option.name} {name}.safetensors")
     finally:
         distributed.stop()
 
@@ -218,14 +237,15 @@ def main(argv: list[str]) -> int:
     description = "Compare one process, several, and gradient caching, for every loss option."
     config = parse(CheckConfig, argv, program="kalm_min.check", description=description)
     rows = list(compare(config.processes))
-    counts = list(product(config.processes, _TOKEN_BUDGETS))
-    cells = {(name, count, chunks): value for name, count, chunks, value in rows}
-    heads = [f"{count} x {chunks}" for count, chunks in counts]
+    counts = list(product(config.processes, WAYS))
+    cells = {(name, count, way): value for name, count, way, value in rows}
+    heads = [f"{count} x {way}" for count, way in counts]
     lines = [
         "# One process = several = gradient-cached",
         "",
         "Largest relative difference of loss and parameter gradients from one plain backward over",
-        "the whole batch, float64, CPU, gloo. Columns: processes x chunks (n: one text a chunk).",
+        "the whole batch, float64, CPU, gloo. Columns: processes x chunks (n: one text a",
+        "chunk; sharded: FSDP2).",
         f"Made by `python -m kalm_min.check`; the limit is {LIMIT:.0e}.",
         "",
         f"| loss option | {' | '.join(heads)} |",

@@ -221,7 +221,7 @@ class Embedder:
                 places = [filled[i] for i in batch]
                 yield [window[i] for i in places], self._embed([sequences[i] for i in places])
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: sharded parameters gathered in it could not train on
     def _embed(self, sequences: list[list[int]]) -> Tensor:
         """(B, D) raw float32 vectors on the CPU; halves the batch when the device's memory is full."""
         try:

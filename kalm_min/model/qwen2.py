@@ -16,6 +16,7 @@ the same tokens gives the same values, which is what gradient caching rests on.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kalm_min.model.attention import packed_attention
 from kalm_min.model.config import ModelConfig
@@ -113,6 +114,8 @@ class Qwen2(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        """Keep only each layer's input for backward, and compute the layer again there."""
 
     def forward(self, packed: Packed, *, causal: bool) -> Tensor:
         """Hidden states after the last norm.
@@ -127,7 +130,12 @@ class Qwen2(nn.Module):
         hidden = self.embed_tokens(packed.input_ids)  # (T, D)
         rotary = rotary_tables(packed.positions, self.config.head_dim, self.config.rope_theta)
         for layer in self.layers:
-            hidden = layer(hidden, rotary, packed, causal=causal)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden = checkpoint(
+                    layer, hidden, rotary, packed, causal=causal, use_reentrant=False
+                )
+            else:
+                hidden = layer(hidden, rotary, packed, causal=causal)
         return self.norm(hidden)
 
 

@@ -69,13 +69,13 @@ def mean(value: Tensor) -> Tensor:
     return value / world_size()
 
 
-def any_true(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any process: all decide alike."""
+def most(number: int, device: torch.device) -> int:
+    """The largest number any process has: all decide alike."""
     if world_size() == 1:
-        return flag
-    value = torch.tensor(int(flag), device=device)
+        return number
+    value = torch.tensor(number, device=device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value)
+    return int(value)
 
 
 def gather_objects(value: object) -> list[Any]:

@@ -29,6 +29,7 @@ def cached_backward(
     rows: Sequence[np.ndarray],
     loss: Callable[[Tensor], Tensor],
     no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
+    rounds: int | None = None,
 ) -> Tensor:
     """Add the gradient of `loss` of all vectors to the parameters; return the loss, detached.
 
@@ -39,15 +40,20 @@ def cached_backward(
         loss: a scalar of the (n, D) vectors. It may communicate: every process calls it once.
         no_sync: entered around every replay but the last, so that processes exchange parameter
             gradients once a step.
+        rounds: with sharded parameters every call of `embed` is a joint act, so all processes must
+            make as many: the largest number of chunks any of them has. None: this process's own.
     """
+    spare = 0 if rounds is None else rounds - len(chunks)
     order = torch.from_numpy(np.concatenate(rows))
-    if len(chunks) == 1:
+    if len(chunks) + spare == 1:
         vectors = embed(chunks[0])
         value = loss(vectors[order.argsort()])
         value.backward()
         return value.detach()
     with torch.no_grad():
         vectors = torch.cat([embed(chunk) for chunk in chunks])[order.argsort()]
+        for _ in range(spare):
+            embed(chunks[0])
     leaf = vectors.requires_grad_()
     value = loss(leaf)
     value.backward()
@@ -56,4 +62,6 @@ def cached_backward(
     for number, (chunk, gradient) in enumerate(zip(chunks, gradients, strict=True), start=1):
         with nullcontext() if number == len(chunks) else no_sync():
             embed(chunk).backward(gradient)
+    for _ in range(spare):
+        (0 * embed(chunks[0])).sum().backward()
     return value.detach()

@@ -1,27 +1,96 @@
 """Distribution applied to a finished model, from outside.
 
-The model knows nothing of processes; here it is wrapped so that parameter gradients are averaged
-over them during backward.
+The model knows nothing of processes. Here it is changed in place or wrapped, always in this order:
+activation checkpointing (what is kept for backward), compilation (of each layer), and then either
+
+    ddp     every process holds all parameters; gradients are averaged during backward
+    fsdp    parameters, gradients and moments are sharded over processes (FSDP2, `fully_shard`);
+            a layer's parameters are gathered while it runs
+
+Both give the gradient of the mean of the processes' losses.
 """
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from kalm_min.model import Qwen2
 from kalm_min.training import distributed
 
 
-def wrap(model: nn.Module) -> nn.Module:
-    """Data-parallel over the process group; the model itself where there is none.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """How the model is laid over processes, and what backward keeps."""
 
-    Every process starts with rank 0's parameters.
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: a copy on every process; fsdp: parameters and optimizer sharded over them."""
+    gradient_checkpointing: bool = False
+    """Keep only each layer's input for backward and compute the layer again: less memory."""
+    compile: bool = False
+    """Compile each layer with torch.compile; pays on CUDA, after a slow first step."""
+
+
+def wrap(model: Qwen2, config: ParallelConfig, *, bfloat16: bool = False) -> nn.Module:
+    """Lay the model over the process group; returns what to call in place of it.
+
+    Args:
+        model: the same parameters on every process; changed in place.
+        config: how.
+        bfloat16: under fsdp, gather parameters and compute in bfloat16, reduce gradients in
+            float32. (ddp leaves the precision to autocast.)
     """
+    model.gradient_checkpointing = config.gradient_checkpointing
+    if config.compile:
+        for layer in model.layers:
+            layer.compile(dynamic=True)  # lengths change from chunk to chunk
     if distributed.world_size() == 1:
         return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    if config.strategy == "ddp":
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # Inputs stay as they are: the rotary tables must keep float32.
+    dtypes = (torch.bfloat16, torch.float32) if bfloat16 else (None, None)
+    policy = MixedPrecisionPolicy(*dtypes, cast_forward_inputs=False)
+    for layer in model.layers:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    return model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether every forward of the model is a joint act of all processes."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def no_sync(model: nn.Module) -> AbstractContextManager[None]:
-    """Backward passes inside leave the gradients where they are; the next one outside averages all."""
+    """Backward passes inside leave the gradients where they are; the next one outside averages all.
+
+    Sharded models reduce after every backward: keeping whole gradients until the last one would
+    cost the memory that sharding saves.
+    """
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor put together from its shards; every process must call it. Itself when not sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(value: Tensor, tensor: Tensor) -> Tensor:
+    """`value`, whole, laid out as `tensor` is."""
+    value = value.to(tensor.device)
+    if not isinstance(tensor, DTensor) or value.dim() == 0:
+        return value
+    return distribute_tensor(value, tensor.device_mesh, tensor.placements)
+
+
+def whole_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor on the CPU) of every parameter, one at a time; every process takes part."""
+    for name, tensor in model.state_dict().items():
+        yield name, whole(tensor).detach().cpu()

@@ -114,6 +114,7 @@ def contrastive_step(
     device: torch.device,
     tokens_per_batch: int,
     no_sync: Callable[[], AbstractContextManager[None]],
+    sharded: bool = False,
 ) -> StepResult:
     """Add the gradient of the global batch's mean loss to the parameters.
 
@@ -124,6 +125,7 @@ def contrastive_step(
         device: where `embed` wants its chunks.
         tokens_per_batch: tokens of one chunk; bounds the memory, changes no result.
         no_sync: see `cached_backward`.
+        sharded: every call of `embed` is a joint act of all processes.
     """
     lengths = [len(ids) for ids in batch.sequences]
     rows = token_budget_batches(lengths, tokens_per_batch)
@@ -136,7 +138,8 @@ def contrastive_step(
         counts.update(ledger)
         return value
 
-    return StepResult(cached_backward(embed, chunks, rows, loss, no_sync), counts)
+    rounds = distributed.most(len(chunks), device) if sharded else None
+    return StepResult(cached_backward(embed, chunks, rows, loss, no_sync, rounds), counts)
 
 
 def _batch_loss(

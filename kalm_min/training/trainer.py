@@ -30,6 +30,7 @@ from kalm_min.model import Packed, pool
 from kalm_min.sampling import TaskBatchSampler
 from kalm_min.training import checkpoint, distributed, parallel, run_folder
 from kalm_min.training.optimizer import OptimizerConfig, build_optimizer, learning_rate
+from kalm_min.training.parallel import ParallelConfig
 from kalm_min.training.step import (
     LossConfig,
     StepResult,
@@ -103,6 +104,7 @@ class Recipe:
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: LoopConfig = field(default_factory=LoopConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 class _Prepared(NamedTuple):
@@ -161,7 +163,7 @@ class Trainer:
         self.stop = False
         """Set from outside (a signal) to save and return after the current step."""
         self._clock = 0.0  # when the last step ended
-        self.model = parallel.wrap(embedder.model)
+        self.model = parallel.wrap(embedder.model, recipe.parallel)
         self.optimizer = build_optimizer(embedder.model, recipe.optimizer)
         self.autocast = partial(
             torch.autocast,
@@ -209,7 +211,7 @@ class Trainer:
                     or self.step == self.total_steps
                 ):
                     self._validate(write if main else None)
-                stop = distributed.any_true(self.stop, self.embedder.device)
+                stop = distributed.most(int(self.stop), self.embedder.device) > 0
                 if (
                     stop
                     or self.step % self.recipe.training.save_every == 0

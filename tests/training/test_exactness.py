@@ -8,11 +8,13 @@ import torch
 from kalm_min import check
 from kalm_min.training.step import LossConfig, contrastive_step
 
+PLAIN = {option: check.step(option, check.WAYS["1 chunk"]) for option in check.OPTIONS}
+
 
 def test_two_processes_and_chunks_equal_one_plain_backward():
-    """Every loss option, two gloo processes, 1, 3 and n chunks: loss and gradients to 1e-10, float64."""
+    """Every loss option, two gloo processes, DDP and FSDP2, 1, 3 and n chunks: loss and gradients to 1e-10, float64."""
     rows = list(check.compare((2,)))
-    assert len(rows) == len(check.OPTIONS) * 3
+    assert len(rows) == len(check.OPTIONS) * len(check.WAYS)
     assert max(value for *_, value in rows) <= check.LIMIT
 
 
@@ -20,15 +22,15 @@ def test_two_processes_and_chunks_equal_one_plain_backward():
 @pytest.mark.parametrize("budget", [150, 60, 1])
 def test_chunks_do_not_matter(option, budget):
     """Gradient caching in 2, 5 and n chunks equals plain backward, float64, to 1e-10."""
-    assert check.difference(check.step(option, 10**6), check.step(option, budget)) <= check.LIMIT
+    assert check.difference(PLAIN[option], check.step(option, check.Way(budget))) <= check.LIMIT
 
 
 def test_the_check_can_fail():
     """The measure sees what peers get wrong: half the gradient, another option's loss."""
-    one = check.step(check.OPTIONS[1], 10**6)
+    one = PLAIN[check.OPTIONS[1]]
     halved = one._replace(gradients={k: g / 2 for k, g in one.gradients.items()})
     assert check.difference(one, halved) == pytest.approx(0.5)
-    assert check.difference(one, check.step(check.OPTIONS[2], 10**6)) > 1e-3
+    assert check.difference(one, PLAIN[check.OPTIONS[2]]) > 1e-3
 
 
 def test_the_ledger_counts_every_pair():
