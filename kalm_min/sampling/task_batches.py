@@ -8,9 +8,13 @@ The order of an epoch is a pure function of (sizes, batch size, ratio, seed, epo
 computes all of it and takes its slice of each block, so ranks agree without talking. An epoch is
 planned as one array of indices (4 bytes each below 2^31 rows) at a peak of about two such arrays.
 
-Not here: reading examples, weights per task, anything of torch or of a process group.
+How often an epoch visits each task is the caller's to say (`task_draws`): all examples once unless
+told otherwise, a subset that changes each epoch, or whole rounds and a subset.
+
+Not here: reading examples, anything of torch or of a process group.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +22,48 @@ import numpy as np
 import numpy.typing as npt
 
 Indices = npt.NDArray[np.integer[Any]]
+
+_PART = 1 << 20  # rows among which a subset is drawn at a time; bounds the memory
+_MOST = 10**9  # rows of which numpy can share out a subset
+
+
+def task_draws(
+    task_sizes: Sequence[int],
+    *,
+    weights: Sequence[float] | None = None,
+    most: Sequence[int | None] | None = None,
+    size_exponent: float = 1.0,
+) -> list[int]:
+    """How many examples an epoch takes of each task.
+
+    In proportion to weight * size^exponent. At exponent 1 that is every example `weight` times; at
+    0 equally many of each task; between them small tasks gain and large ones lose, at temperature
+    1 / exponent. The exponent alone does not change the length of the epoch; weights do, in the open.
+
+    Args:
+        task_sizes: number of examples of each task.
+        weights: of each task, not negative; 0 leaves it out. 1 by default.
+        most: examples of each task that an epoch takes at most, None for no bound. A bounded task
+            also counts as one of that size, lest it swell the others.
+        size_exponent: from 0 to 1.
+
+    Returns:
+        One number a task, at least 1 unless its size or weight is 0.
+    """
+    assert 0 <= size_exponent <= 1, "the exponent is from 0 to 1"
+    assert all(weight >= 0 for weight in weights or ()), "weights are not negative"
+    bounds = [math.inf if bound is None else bound for bound in most or [None] * len(task_sizes)]
+    sizes = [min(size, bound) for size, bound in zip(task_sizes, bounds, strict=True)]
+    powers = [size**size_exponent if size else 0.0 for size in sizes]
+    scale = sum(sizes) / sum(powers) if size_exponent != 1 and any(sizes) else 1.0
+    shares = [
+        weight * power * scale
+        for weight, power in zip(weights or [1.0] * len(sizes), powers, strict=True)
+    ]
+    return [
+        int(min(max(1, round(share)), bound)) if share else 0
+        for share, bound in zip(shares, bounds, strict=True)
+    ]
 
 
 class TaskBatchSampler:
@@ -37,6 +83,9 @@ class TaskBatchSampler:
         drop_last: leave out the total % batch_size examples that fill no block (different ones each
             epoch). False yields them as a last, shorter batch, of which only the remainder over
             world_size is left out: ranks must take equal shares.
+        task_draws: examples an epoch takes of each task; None takes each once. Below the size of
+            the task they are a random subset, above it every example is taken size by size, each
+            round shuffled alone, and the remainder is a subset.
 
     Raises ValueError for arguments that contradict each other.
     """
@@ -51,8 +100,10 @@ class TaskBatchSampler:
         rank: int = 0,
         world_size: int = 1,
         drop_last: bool = True,
+        task_draws: Sequence[int] | None = None,
     ) -> None:
         self.task_sizes = [int(size) for size in task_sizes]
+        self.task_draws = [int(n) for n in (self.task_sizes if task_draws is None else task_draws)]
         self.batch_size = batch_size
         self.homogeneous_ratio = homogeneous_ratio
         self.seed = seed
@@ -85,8 +136,9 @@ class TaskBatchSampler:
             raise ValueError(f"seed must not be negative, found {self.seed}")
         if any(size < 0 for size in self.task_sizes):
             raise ValueError(f"task_sizes must not be negative, found {min(self.task_sizes)}")
+        self._check_draws()
         if len(self) == 0:
-            total = sum(self.task_sizes)
+            total = sum(self.task_draws)
             smallest = self.batch_size if self.drop_last else self.world_size
             raise ValueError(
                 f"an epoch has no batch: the data holds {total} examples and a batch takes "
@@ -94,9 +146,24 @@ class TaskBatchSampler:
                 + (" or set drop_last to False" if self.drop_last else "")
             )
 
+    def _check_draws(self) -> None:
+        if len(self.task_draws) != len(self.task_sizes):
+            raise ValueError(
+                f"task_draws must hold a number for each of the {len(self.task_sizes)} tasks, "
+                f"found {len(self.task_draws)}"
+            )
+        for number, (size, draws) in enumerate(zip(self.task_sizes, self.task_draws, strict=True)):
+            if draws < 0 or (draws and not size):
+                raise ValueError(f"cannot draw {draws} examples of task {number}, which has {size}")
+            if size >= _MOST and draws % size:
+                raise ValueError(
+                    f"task {number} has {size} examples, and a part of them can be drawn of fewer "
+                    f"than {_MOST} only; split it in two tasks"
+                )
+
     def __len__(self) -> int:
         """Steps of an epoch, equal on every rank."""
-        whole, rest = divmod(sum(self.task_sizes), self.batch_size)
+        whole, rest = divmod(sum(self.task_draws), self.batch_size)
         return whole + (not self.drop_last and rest >= self.world_size)
 
     def set_epoch(self, epoch: int) -> None:
@@ -128,9 +195,13 @@ class TaskBatchSampler:
         rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(self.epoch,)))
         # Rounded because 10 * (1 - 0.9) is 0.99...98, which int() would take to 0.
         mixed = int(round(self.batch_size * (1.0 - self.homogeneous_ratio), 6))
-        # At ratio 0 every place is dealt anew: the tasks no longer matter, and one shuffle will do.
-        sizes = self.task_sizes if mixed < self.batch_size else [sum(self.task_sizes)]
-        order = _cut(sizes, self.batch_size, rng)
+        sizes, draws = self.task_sizes, self.task_draws
+        if mixed == self.batch_size and draws == sizes:
+            # Every place is dealt anew: the tasks no longer matter, and one shuffle will do.
+            sizes = draws = [sum(sizes)]
+        order = _cut(sizes, draws, self.batch_size, rng)
+        if mixed == self.batch_size and draws != sizes:
+            rng.shuffle(order)
         whole = len(order) // self.batch_size
         if self.drop_last:
             order = order[: whole * self.batch_size]
@@ -155,9 +226,9 @@ class TaskBatchSampler:
         Raises ValueError when the state belongs to other data or settings: the order would differ.
         """
         for key, mine in self._fingerprint().items():
-            if state[key] != mine:
+            if state.get(key) != mine:
                 raise ValueError(
-                    f"cannot resume: the checkpoint was made with {key} {state[key]}, "
+                    f"cannot resume: the checkpoint was made with {key} {state.get(key)}, "
                     f"this run has {mine}; the order of the data would differ"
                 )
         epoch, step = state["epoch"], state["step"]
@@ -170,6 +241,7 @@ class TaskBatchSampler:
         """What the order depends on, besides the epoch."""
         return {
             "task_sizes": self.task_sizes,
+            "task_draws": None if self.task_draws == self.task_sizes else self.task_draws,
             "batch_size": self.batch_size,
             "homogeneous_ratio": self.homogeneous_ratio,
             "seed": self.seed,
@@ -177,21 +249,52 @@ class TaskBatchSampler:
         }
 
 
-def _cut(sizes: Sequence[int], batch_size: int, rng: np.random.Generator) -> Indices:
-    """Shuffle each task; return the whole blocks of all tasks, then the shuffled left-overs."""
-    total = sum(sizes)
-    order: Indices = np.arange(total, dtype=np.int32 if total < 2**31 else np.int64)
+def _cut(
+    sizes: Sequence[int], draws: Sequence[int], batch_size: int, rng: np.random.Generator
+) -> Indices:
+    """Draw and shuffle each task; return the whole blocks of all tasks, then the left-overs."""
+    total, last = sum(draws), sum(sizes)
+    order: Indices = np.empty(total, dtype=np.int32 if last < 2**31 else np.int64)
     whole: list[Indices] = []
     rest: list[Indices] = []
-    end = 0
-    for size in sizes:
-        start, cut, end = end, end + size - size % batch_size, end + size
-        rng.shuffle(order[start:end])
+    first = end = 0
+    for size, count in zip(sizes, draws, strict=True):
+        start, cut, end = end, end + count - count % batch_size, end + count
+        _draw(order[start:end], first, size, rng)
+        first += size
         whole.append(order[start:cut])
         rest.append(order[cut:end])
     left_over = np.concatenate(rest)
     rng.shuffle(left_over)
     return np.concatenate([*whole, left_over])
+
+
+def _draw(places: Indices, first: int, size: int, rng: np.random.Generator) -> None:
+    """Fill `places` with rows of a task, first to first + size: whole rounds, then a subset."""
+    rounds = len(places) // size * size if size else 0
+    for start in range(0, rounds, size or 1):
+        turn = places[start : start + size]
+        turn[:] = np.arange(first, first + size, dtype=places.dtype)
+        rng.shuffle(turn)
+    if rounds < len(places):
+        _draw_subset(places[rounds:], first, size, rng)
+        rng.shuffle(places[rounds:])
+
+
+def _draw_subset(places: Indices, first: int, size: int, rng: np.random.Generator) -> None:
+    """Fill `places` with distinct rows of a task, every subset being equally likely.
+
+    How many fall into each part of the task is drawn first, then which: the memory is that of the
+    indices and of one part, however large the task.
+    """
+    starts = range(0, size, _PART)
+    parts = [min(_PART, size - start) for start in starts]
+    # "count" would hold every row; "marginals" is exact as well.
+    counts = rng.multivariate_hypergeometric(parts, len(places), method="marginals").tolist()
+    end = 0
+    for start, part, some in zip(starts, parts, counts, strict=True):
+        begin, end = end, end + some
+        places[begin:end] = rng.choice(part, some, replace=False, shuffle=False) + (first + start)
 
 
 def _mix(order: Indices, batch_size: int, mixed: int, rng: np.random.Generator) -> None:

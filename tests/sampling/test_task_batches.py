@@ -12,7 +12,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from kalm_min.sampling import TaskBatchSampler
+from kalm_min.sampling import TaskBatchSampler, task_batches, task_draws
 
 
 @st.composite
@@ -45,6 +45,18 @@ def joined(plan, epoch=0):
     return [list(chain(*parts)) for parts in zip(*ranks, strict=True)]
 
 
+@st.composite
+def weighted_plans(draw):
+    """The same with draws per task: none, some, all, or several rounds of its examples."""
+    plan = draw(plans())
+    draws = [draw(st.integers(0, 3 * size)) for size in plan["task_sizes"]]
+    assume(sum(draws) >= (plan["batch_size"] if plan["drop_last"] else plan["world_size"]))
+    return {**plan, "task_draws": draws}
+
+
+any_plans = st.one_of(plans(), weighted_plans())
+
+
 def task_of(sizes):
     return np.repeat(np.arange(len(sizes)), sizes)
 
@@ -60,7 +72,25 @@ def test_partition(plan):
     assert all(0 <= index < total for index in seen)
 
 
-@given(plans())
+@given(weighted_plans())
+def test_weighted_partition(plan):
+    """An example comes as often as any other of its task, or once more; tasks get their draws."""
+    sizes, draws = plan["task_sizes"], plan["task_draws"]
+    seen = Counter(index for batch in joined(plan) for index in batch)
+    rest = sum(draws) % plan["batch_size"]
+    left_out = rest if plan["drop_last"] else rest % plan["world_size"]
+    assert seen.total() == sum(draws) - left_out
+    first = 0
+    for size, count in zip(sizes, draws, strict=True):
+        times = [seen[first + i] for i in range(size)]
+        first += size
+        assert count - left_out <= sum(times) <= count
+        assert not size or max(times) <= -(-count // size)
+        assert not size or sum(count // size - n for n in times if n < count // size) <= left_out
+    assert not seen or max(seen) < first
+
+
+@given(any_plans)
 def test_ranks_are_disjoint_and_equally_long(plan):
     """A rank with another number of steps or examples would hang or skew a collective."""
     ranks = [TaskBatchSampler(**plan, rank=rank) for rank in range(plan["world_size"])]
@@ -69,10 +99,11 @@ def test_ranks_are_disjoint_and_equally_long(plan):
     for parts in zip(*lists, strict=True):
         assert len({len(part) for part in parts}) == 1
         assert parts[0]
-        assert len(set().union(*parts)) == sum(map(len, parts))
+        if "task_draws" not in plan:
+            assert len(set().union(*parts)) == sum(map(len, parts))
 
 
-@given(plans())
+@given(any_plans)
 def test_world_size_does_not_change_the_batches(plan):
     """One process and N processes see the same global batches in the same order."""
     alone = one_epoch(plan, world_size=1)
@@ -172,7 +203,7 @@ def test_independent_of_global_random_state(plan, state):
     assert one_epoch(plan) == first
 
 
-@given(plans(), st.data())
+@given(any_plans, st.data())
 def test_resume_anywhere_is_the_uninterrupted_run(plan, data):
     """State saved after any step, through JSON, continues with the next one."""
     epoch = data.draw(st.integers(0, 3))
@@ -219,6 +250,7 @@ def test_resume_on_another_number_of_ranks():
         {"homogeneous_ratio": 0.5},
         {"seed": 4},
         {"drop_last": False},
+        {"task_draws": [50, 60]},
     ],
 )
 def test_resume_with_other_data_is_refused(change):
@@ -248,6 +280,11 @@ def test_resume_past_the_end_is_refused():
         ({"rank": 2, "world_size": 2}, "rank must be from 0"),
         ({"seed": -1}, "seed"),
         ({"task_sizes": [50, -1, 70]}, "task_sizes must not be negative"),
+        ({"task_draws": [50]}, "a number for each of the 2 tasks, found 1"),
+        ({"task_draws": [50, -1]}, "cannot draw -1 examples of task 1, which has 70"),
+        ({"task_draws": [5, 2], "task_sizes": [70, 0]}, "cannot draw 2 examples of task 1"),
+        ({"task_draws": [2, 1]}, "holds 3 examples and a batch takes 8"),
+        ({"task_draws": [9, 9], "task_sizes": [9, 10**9]}, "task 1 has 1000000000 examples"),
     ],
 )
 def test_contradictions_are_refused(arguments, message):
@@ -274,19 +311,78 @@ def test_every_task_order_is_equally_likely():
     assert abs(places - 500).max() < 5 * np.sqrt(500 * 0.75)
 
 
+def test_a_capped_task_shows_other_examples_each_epoch(monkeypatch):
+    """Subsets are uniform: over epochs, and across the parts they are drawn in."""
+    monkeypatch.setattr(task_batches, "_PART", 7)
+    sampler = TaskBatchSampler([20, 30], 5, task_draws=[5, 30])
+    seen = np.zeros(20, int)
+    for epoch in range(2000):
+        sampler.set_epoch(epoch)
+        chosen = [index for batch in sampler for index in batch if index < 20]
+        assert len(set(chosen)) == len(chosen) == 5
+        seen[chosen] += 1
+    assert abs(seen - 500).max() < 5 * np.sqrt(500 * 0.75)
+
+
+def test_rounds_of_a_heavy_task_come_one_by_one():
+    """Three rounds of a task are three shuffles: an example does not meet itself in a batch."""
+    batches = one_epoch({"task_sizes": [40], "batch_size": 8, "task_draws": [120]})
+    assert len(batches) == 15
+    assert all(len(set(batch)) == 8 for batch in batches)
+
+
+sizes_of_tasks = st.lists(st.integers(0, 10**9), min_size=1, max_size=8)
+
+
+@given(sizes_of_tasks, st.floats(0, 1))
+def test_the_exponent_keeps_the_length_and_the_order(sizes, exponent):
+    """Small tasks gain on large ones, none overtakes, and the epoch is as long as before."""
+    draws = task_draws(sizes, size_exponent=exponent)
+    assert abs(sum(draws) - sum(sizes)) <= len(sizes) + 1e-9 * sum(sizes)
+    for size, count in zip(sizes, draws, strict=True):
+        assert (count == 0) == (size == 0)
+        for other, others in zip(sizes, draws, strict=True):
+            assert size > other or count <= others
+            assert not other or size < other or (count - 1) * other <= (others + 1) * size
+    assert task_draws(sizes) == sizes
+    some = [count for count in task_draws(sizes, size_exponent=0) if count]
+    assert not some or max(some) == min(some)
+
+
+@given(sizes_of_tasks, st.floats(0, 1), st.data())
+def test_weights_and_bounds(sizes, exponent, data):
+    """A weight multiplies, 0 leaves out, and no task passes its bound."""
+    weights = [data.draw(st.sampled_from([0, 0.25, 1, 3])) for _ in sizes]
+    bounds = [data.draw(st.sampled_from([None, 1, 1000])) for _ in sizes]
+    capped = [min(size, bound or size) for size, bound in zip(sizes, bounds, strict=True)]
+    plain = task_draws(capped, size_exponent=exponent)
+    draws = task_draws(sizes, weights=weights, most=bounds, size_exponent=exponent)
+    for one, count, weight, bound in zip(plain, draws, weights, bounds, strict=True):
+        if one == 0 or weight == 0:
+            assert count == 0
+        elif bound is None:
+            assert abs(count - weight * one) <= 2 + weight
+        else:
+            assert 1 <= count <= bound
+            assert count == bound or abs(count - weight * one) <= 2 + weight
+
+
 def test_plan_stays_near_the_memory_of_its_indices():
     """An epoch of 4 million rows is planned with a peak below three arrays of its indices."""
     program = """if True:
         import tracemalloc
         from kalm_min.sampling import TaskBatchSampler
         sampler = TaskBatchSampler([160_000] * 25, 1024, homogeneous_ratio={ratio})
+        if {capped}:
+            sampler = TaskBatchSampler([200_000_000, 400_000], 1024, homogeneous_ratio={ratio},
+                                       task_draws=[2_800_000, 1_200_000])
         tracemalloc.start()
         next(iter(sampler))
         print(tracemalloc.get_traced_memory()[1] / (4 * 4_000_000))
     """
-    for ratio in (0, 0.5, 1):
+    for ratio, capped in ((0, False), (0.5, False), (1, False), (0, True), (0.5, True)):
         done = subprocess.run(
-            [sys.executable, "-c", program.format(ratio=ratio)],
+            [sys.executable, "-c", program.format(ratio=ratio, capped=capped)],
             capture_output=True,
             text=True,
             check=True,
