@@ -43,14 +43,14 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str =
         model = Qwen2(load_config(folder))
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     files = [folder / name for name in _file_names(folder)]
-    found, problems = _survey(files)
+    found, problems = survey(files)
     if not problems:
         # A file that cannot be read would also show up as missing tensors: report only the cause.
-        problems = list(_differences(found, wanted))
+        problems = list(differences(found, wanted))
     if problems:
         raise ValueError(f"{folder}: {'; '.join(problems)}")
     state = {
-        name: _read(file, key).to(device=device, dtype=dtype)
+        name: read(file, key).to(device=device, dtype=dtype)
         for name, (file, key, _, _) in found.items()
         if name in wanted
     }
@@ -58,11 +58,19 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str =
     return model.requires_grad_(True)
 
 
-def save_model(model: Qwen2, folder: Path, *, causal: bool) -> None:
-    """Write `config.json` and `model.safetensors` into `folder` (not atomic: the caller's folder is)."""
-    state = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
-    }
+def save_model(
+    model: Qwen2, folder: Path, *, causal: bool, state: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write `config.json` and `model.safetensors` into `folder` (not atomic: the caller's folder is).
+
+    Args:
+        model: whose weights, unless `state` is given, and configuration.
+        folder: exists.
+        causal: the attention mode, which goes into `config.json`.
+        state: the weights to write, by name, where the model's own are spread over processes.
+    """
+    state = model.state_dict() if state is None else state
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
     write_json(folder / "config.json", model.config.to_hf(dtype=dtype, causal=causal))
     save_file(state, folder / SINGLE, metadata={"format": "pt"})
@@ -88,7 +96,7 @@ def _file_names(folder: Path) -> list[str]:
 _Entry = tuple[Path, str, tuple[int, ...], str]
 
 
-def _survey(files: Iterable[Path]) -> tuple[dict[str, _Entry], list[str]]:
+def survey(files: Iterable[Path]) -> tuple[dict[str, _Entry], list[str]]:
     """Read the headers only: {parameter name: (file, key, shape, dtype)} and what is wrong."""
     found: dict[str, _Entry] = {}
     problems: list[str] = []
@@ -108,7 +116,7 @@ def _survey(files: Iterable[Path]) -> tuple[dict[str, _Entry], list[str]]:
     return found, problems
 
 
-def _differences(found: dict[str, _Entry], wanted: dict[str, tuple[int, ...]]) -> Iterable[str]:
+def differences(found: dict[str, _Entry], wanted: dict[str, tuple[int, ...]]) -> Iterable[str]:
     """What keeps the tensors found from being exactly those wanted, one phrase a kind."""
     if missing := sorted(wanted.keys() - found.keys()):
         yield f"missing tensors: {', '.join(missing)}"
@@ -122,7 +130,7 @@ def _differences(found: dict[str, _Entry], wanted: dict[str, tuple[int, ...]]) -
             yield f"{name}: expected a float tensor, found {dtype}"
 
 
-def _read(file: Path, key: str) -> torch.Tensor:
+def read(file: Path, key: str) -> torch.Tensor:
     """One tensor as a private view of the mapped file; the mapping lives as long as the tensor."""
     with safe_open(file, framework="pt") as reader:
         return reader.get_tensor(key)
