@@ -32,6 +32,15 @@ from kalm_min.model import (
     save_model,
     truncate,
 )
+from kalm_min.model.lora import (
+    ADAPTER_CONFIG,
+    Adapter,
+    load_adapter,
+    merge,
+    merged_state,
+    read_adapter,
+    save_adapter,
+)
 from kalm_min.sampling import token_budget_batches
 from kalm_min.tokenizer import Tokenizer, check_texts
 
@@ -95,6 +104,8 @@ class Embedder:
         self.max_length = max_length
         self.prompts = {"query": "", "document": ""} | (prompts or {})
         self.instruction_template = instruction_template
+        self.adapter: Adapter | None = None
+        """Set while the model carries an adapter that is not merged (during training)."""
         self.tokens_per_batch = _TOKENS_PER_BATCH.get(self.device.type, 2048)
 
     @classmethod
@@ -109,10 +120,14 @@ class Embedder:
     ) -> Self:
         """Load a folder, or a repository of the Hugging Face hub. An existing path never uses the network.
 
+        A folder with an adapter (LoRA, in PEFT's files) is read over the base model it names: merged,
+        and with the base's tokenizer and settings where the folder has none of its own.
+
         Args:
             path_or_hub_id: a folder with config.json, safetensors and tokenizer.json, or a hub id.
             device: None takes the first GPU, else the CPU.
-            dtype: None takes bfloat16 where the device computes it natively, else float32.
+            dtype: None takes bfloat16 where the device computes it natively, else float32; "auto"
+                leaves the weights as they are stored.
             causal: None takes `is_causal` of config.json, else causal, Qwen2's own mode.
             pooling: None takes 1_Pooling/config.json, else mean.
             max_length: None takes the folder's, else the model's longest position.
@@ -122,13 +137,23 @@ class Embedder:
         """
         folder = _resolve(path_or_hub_id)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = fastest_safe_dtype(device) if dtype is None else _torch_dtype(dtype)
-        side = _read_side_files(folder)
-        config = load_config(folder)
+        if dtype is None:
+            dtype = fastest_safe_dtype(device)
+        base, name = _base(folder, str(path_or_hub_id))
+        home = {
+            file: folder if (folder / file).is_file() else base
+            for file in ("config.json", "modules.json", "tokenizer.json")
+        }
+        side = _read_side_files(home["modules.json"])
+        config = load_config(home["config.json"])
+        model = load_model(base, dtype=_torch_dtype(dtype), device=device)
+        if base != folder:
+            load_adapter(model, folder)
+            merge(model)
         return cls(
-            load_model(folder, dtype=dtype, device=device),
-            Tokenizer.from_folder(folder),
-            causal=_attention_mode(folder, str(path_or_hub_id), config.is_causal)
+            model,
+            Tokenizer.from_folder(home["tokenizer.json"]),
+            causal=_attention_mode(home["config.json"], name, config.is_causal)
             if causal is None
             else causal,
             pooling=pooling or side["pooling"],
@@ -242,14 +267,31 @@ class Embedder:
         """Write a folder that this package, transformers and sentence-transformers open alike.
 
         transformers honours the attention mode of a bidirectional model from 5.2 on; the folder
-        tells sentence-transformers to refuse an older one instead of reading causally.
+        tells sentence-transformers to refuse an older one instead of reading causally. An adapter
+        is merged into what is written; the model itself keeps it apart.
         """
         with atomic_directory(path) as folder:
             self.write_files(folder)
 
-    def write_files(self, folder: Path) -> None:
-        """`save_pretrained` into a folder that the caller makes complete or absent."""
-        save_model(self.model, folder, causal=self.causal)
+    def write_files(
+        self, folder: Path, state: dict[str, Tensor] | None = None, *, merged: bool = True
+    ) -> None:
+        """`save_pretrained` into a folder that the caller makes complete or absent.
+
+        Args:
+            folder: exists.
+            state: the weights, by name, where the model's own are spread over processes.
+            merged: False writes an adapter by itself, naming its base.
+        """
+        state = self.model.state_dict() if state is None else state
+        if self.adapter and not merged:
+            hf = self.model.config.to_hf(dtype="float32", causal=self.causal)
+            write_json(folder / "config.json", hf)
+            save_adapter(state, folder, self.adapter)
+        else:
+            if self.adapter:
+                state = merged_state(state, self.adapter.config.scale)
+            save_model(self.model, folder, causal=self.causal, state=state)
         self.tokenizer.save(folder, max_length=self.max_length)
         _write_side_files(folder, self)
 
@@ -273,8 +315,21 @@ def _resolve(path_or_hub_id: str | Path) -> Path:
         raise ValueError(f"{name}: no such folder, and the hub gives none ({reason})") from error
 
 
-def _torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """A torch dtype or its name."""
+def _base(folder: Path, name: str) -> tuple[Path, str]:
+    """Folder and name of the model whose weights are to be read: an adapter's base, or itself."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return folder, name
+    base = read_adapter(folder).base
+    try:
+        return _resolve(base), base
+    except ValueError as error:
+        raise ValueError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path: {error}") from error
+
+
+def _torch_dtype(dtype: torch.dtype | str) -> torch.dtype | None:
+    """A torch dtype or its name; None for "auto"."""
+    if dtype == "auto":
+        return None
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f'dtype: expected a name like "float32" or "bfloat16", found {dtype!r}')

@@ -32,8 +32,15 @@ def load_config(folder: Path) -> ModelConfig:
     return ModelConfig.from_hf(_object(path), where=str(path))
 
 
-def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Qwen2:
+def load_model(
+    folder: Path, *, dtype: torch.dtype | None, device: torch.device | str = "cpu"
+) -> Qwen2:
     """Build the decoder of a folder and fill it from the safetensors files, each tensor once.
+
+    Args:
+        folder: with config.json and the files.
+        dtype: of the parameters; None leaves each as it is stored.
+        device: where they go.
 
     Raises:
         ValueError: one sentence listing every missing, unexpected or wrong-shaped tensor and every
