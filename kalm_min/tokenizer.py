@@ -8,6 +8,7 @@ every other library.
 Reads `tokenizer.json` (and `tokenizer_config.json` beside it). Not here: chat templates, padding.
 """
 
+import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -85,6 +86,11 @@ class Tokenizer:
         self._fast.enable_truncation(max_length)
         joined = [prompt + text for text in texts]
         return [encoding.ids for encoding in self._fast.encode_batch_fast(joined)]
+
+    def encodes_like(self, other: "Tokenizer") -> bool:
+        """Whether both follow the same rules from text to ids, whatever length they cut at."""
+        mine, theirs = (json.loads(one._fast.to_str()) for one in (self, other))
+        return mine | {"truncation": None} == theirs | {"truncation": None}
 
     def save(self, folder: str | os.PathLike[str], *, max_length: int) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, which states `max_length`, into `folder`."""
