@@ -7,6 +7,7 @@ pure functions of the seed, the epoch and the step. Nothing is pickled.
 """
 
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,42 @@ from torch import nn
 
 from kalm_min.embedder import Embedder
 from kalm_min.files import atomic_directory, read_json, write_json
+from kalm_min.training import distributed, parallel
 
 _STATE, _OPTIMIZER = "state.json", "optimizer.safetensors"
 
 
 def save(
     root: Path, embedder: Embedder, optimizer: torch.optim.Optimizer, state: dict[str, Any]
-) -> Path:
-    """Write the checkpoint of `state["step"]` below `root`; called on one process."""
-    path = root / f"step_{state['step']:08d}"
-    with atomic_directory(path) as folder:
-        embedder.write_files(folder)
-        save_file(_moments(embedder.model, optimizer), folder / _OPTIMIZER)
-        write_json(folder / _STATE, state)
-    return path
+) -> None:
+    """Write the checkpoint of `state["step"]` below `root`; every process calls it, rank 0 writes."""
+    weights = _collect(embedder.model.state_dict().items())
+    moments = _collect(_moments(embedder.model, optimizer))
+    if distributed.rank() == 0:
+        with atomic_directory(root / f"step_{state['step']:08d}") as folder:
+            embedder.write_files(folder, weights)
+            save_file(moments, folder / _OPTIMIZER)
+            write_json(folder / _STATE, state)
+    distributed.barrier()
+
+
+def save_model(path: Path, embedder: Embedder) -> None:
+    """Write a finished model; every process calls it, rank 0 writes."""
+    weights = _collect(embedder.model.state_dict().items())
+    if distributed.rank() == 0:
+        with atomic_directory(path) as folder:
+            embedder.write_files(folder, weights)
+    distributed.barrier()
+
+
+def _collect(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Tensors put together from their shards, one at a time, and kept on rank 0's CPU."""
+    kept: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors:
+        full = parallel.whole(tensor.detach())
+        if distributed.rank() == 0:
+            kept[name] = full.cpu().contiguous()
+    return kept
 
 
 def newest(root: Path) -> Path | None:
@@ -57,18 +80,18 @@ def restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optim
         for name, parameter in model.named_parameters():
             if name in stored:
                 optimizer.state[parameter] = {
-                    kind: reader.get_tensor(f"{kind}/{name}").clone().to(parameter.device)
+                    kind: parallel.like(reader.get_tensor(f"{kind}/{name}").clone(), parameter)
                     for kind in ("step", "exp_avg", "exp_avg_sq")
                 }
 
 
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """{"exp_avg/<parameter name>": tensor, ...}."""
-    return {
-        f"{kind}/{name}": value.cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        for kind, value in optimizer.state.get(parameter, {}).items()
-    }
+def _moments(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """("exp_avg/<parameter name>", tensor), and so on."""
+    for name, parameter in model.named_parameters():
+        for kind, value in optimizer.state.get(parameter, {}).items():
+            yield f"{kind}/{name}", value
 
 
 def prune(root: Path, keep: int) -> None:

@@ -10,7 +10,6 @@ activation checkpointing (what is kept for backward), compilation (of each layer
 Both give the gradient of the mean of the processes' losses.
 """
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -88,9 +87,3 @@ def like(value: Tensor, tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor) or value.dim() == 0:
         return value
     return distribute_tensor(value, tensor.device_mesh, tensor.placements)
-
-
-def whole_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor on the CPU) of every parameter, one at a time; every process takes part."""
-    for name, tensor in model.state_dict().items():
-        yield name, whole(tensor).detach().cpu()

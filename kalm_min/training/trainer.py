@@ -163,13 +163,14 @@ class Trainer:
         self.stop = False
         """Set from outside (a signal) to save and return after the current step."""
         self._clock = 0.0  # when the last step ended
-        self.model = parallel.wrap(embedder.model, recipe.parallel)
+        bfloat16 = _wants_bfloat16(loop.precision, embedder.device)
+        self.model = parallel.wrap(embedder.model, recipe.parallel, bfloat16=bfloat16)
         self.optimizer = build_optimizer(embedder.model, recipe.optimizer)
         self.autocast = partial(
             torch.autocast,
             embedder.device.type,
             dtype=torch.bfloat16,
-            enabled=_wants_bfloat16(loop.precision, embedder.device),
+            enabled=bfloat16 and not parallel.is_sharded(self.model),
         )
         if resume is not None:
             state = checkpoint.read_state(resume)
@@ -187,9 +188,10 @@ class Trainer:
             FloatingPointError: loss or gradient is not finite; the weights are as before the step.
         """
         main = distributed.rank() == 0
+        loop = self.recipe.training
         log_path = self.output / "log.jsonl"
         if main:
-            checkpoint.prune(self.output / "checkpoints", self.recipe.training.keep_checkpoints)
+            checkpoint.prune(self.output / "checkpoints", loop.keep_checkpoints)
             run_folder.cut_log(log_path, self.step)
         self._clock = time.perf_counter()
         with log_path.open("a", encoding="utf-8") if main else _Nowhere() as log:
@@ -206,24 +208,19 @@ class Trainer:
                 self.step += 1
                 if main:
                     write(line)
-                if self.validation is not None and (
-                    self.step % self.recipe.training.validate_every == 0
-                    or self.step == self.total_steps
-                ):
+                if self.validation is not None and self._due(loop.validate_every):
                     self._validate(write if main else None)
                 stop = distributed.most(int(self.stop), self.embedder.device) > 0
-                if (
-                    stop
-                    or self.step % self.recipe.training.save_every == 0
-                    or self.step == self.total_steps
-                ):
+                if stop or self._due(loop.save_every):
                     self._save()
                 if stop and self.step < self.total_steps:
                     return False
-        if main:
-            self.embedder.save_pretrained(self.output / "final")
-        distributed.barrier()
+        checkpoint.save_model(self.output / "final", self.embedder)
         return True
+
+    def _due(self, every: int) -> bool:
+        """Whether something done every so many steps, and at the end, is to be done now."""
+        return self.step % every == 0 or self.step == self.total_steps
 
     def _batches(self) -> Iterator[_Prepared]:
         """The remaining batches, tokenised ahead of time in a thread."""
@@ -285,9 +282,12 @@ class Trainer:
             device=self.embedder.device,
             tokens_per_batch=self.recipe.training.tokens_per_batch,
             no_sync=lambda: parallel.no_sync(self.model),
+            sharded=parallel.is_sharded(self.model),
         )
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.embedder.model.parameters(), self.recipe.optimizer.max_grad_norm
+        norm = parallel.whole(
+            torch.nn.utils.clip_grad_norm_(
+                self.embedder.model.parameters(), self.recipe.optimizer.max_grad_norm
+            )
         )
         loss, sums = self._joined(result)
         if not (torch.isfinite(norm) and torch.isfinite(torch.tensor(loss))):
@@ -337,20 +337,20 @@ class Trainer:
             template=embedder.instruction_template,
             batch_size=self.recipe.sampling.batch_size,
             limit=self.recipe.training.validation_limit,
+            together=parallel.is_sharded(self.model),
         )
         if write is not None:
             write({"step": self.step, "validation": numbers})
 
     def _save(self) -> None:
-        """A checkpoint of the current step; the other processes wait for it."""
+        """A checkpoint of the current step."""
+        epoch, within = divmod(self.step, len(self.sampler))
+        place = {"epoch": epoch, "step": within}
+        state = {"step": self.step, "sampler": self.sampler.state_dict() | place}
+        root = self.output / "checkpoints"
+        checkpoint.save(root, self.embedder, self.optimizer, state)
         if distributed.rank() == 0:
-            epoch, within = divmod(self.step, len(self.sampler))
-            place = {"epoch": epoch, "step": within}
-            state = {"step": self.step, "sampler": self.sampler.state_dict() | place}
-            root = self.output / "checkpoints"
-            checkpoint.save(root, self.embedder, self.optimizer, state)
             checkpoint.prune(root, self.recipe.training.keep_checkpoints)
-        distributed.barrier()
 
 
 def _wants_bfloat16(precision: str, device: torch.device) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kalm_min.data import Example, TrainingData, collate
+from kalm_min.data import TextBatch, TrainingData, collate
 from kalm_min.losses import candidate_masks
 from kalm_min.training import distributed
 from kalm_min.training.step import facts
@@ -40,9 +40,23 @@ def rank_of_positive(queries: Tensor, documents: Tensor, labels: Tensor, mask: T
 
 
 def validate(
-    data: TrainingData, embed: Embed, *, template: str, batch_size: int, limit: int
+    data: TrainingData,
+    embed: Embed,
+    *,
+    template: str,
+    batch_size: int,
+    limit: int,
+    together: bool = False,
 ) -> dict[str, float]:
     """Accuracy@1 and mean reciprocal rank over the first `limit` pairs of each held-out task.
+
+    Args:
+        data: the held-out pairs.
+        embed: (n, D) unit vectors of texts.
+        template: of instructions.
+        batch_size: queries of a batch.
+        limit: pairs of a task that are looked at.
+        together: every process embeds every text, as a sharded model must; otherwise its share.
 
     Returns:
         {"accuracy", "mrr", "in_batch_accuracy", "in_batch_mrr"}, means over tasks, and
@@ -54,7 +68,10 @@ def validate(
     for name, size in zip(data.task_names, data.task_sizes, strict=True):
         examples = [data[start + i] for i in range(min(size, limit))]
         start += size
-        numbers = _measure(examples, embed, template=template, batch_size=batch_size)
+        batch = collate(examples, num_negatives=10**6, template=template, epoch=0, seed=0)
+        texts = list(dict.fromkeys([*batch.queries, *batch.documents]))
+        vectors = (embed(texts) if together else _embed_shared(texts, embed)).cpu()
+        numbers = _measure(batch, dict(zip(texts, vectors, strict=True)), batch_size)
         results[f"accuracy/{name}"] = numbers[0]
         totals.append(numbers)
     means = [sum(column) / len(column) for column in zip(*totals, strict=True)]
@@ -62,22 +79,16 @@ def validate(
     return dict(zip(names, means, strict=True)) | results
 
 
-def _measure(
-    examples: list[Example], embed: Embed, *, template: str, batch_size: int
-) -> list[float]:
-    """[accuracy, mrr, in-batch accuracy, in-batch mrr] of one task."""
-    batch = collate(examples, num_negatives=10**6, template=template, epoch=0, seed=0)
-    texts = list(dict.fromkeys([*batch.queries, *batch.documents]))
-    place = {text: i for i, text in enumerate(texts)}
-    vectors = _embed_shared(texts, embed)
-    queries = vectors[[place[text] for text in batch.queries]]  # (Q, D)
-    documents = vectors[[place[text] for text in batch.documents]]  # (N, D)
+def _measure(batch: TextBatch, vectors: dict[str, Tensor], batch_size: int) -> list[float]:
+    """[accuracy, mrr, in-batch accuracy, in-batch mrr] of one task, from the vector of each text."""
+    queries = torch.stack([vectors[text] for text in batch.queries])  # (Q, D)
+    documents = torch.stack([vectors[text] for text in batch.documents])  # (N, D)
     labels = torch.from_numpy(batch.labels)
     queries_known, documents_known = facts(batch, labels.device)
     masks = candidate_masks(queries_known, documents_known, labels)
     mask = masks["positive"] | masks["query"] | masks["group"]  # (Q, N)
     ranks = rank_of_positive(queries, documents, labels, mask)
-    block = torch.arange(len(examples)) // batch_size
+    block = torch.arange(len(queries)) // batch_size
     outside = block[:, None] != block[documents_known.owners]  # (Q, N)
     extra = torch.ones_like(mask)
     extra[:, labels] = False  # in a batch, only the positives are candidates
@@ -98,4 +109,4 @@ def _embed_shared(texts: list[str], embed: Embed) -> Tensor:
     vectors = own.new_empty(len(texts), own.shape[1])
     for r, part in enumerate(parts):
         vectors[r::size] = part
-    return vectors.cpu()
+    return vectors

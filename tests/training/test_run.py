@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -214,3 +215,33 @@ def test_what_a_user_gets_wrong_is_one_sentence(arguments, tmp_path, extra, mess
     assert "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_sharded_run_equals_one_process_and_resumes(arguments, unbroken, data, tmp_path):
+    """FSDP2 on two processes: the losses of one process; a stopped run goes on bit for bit."""
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    extra = ("--parallel.strategy", "fsdp", "--parallel.gradient-checkpointing")
+    extra += ("--data.validation", str(data / "valid.jsonl"))
+    result = run(arguments, tmp_path / "whole", *extra, launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    steps = [line for line in log(tmp_path / "whole") if "loss" in line]
+    for ours, alone in zip(steps, log(unbroken), strict=True):
+        assert ours["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    shutil.rmtree(tmp_path / "part" / "final")
+    for late in ("step_00000008", "step_00000012"):
+        shutil.rmtree(tmp_path / "part" / "checkpoints" / late)
+    config = tmp_path / "part" / "config.toml"
+    config.write_text(config.read_text().replace("/whole", "/part"))
+    result = run(arguments, tmp_path / "part", *extra, launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    assert "going on from step 4" in result.stderr
+    assert log(tmp_path / "part") == log(tmp_path / "whole")
+    assert same(weights(tmp_path / "part"), weights(tmp_path / "whole"))
