@@ -8,13 +8,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from kalm_min.config import parse, to_toml
 from kalm_min.data import TrainingData
+from kalm_min.model.lora import LoRAConfig
 from kalm_min.progress import Progress
 from kalm_min.training import distributed, run_folder
 from kalm_min.training.source import ModelSource, open_model
@@ -40,8 +41,9 @@ class TrainConfig(Recipe):
     """A training run."""
 
     output: Path
-    """Folder of the run: config.toml, log.jsonl, checkpoints/, final/."""
+    """Folder of the run: config.toml, log.jsonl, checkpoints/, final/, with LoRA also adapter/."""
     model: ModelSource
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig
 
 
@@ -69,7 +71,7 @@ def _train(config: TrainConfig, device: Any) -> int:
     resume = run_folder.claim(config.output, text)
     distributed.barrier()  # nobody writes before everybody has looked
     data, validation = _open_data(config.data)
-    model = open_model(config.model, resume, device)
+    model = open_model(config.model, resume, device, config.lora)
     trainer = Trainer(model, data, validation, config.output, config, resume)
     if main_process:
         run_folder.describe(config.output, text, device)

@@ -1,9 +1,10 @@
 """Checkpoints that are complete or do not exist, and hold everything a run needs to go on.
 
-`<output>/checkpoints/step_00001000/` is a model folder that `Embedder.from_pretrained` opens, plus
-`optimizer.safetensors` (moments and step count by parameter name) and `state.json` (where the run
-is). It appears in one rename. There is no random state to save: order, draws and learning rate are
-pure functions of the seed, the epoch and the step. Nothing is pickled.
+`<output>/checkpoints/step_00001000/` is a folder that `Embedder.from_pretrained` opens (a model, or
+with LoRA an adapter, whose frozen base stays where it is), plus `optimizer.safetensors` (moments and
+step count by parameter name) and `state.json` (where the run is). It appears in one rename. There is
+no random state to save: order, draws and learning rate are pure functions of the seed, the epoch and
+the step. Nothing is pickled.
 """
 
 import shutil
@@ -27,20 +28,28 @@ def save(
     root: Path, embedder: Embedder, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> None:
     """Write the checkpoint of `state["step"]` below `root`; every process calls it, rank 0 writes."""
-    weights = _collect(embedder.model.state_dict().items())
+    named = embedder.model.named_parameters()
+    weights = _collect((name, parameter) for name, parameter in named if parameter.requires_grad)
     moments = _collect(_moments(embedder.model, optimizer))
     if distributed.rank() == 0:
         with atomic_directory(root / f"step_{state['step']:08d}") as folder:
-            embedder.write_files(folder, weights)
+            embedder.write_files(folder, weights, merged=False)
             save_file(moments, folder / _OPTIMIZER)
             write_json(folder / _STATE, state)
     distributed.barrier()
 
 
 def save_model(path: Path, embedder: Embedder) -> None:
-    """Write a finished model; every process calls it, rank 0 writes."""
+    """Write a finished model; every process calls it, rank 0 writes.
+
+    With LoRA it is merged, and the adapter by itself goes into `adapter/` beside it, before it: a
+    model that is there is the end of the run.
+    """
     weights = _collect(embedder.model.state_dict().items())
     if distributed.rank() == 0:
+        if embedder.adapter:
+            with atomic_directory(path.with_name("adapter")) as folder:
+                embedder.write_files(folder, weights, merged=False)
         with atomic_directory(path) as folder:
             embedder.write_files(folder, weights)
     distributed.barrier()

@@ -5,6 +5,7 @@
     <output>/log.jsonl          one object a step
     <output>/checkpoints/       complete ones only
     <output>/final/             the finished model
+    <output>/adapter/           with LoRA, what was trained, by itself
 
 A folder belongs to one configuration. Another one is refused before anything is read or written: a
 run continued under other settings is neither of the two.

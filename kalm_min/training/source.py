@@ -11,6 +11,7 @@ import torch
 
 from kalm_min.embedder import KALM_TEMPLATE, Embedder
 from kalm_min.model import ModelConfig, Pooling, Qwen2, initialise
+from kalm_min.model.lora import ADAPTER_CONFIG, Adapter, LoRAConfig, add_adapter, load_adapter
 from kalm_min.tokenizer import Tokenizer
 
 _ROWS = 64  # a vocabulary is rounded up to a multiple of this: odd sizes are slow on a GPU
@@ -37,7 +38,7 @@ class ModelSource:
     initializer_range: float = 0.02
     """Standard deviation of a fresh model's weights."""
     init_seed: int = 0
-    """Of a fresh model's weights."""
+    """Of a fresh model's weights, or a fresh adapter's."""
     causal: bool | None = None
     """Attention mode; none keeps the checkpoint's (a fresh model is bidirectional, as in V2)."""
     pooling: Pooling | None = None
@@ -58,18 +59,51 @@ class ModelSource:
             raise ValueError("instruction_template: expected {instruction} in it, found none")
 
 
-def open_model(source: ModelSource, resume: Path | None, device: torch.device) -> Embedder:
+def open_model(
+    source: ModelSource,
+    resume: Path | None,
+    device: torch.device,
+    lora: LoRAConfig | None = None,
+) -> Embedder:
     """The embedder a run starts or goes on with, float32 weights on `device`."""
+    if lora is not None and lora.rank:
+        return _adapted(source, resume, device, lora)
     if resume is not None:
         return Embedder.from_pretrained(resume, device, torch.float32)
     if source.tokenizer is not None:
         return _fresh(source, device)
+    return _checkpoint(source, device)
+
+
+def _checkpoint(source: ModelSource, device: torch.device) -> Embedder:
+    """The checkpoint of `path`, under the run's own settings."""
     assert source.path is not None
     embedder = Embedder.from_pretrained(
         source.path, device, torch.float32, source.causal, source.pooling, source.max_length
     )
     if source.instruction_template is not None:
         embedder.instruction_template = source.instruction_template
+    return embedder
+
+
+def _adapted(
+    source: ModelSource, resume: Path | None, device: torch.device, lora: LoRAConfig
+) -> Embedder:
+    """The checkpoint, frozen, under the adapter of `resume`, or a fresh one, which changes nothing."""
+    if source.path is None:
+        raise ValueError("lora: expected model.path, a checkpoint to adapt; a fresh model has none")
+    folder = Path(source.path).expanduser()
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"{folder}: an adapter cannot be the base of another; save it merged first, "
+            "with Embedder.from_pretrained(...).save_pretrained(...)"
+        )
+    embedder = _checkpoint(source, device)
+    embedder.adapter = Adapter(lora, str(folder.resolve()) if folder.is_dir() else source.path)
+    if resume is None:
+        add_adapter(embedder.model, lora, source.init_seed)
+    else:
+        load_adapter(embedder.model, resume)
     return embedder
 
 
