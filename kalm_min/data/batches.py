@@ -42,7 +42,7 @@ class TextBatch:
     query_groups: Ints
     """(B,) hash of task and group; 0 is no group."""
     document_groups: Ints
-    """(N,) that of the query for a positive, 0 for a negative."""
+    """(N,) that of the query for a positive; 0 for a negative, unless its group was drawn."""
     document_owner: Ints
     """(N,) the query that brought the document."""
     in_batch: npt.NDArray[np.bool_]
@@ -85,9 +85,11 @@ def collate(
         owner += [number] * len(drawn.texts)
         plain += drawn.texts
         documents += [prompt + text for text in drawn.texts] if example.symmetric else drawn.texts
-    groups = _ints(_group_hash(example) for example in examples)
-    document_groups = np.zeros(len(documents), np.int64)
-    document_groups[labels] = groups
+    document_groups = _ints(
+        _group_hash(example.task, group)
+        for example, drawn in zip(examples, draws, strict=True)
+        for group in drawn.groups
+    )
     return TextBatch(
         queries=queries,
         documents=documents,
@@ -95,7 +97,7 @@ def collate(
         query_hashes=_ints(text_hash(example.query) for example in examples),
         positive_hashes=[_ints(map(text_hash, example.positives)) for example in examples],
         document_hashes=_ints(map(text_hash, plain)),
-        query_groups=groups,
+        query_groups=document_groups[labels],
         document_groups=document_groups,
         document_owner=_ints(owner),
         in_batch=np.array([example.in_batch_negatives for example in examples], np.bool_),
@@ -112,6 +114,8 @@ class _Drawn(NamedTuple):
     """Its positive, then its negatives."""
     scores: list[float]
     """A teacher's of each, nan where there is none."""
+    groups: list[str | None]
+    """Of each."""
     mix_pair: tuple[int, int]
     mix_share: float
 
@@ -127,6 +131,8 @@ def _draw(example: Example, num_negatives: int, seed: int, epoch: int) -> _Drawn
     known = {example.query, *example.positives}
     scores = example.negative_scores or (np.nan,) * len(example.negatives)
     scored = dict(zip(reversed(example.negatives), reversed(scores), strict=True))
+    groups = example.negative_groups or (None,) * len(example.negatives)
+    group_of = dict(zip(reversed(example.negatives), reversed(groups), strict=True))
     negatives = [text for text in dict.fromkeys(example.negatives) if text not in known]
     if len(negatives) > num_negatives:
         chosen: list[int] = rng.permutation(len(negatives))[:num_negatives].tolist()
@@ -137,14 +143,15 @@ def _draw(example: Example, num_negatives: int, seed: int, epoch: int) -> _Drawn
         [example.positives[place], *negatives],
         [(example.positive_scores or (np.nan,) * len(example.positives))[place]]
         + [scored[text] for text in negatives],
+        [example.group, *(group_of[text] for text in negatives)],
         (pair[0], pair[1]),
         share,
     )
 
 
-def _group_hash(example: Example) -> int:
+def _group_hash(task: int, group: str | None) -> int:
     # With the task, so that label "1" of one task is not label "1" of another.
-    return 0 if example.group is None else text_hash(f"{example.task}:{example.group}")
+    return 0 if group is None else text_hash(f"{task}:{group}")
 
 
 def _ints(values: Iterable[int]) -> Ints:

@@ -7,27 +7,29 @@ Each file or sub-folder of a folder is a task. A line's own "task" wins over the
 so a single file may hold many tasks. `<task>.toml` beside the data holds the settings of a task.
 The outcome of the check is cached with the index of each file: opening again reads no line.
 
-Not here: drawing positives and negatives, and prompts (batches.py).
+Not here: the check itself (checking.py), drawing positives and negatives (batches.py, labels.py),
+and prompts (batches.py).
 """
 
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 import numpy as np
 import numpy.typing as npt
 
+from kalm_min.data.checking import TaskAccount, account, check_all, rows_of_tasks
 from kalm_min.data.jsonl import JsonlFile
-from kalm_min.data.schema import TaskSettings, nearest, problem_with, read_settings
-from kalm_min.files import atomic_write, read_json, write_json
+from kalm_min.data.labels import LabelIndex
+from kalm_min.data.schema import TaskSettings, nearest, read_settings
 
-_CHECKED = "checked1.json"  # raised when the rules of schema.py change
-_LISTED = 20  # malformed lines shown; the rest are counted
+_LABEL_DRAW = 1  # the purpose of a generator, beside those of batches.py
+_NEGATIVES = 7  # of an example of a label-based task that is read without saying how many
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +50,8 @@ class Example:
     positive_scores: tuple[float, ...] | None = None
     """Of a teacher, aligned with `positives`; likewise `negative_scores`."""
     negative_scores: tuple[float, ...] | None = None
+    negative_groups: tuple[str, ...] | None = None
+    """Of a label-based task: the group of each negative."""
     symmetric: bool = False
     in_batch_negatives: bool = True
 
@@ -58,8 +62,10 @@ class _Segment:
 
     task: str
     file: JsonlFile
+    number: int
+    """Of the task in the file's account."""
     rows: npt.NDArray[np.int64] | None
-    size: int
+    account: TaskAccount
 
 
 class TrainingData:
@@ -77,14 +83,17 @@ class TrainingData:
         reopen: Callable[[], Self],
     ) -> None:
         self._segments = sorted(segments, key=lambda segment: segment.task)
-        self._ends = list(accumulate(segment.size for segment in self._segments))
-        self.task_names = sorted({segment.task for segment in self._segments})
-        self.task_sizes = [
-            sum(segment.size for segment in self._segments if segment.task == name)
-            for name in self.task_names
-        ]
+        self._ends = list(accumulate(segment.account.rows for segment in self._segments))
+        tasks = {name: list(own) for name, own in groupby(self._segments, lambda one: one.task)}
+        self.task_names = list(tasks)
+        self.task_sizes = [sum(one.account.rows for one in own) for own in tasks.values()]
         self._task_ends = list(accumulate(self.task_sizes))
-        self.settings = [settings.get(name, TaskSettings()) for name in self.task_names]
+        self.settings = [settings.get(name, TaskSettings()) for name in tasks]
+        self._first_segments = [0, *accumulate(len(own) for own in tasks.values())]
+        self._labels = [
+            _label_index(own) if task.label_based else _refuse_unpaired(own)
+            for own, task in zip(tasks.values(), self.settings, strict=True)
+        ]
         self._instruction = instruction
         self._reopen = reopen
 
@@ -95,6 +104,7 @@ class TrainingData:
         *,
         instruction: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        progress: TextIO | None = None,
     ) -> Self:
         """Open a JSONL(.gz) file or a folder of tasks; check every line that was not checked yet.
 
@@ -102,8 +112,9 @@ class TrainingData:
             path: the file or folder.
             instruction: for examples whose line and task set none.
             cache_dir: see JsonlFile.
+            progress: where a check that takes long is shown.
 
-        Raises ValueError: for a folder or settings file that cannot be used, one sentence; for
+        Raises ValueError: for a folder, settings file or task that cannot be used, one sentence; for
         malformed lines, the first 20 as `file:line: expected ..., found ...` and their number.
         """
         path = Path(path)
@@ -112,7 +123,7 @@ class TrainingData:
             for task, files in _task_files(path).items()
             for file in files
         ]
-        _check_all(path, [file for _, file in opened])
+        check_all(path, [file for _, file in opened], progress)
         segments = [segment for task, file in opened for segment in _segments(task, file)]
         settings = _all_settings(path, {segment.task for segment in segments})
         reopen = partial(cls.open, path, instruction=instruction, cache_dir=cache_dir)
@@ -125,21 +136,53 @@ class TrainingData:
         return self._ends[-1]
 
     def __getitem__(self, i: int) -> Example:
-        """Example i, numbered as TaskBatchSampler(task_sizes, ...) does."""
+        """Example i, numbered as TaskBatchSampler(task_sizes, ...) does.
+
+        Of a label-based task, with what epoch 0 of seed 0 draws.
+        """
+        return self.example(i, epoch=0, seed=0, num_negatives=_NEGATIVES)
+
+    def example(self, i: int, *, epoch: int, seed: int, num_negatives: int) -> Example:
+        """Example i with, in a label-based task, a positive and negatives drawn from other lines.
+
+        The draw is a pure function of (seed, epoch, i) and the data. Other tasks bring what their
+        lines hold, whatever the epoch, seed and number.
+        """
         i = range(len(self))[i]
-        file, row = self._locate(i)
-        return self._example(file[row], i)
+        number, row = self._locate(i)
+        record = self._segments[number].file[row]
+        example = self._example(record, i)
+        labels = self._labels[example.task]
+        if labels is None:
+            return example
+        key = np.random.SeedSequence(seed, spawn_key=(epoch, i, _LABEL_DRAW))
+        part = number - self._first_segments[example.task]
+        drawn = labels.draw(part, row, record, num_negatives, np.random.default_rng(key))
+        return replace(
+            example,
+            positives=(drawn.positive,),
+            negatives=drawn.negatives,
+            negative_groups=drawn.groups,
+            positive_scores=None,
+            negative_scores=None,
+        )
+
+    def record(self, i: int) -> dict[str, Any]:
+        """The line of example i as it stands in the file."""
+        number, row = self._locate(range(len(self))[i])
+        return self._segments[number].file[row]
 
     def location(self, i: int) -> str:
         """`file:line` of example i."""
-        file, row = self._locate(range(len(self))[i])
-        return file.location(row)
+        number, row = self._locate(range(len(self))[i])
+        return self._segments[number].file.location(row)
 
-    def _locate(self, i: int) -> tuple[JsonlFile, int]:
+    def _locate(self, i: int) -> tuple[int, int]:
+        """Number of the segment, and row in its file."""
         number = bisect_right(self._ends, i)
         segment = self._segments[number]
-        row = i - (self._ends[number] - segment.size)
-        return segment.file, row if segment.rows is None else int(segment.rows[row])
+        row = i - (self._ends[number] - segment.account.rows)
+        return number, row if segment.rows is None else int(segment.rows[row])
 
     def _example(self, record: dict[str, Any], i: int) -> Example:
         task = bisect_right(self._task_ends, i)
@@ -148,7 +191,7 @@ class TrainingData:
         group = record.get("group")
         return Example(
             query=record["query"],
-            positives=tuple(record["pos"]),
+            positives=tuple(record.get("pos") or ()),
             negatives=tuple(record.get("neg") or ()),
             task=task,
             index=i,
@@ -220,71 +263,40 @@ def _all_settings(path: Path, tasks: set[str]) -> dict[str, TaskSettings]:
     return {file.stem: read_settings(file) for file in files}
 
 
-# ---- the check of every line ---------------------------------------------------------------------
-
-
-def _check_all(path: Path, files: Iterable[JsonlFile]) -> None:
-    """Check the lines of all files that were not checked before; raise for all of them at once."""
-    problems: list[str] = []
-    count = 0
-    for file in files:
-        if _tasks(file) is None:
-            for problem in _check(file):
-                count += 1
-                problems += [problem][: _LISTED - len(problems)]
-    if count:
-        first = f", the first {_LISTED}" if count > _LISTED else ""
-        lines = "".join(f"\n  {problem}" for problem in problems)
-        raise ValueError(f"{path}: {count} malformed line{'s'[: count - 1]}{first}:{lines}")
-
-
-def _check(file: JsonlFile) -> Iterator[str]:
-    """Yield `file:line: expected ..., found ...` for each malformed line; without any, cache so.
-
-    The cache holds the tasks named in the file with their number of rows, in order of appearance
-    (null: no name), and if there are several the rows, sorted by task.
-    """
-    numbers: dict[str | None, int] = {}
-    task_of = np.zeros(len(file), np.int32)
-    clean = True
-    for row in range(len(file)):
-        try:
-            record = file[row]
-        except ValueError as error:
-            clean = False
-            yield str(error)
-            continue
-        if problem := problem_with(record):
-            clean = False
-            yield f"{file.location(row)}: {problem}"
-        elif number := numbers.setdefault(record.get("task"), len(numbers)):
-            task_of[row] = number  # not for 0, so that the usual file of one task needs no memory
-    if clean:
-        sizes = [len(file)]
-        if len(numbers) > 1:
-            sizes = np.bincount(task_of).tolist()
-            with atomic_write(file.sidecar("rows.npy")) as rows:
-                np.save(rows, np.argsort(task_of, kind="stable"))
-        write_json(file.sidecar(_CHECKED), list(zip(numbers, sizes, strict=True)))
-
-
-def _tasks(file: JsonlFile) -> list[tuple[str | None, int]] | None:
-    """The tasks in a checked file with their number of rows; None if it was not checked yet."""
-    path = file.sidecar(_CHECKED)
-    if not path.exists():
-        return None
-    return [(name, size) for name, size in read_json(path)]
+# ---- tasks of checked files ----------------------------------------------------------------------
 
 
 def _segments(task: str, file: JsonlFile) -> Iterator[_Segment]:
     """The rows of a checked file by task; those that name none belong to `task`."""
-    tasks = _tasks(file)
-    assert tasks, "the file was checked"
-    if len(tasks) == 1:
-        yield _Segment(tasks[0][0] or task, file, None, tasks[0][1])
-        return
-    rows: npt.NDArray[np.int64] = np.asarray(np.load(file.sidecar("rows.npy"), mmap_mode="r"))
+    accounts = account(file)
+    assert accounts, "the file was checked"
+    rows = rows_of_tasks(file) if len(accounts) > 1 else None
     end = 0
-    for name, size in tasks:
-        start, end = end, end + size
-        yield _Segment(name or task, file, rows[start:end], size)
+    for number, one in enumerate(accounts):
+        start, end = end, end + one.rows
+        part = None if rows is None else rows[start:end]
+        yield _Segment(one.task or task, file, number, part, one)
+
+
+def _label_index(segments: list[_Segment]) -> LabelIndex:
+    """The groups of a label-based task. Raises ValueError where a row has none."""
+    for segment in segments:
+        if segment.account.ungrouped:
+            raise ValueError(
+                f"{segment.file.location(segment.account.first_ungrouped)}: expected 'group' in "
+                f"every line of the label-based task {segment.task!r}, "
+                f"found {segment.account.ungrouped} without in this file"
+            )
+    return LabelIndex(segments[0].task, [(segment.file, segment.number) for segment in segments])
+
+
+def _refuse_unpaired(segments: list[_Segment]) -> None:
+    """Raise ValueError where a task that is not label-based has rows without positives."""
+    for segment in segments:
+        if segment.account.unpaired:
+            raise ValueError(
+                f"{segment.file.location(segment.account.first_unpaired)}: expected 'pos' to be a "
+                f"list of at least one non-empty string, found nothing in {segment.account.unpaired} "
+                f"lines of this file; to draw positives from their group, set label_based = true "
+                f"in {segment.task}.toml"
+            )

@@ -18,6 +18,7 @@ import shutil
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -50,6 +51,7 @@ class JsonlFile:
         self, path: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None
     ) -> None:
         self.path = Path(path)
+        self.cache_dir = cache_dir
         name = f"{self.path.name}.{_content_key(self.path)}"
         self._prefixes = [folder / name for folder in _cache_folders(self.path, cache_dir)]
         loaded = next(filter(None, (_load(self.path, prefix) for prefix in self._prefixes)), None)
@@ -69,6 +71,11 @@ class JsonlFile:
         i = range(len(self))[i]
         line = self._data[self._starts[i] : self._starts[i + 1]]
         return parse_object(line, self.location(i))
+
+    def lines(self, start: int, stop: int) -> Iterator[bytes]:
+        """The lines of records `start` to `stop` (exclusive) as they stand in the file."""
+        starts = self._starts[start : stop + 1].tolist()
+        return (self._data[begin:end] for begin, end in pairwise(starts))
 
     def location(self, i: int) -> str:
         """`path:line` of record i, lines counted from 1 as an editor does."""

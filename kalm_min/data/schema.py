@@ -9,7 +9,7 @@ import difflib
 import json
 import tomllib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +24,13 @@ class TaskSettings:
     """Both sides are of one kind (similarity, duplicates): documents get the instruction too."""
     in_batch_negatives: bool = True
     """False: a query sees its own documents only."""
+    label_based: bool = False
+    """Positives are other texts of the line's group, negatives texts of other groups (labels.py);
+    what the lines hold as "pos" and "neg" is not trained on, and "pos" may be absent."""
+    weight: float = 1.0
+    """How often an epoch takes each example; 0.5 is half of them, others in each epoch."""
+    max_examples: int | None = None
+    """An epoch takes at most so many, others in each epoch."""
 
 
 def read_settings(path: Path) -> TaskSettings:
@@ -32,13 +39,11 @@ def read_settings(path: Path) -> TaskSettings:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected TOML in UTF-8, found: {error}") from error
-    kinds = {"instruction": str, "symmetric": bool, "in_batch_negatives": bool}
-    assert list(kinds) == [field.name for field in fields(TaskSettings)]
     for key, value in table.items():
-        if key not in kinds:
-            raise ValueError(f"{path}: expected a task setting, found {nearest(key, kinds)}")
-        if not isinstance(value, kinds[key]):
-            wanted = "a string" if kinds[key] is str else "true or false"
+        if key not in _SETTINGS:
+            raise ValueError(f"{path}: expected a task setting, found {nearest(key, _SETTINGS)}")
+        wanted, good = _SETTINGS[key]
+        if not good(value):
             raise ValueError(f"{path}: expected {key!r} to be {wanted}, found {_found(value)}")
     return TaskSettings(**table)
 
@@ -50,7 +55,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def problem_with(record: dict[str, Any]) -> str | None:
-    """What is wrong with a record ("expected ..., found ..."), or None. null is absence."""
+    """What is wrong with a record ("expected ..., found ..."), or None. null is absence.
+
+    A record with a group may have no positives: a label-based task draws them from the group.
+    """
     for key, value in record.items():
         if key not in _RULES:
             return f"expected the keys {', '.join(_RULES)}, found {key!r}"
@@ -58,7 +66,7 @@ def problem_with(record: dict[str, Any]) -> str | None:
         if value is not None and (found := _unlike(value, good, many)):
             return f"expected {key!r} to be {wanted}, found {found}"
     for key in ("query", "pos"):
-        if not record.get(key):
+        if not record.get(key) and not (key == "pos" and record.get("group") is not None):
             return f"expected {key!r} to be {_RULES[key][0]}, found {_found(record.get(key))}"
     for key in ("pos", "neg"):
         scores = record.get(f"{key}_scores")
@@ -75,16 +83,19 @@ def _unlike(value: object, good: Callable[[object], bool], many: bool) -> str | 
         return None if good(value) else _found(value)
     if not isinstance(value, list):
         return _found(value)
-    for number, item in enumerate(cast("list[object]", value), start=1):
-        if not good(item):
-            return f"{_found(item)} as item {number}"
-    return None
+    items = cast("list[object]", value)
+    if all(map(good, items)):  # the usual case, fast
+        return None
+    number, item = next((n, item) for n, item in enumerate(items, start=1) if not good(item))
+    return f"{_found(item)} as item {number}"
 
 
 def _is_text(value: object) -> bool:
     """A string with something in it that UTF-8 can write (half a surrogate pair it cannot)."""
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not value or value.isspace():
         return False
+    if value.isascii():
+        return True
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -92,9 +103,13 @@ def _is_text(value: object) -> bool:
     return True
 
 
-def _is_number(value: object) -> bool:
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_number(value: object, least: float = -1e300) -> bool:
     """A finite number; the comparison is false for nan."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+    return isinstance(value, int | float) and not _is_flag(value) and least <= value < 1e300
 
 
 def _is_label(value: object) -> bool:
@@ -112,6 +127,20 @@ _RULES: dict[str, tuple[str, Callable[[object], bool], bool]] = {
     "pos_scores": ("a list of numbers", _is_number, True),
     "neg_scores": ("a list of numbers", _is_number, True),
     "relevance": ("a number", _is_number, False),
+}
+
+
+# What each setting of a task must be, and the test of it.
+_SETTINGS: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "instruction": ("a string", lambda value: isinstance(value, str)),
+    "symmetric": ("true or false", _is_flag),
+    "in_batch_negatives": ("true or false", _is_flag),
+    "label_based": ("true or false", _is_flag),
+    "weight": ("a number, 0 or more", lambda value: _is_number(value, least=0)),
+    "max_examples": (
+        "a whole number, 1 or more",
+        lambda value: isinstance(value, int) and _is_number(value, least=1),
+    ),
 }
 
 

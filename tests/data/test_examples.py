@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kalm_min.data import JsonlFile, TaskSettings, TrainingData, examples
+from kalm_min.data import JsonlFile, TaskSettings, TrainingData, checking
 from kalm_min.sampling import TaskBatchSampler
 
 GOOD = {"query": "q", "pos": ["p"]}
@@ -250,8 +250,8 @@ def test_the_check_is_done_once(tmp_path, monkeypatch):
     path = write(tmp_path / "b.jsonl", [GOOD])
     TrainingData.open(tmp_path)
     checked = []
-    check = examples.problem_with
-    monkeypatch.setattr(examples, "problem_with", lambda line: checked.append(line) or check(line))
+    check = checking.problem_with
+    monkeypatch.setattr(checking, "problem_with", lambda line: checked.append(line) or check(line))
     TrainingData.open(tmp_path)
     assert not checked
     write(path, [record("new"), GOOD])
@@ -293,7 +293,12 @@ def test_nothing_there(tmp_path):
     ("line", "problem"),
     [
         ("instructions = 'x'", "expected a task setting, found 'instructions'; the nearest is 'instruction'"),
-        ("weight = 1.0", "expected a task setting, found 'weight'"),
+        ("weight = -1", "expected 'weight' to be a number, 0 or more, found -1"),
+        ("weight = nan", "expected 'weight' to be a number, 0 or more, found NaN"),
+        ("weight = true", "expected 'weight' to be a number, 0 or more, found true"),
+        ("max_examples = 0", "expected 'max_examples' to be a whole number, 1 or more, found 0"),
+        ("max_examples = 2.5", "expected 'max_examples' to be a whole number, 1 or more, found 2.5"),
+        ("label_based = 1", "expected 'label_based' to be true or false, found 1"),
         ("instruction = 5", "expected 'instruction' to be a string, found 5"),
         ("symmetric = 'yes'", "expected 'symmetric' to be true or false, found a string"),
         ("in_batch_negatives = 0", "expected 'in_batch_negatives' to be true or false, found 0"),
