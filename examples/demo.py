@@ -136,7 +136,7 @@ def evaluate(model: Path, out: Path, dims: tuple[int, ...]) -> None:
 
 
 def train(out: Path, steps: int | None) -> None:
-    """Train on both cores."""
+    """Train on both cores, one process each."""
     run(
         *("-m", "torch.distributed.run", "--nproc-per-node", 2),
         *("train.py", "configs/demo.toml", "--model.path", out / "untrained"),
@@ -150,8 +150,10 @@ def run(*arguments: object) -> None:
     words = [str(word) for word in arguments]
     words = [str(ROOT / word) if word.endswith((".py", ".toml")) else word for word in words]
     print("$ python", *arguments, flush=True)
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    subprocess.run([sys.executable, *words], check=True, env=os.environ | {"PYTHONPATH": path})
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    if "torch.distributed.run" in words:
+        environment["OMP_NUM_THREADS"] = "1"  # as torchrun would, after three lines of warning
+    subprocess.run([sys.executable, *words], check=True, env=environment)
 
 
 def report(out: Path, baseline: dict[str, float]) -> None:

@@ -149,7 +149,11 @@ def training_tasks(definitions: list[Definition]) -> dict[str, list[dict[str, An
             _pair(one.summary, one.details) for one in told if len(one.details) >= 40
         ],
         "summary_to_code": [_pair(one.summary, one.code) for one in told if one.code],
+        "name_to_documentation": [
+            _pair(_spoken(one.name), one.documentation) for one in told if one.name
+        ],
         "name_to_code": [_pair(_spoken(one.name), one.code) for one in seen if len(one.code) >= 80],
+        "code_to_rest": [_pair(*_halves(one.code)) for one in seen if len(one.code) >= 200],
         "comment_to_code": [_pair(*pair) for one in seen for pair in one.comments],
         # Many texts with one answer: `group` keeps them from being each other's negatives.
         "documentation_to_module": [
@@ -163,6 +167,11 @@ def training_tasks(definitions: list[Definition]) -> dict[str, list[dict[str, An
 def _pair(query: str, positive: str, group: str | None = None) -> dict[str, Any]:
     row: dict[str, Any] = {"query": query, "pos": [positive]}
     return row if group is None else {**row, "group": group}
+
+
+def _halves(code: str) -> tuple[str, str]:
+    lines = code.splitlines()
+    return "\n".join(lines[: len(lines) // 2]), "\n".join(lines[len(lines) // 2 :])
 
 
 def _spoken(name: str) -> str:
