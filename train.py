@@ -99,7 +99,13 @@ def _open_data(config: DataConfig) -> tuple[TrainingData, TrainingData | None]:
     if distributed.rank() != 0:
         distributed.barrier()
     data, validation = (
-        path and TrainingData.open(path, instruction=config.instruction, cache_dir=config.cache_dir)
+        path
+        and TrainingData.open(
+            path,
+            instruction=config.instruction,
+            cache_dir=config.cache_dir,
+            progress=sys.stderr,
+        )
         for path in (config.path, config.validation)
     )
     if distributed.rank() == 0:

@@ -27,7 +27,7 @@ from torch import Tensor
 from kalm_min.data import TrainingData, collate
 from kalm_min.embedder import Embedder, fastest_safe_dtype
 from kalm_min.model import Packed, pool
-from kalm_min.sampling import TaskBatchSampler
+from kalm_min.sampling import TaskBatchSampler, task_draws
 from kalm_min.training import checkpoint, distributed, parallel, run_folder
 from kalm_min.training.optimizer import OptimizerConfig, build_optimizer, learning_rate
 from kalm_min.training.parallel import ParallelConfig
@@ -53,6 +53,8 @@ class SamplingConfig:
     """Share of each batch that is of one task; 1 is one task a batch, 0 mixes all."""
     num_negatives: int = 7
     """Hard negatives drawn for each query, at most."""
+    size_exponent: float = 1.0
+    """An epoch draws examples of a task ~ size^this: 1 is each once, 0 equally many of each task."""
     seed: int = 0
     """Of the order of examples and of the positives and negatives drawn."""
 
@@ -62,6 +64,8 @@ class SamplingConfig:
             raise ValueError(f"batch_size: expected at least 2 queries, found {self.batch_size}")
         if not 0 <= self.homogeneous_ratio <= 1:
             raise ValueError(f"homogeneous_ratio: expected 0 to 1, found {self.homogeneous_ratio}")
+        if not 0 <= self.size_exponent <= 1:
+            raise ValueError(f"size_exponent: expected 0 to 1, found {self.size_exponent}")
         if self.num_negatives < 0:
             raise ValueError(f"num_negatives: expected 0 or more, found {self.num_negatives}")
 
@@ -156,6 +160,12 @@ class Trainer:
             seed=sampling.seed,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
+            task_draws=task_draws(
+                data.task_sizes,
+                weights=[task.weight for task in data.settings],
+                most=[task.max_examples for task in data.settings],
+                size_exponent=sampling.size_exponent,
+            ),
         )
         whole = loop.epochs * len(self.sampler)
         self.total_steps = min(whole, loop.max_steps or whole)
@@ -244,14 +254,13 @@ class Trainer:
 
     def _prepare(self, indices: list[int], epoch: int) -> _Prepared:
         """Draw, prompt and tokenise one batch."""
-        examples = [self.data[i] for i in indices]
-        batch = collate(
-            examples,
-            num_negatives=self.recipe.sampling.num_negatives,
-            template=self.embedder.instruction_template,
-            epoch=epoch,
-            seed=self.recipe.sampling.seed,
-        )
+        draw = {
+            "epoch": epoch,
+            "seed": self.recipe.sampling.seed,
+            "num_negatives": self.recipe.sampling.num_negatives,
+        }
+        examples = [self.data.example(i, **draw) for i in indices]
+        batch = collate(examples, template=self.embedder.instruction_template, **draw)
         if self.recipe.loss.distillation_weight and np.isnan(batch.teacher_scores).any():
             row = np.isnan(batch.teacher_scores).argmax()
             example = self.data.location(indices[batch.document_owner[row]])

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -245,3 +246,24 @@ def test_sharded_run_equals_one_process_and_resumes(arguments, unbroken, data, t
     assert "going on from step 4" in result.stderr
     assert log(tmp_path / "part") == log(tmp_path / "whole")
     assert same(weights(tmp_path / "part"), weights(tmp_path / "whole"))
+
+
+def test_weights_caps_and_label_based_tasks_reach_the_run(tmp_path, arguments, data):
+    """An epoch takes of each task what its settings say, resumed or not, and trains on classes."""
+    shutil.copytree(data / "train", tmp_path / "train")
+    classes = [{"query": f"the cat {i}", "group": i % 3} for i in range(40)]
+    text = "".join(json.dumps(row) + "\n" for row in classes)
+    (tmp_path / "train" / "c.jsonl").write_text(text)
+    (tmp_path / "train" / "a.toml").write_text("weight = 2\n")
+    (tmp_path / "train" / "b.toml").write_text("max_examples = 16\n")
+    (tmp_path / "train" / "c.toml").write_text("label_based = true\nweight = 0.4\n")
+    extra = ("--data.path", str(tmp_path / "train"), "--training.epochs", "1")
+    output = tmp_path / "run"
+    assert run(arguments, output, *extra).returncode == 0
+    whole = log(output)
+    # 80 + 16 + 16 examples, 16 a batch
+    assert Counter(line["task"] for line in whole) == {"a": 5, "b": 1, "c": 1}
+    shutil.rmtree(output / "final")
+    shutil.rmtree(max((output / "checkpoints").glob("step_*")))
+    assert run(arguments, output, *extra).returncode == 0
+    assert log(output) == whole
