@@ -142,10 +142,11 @@ class Embedder:
         base, name = _base(folder, str(path_or_hub_id))
         home = {
             file: folder if (folder / file).is_file() else base
-            for file in ("config.json", "modules.json", "tokenizer.json")
+            for file in ("modules.json", "tokenizer.json")
         }
         side = _read_side_files(home["modules.json"])
-        config = load_config(home["config.json"])
+        own_mode = side["causal"] if base != folder else None
+        config = load_config(base)
         model = load_model(base, dtype=_torch_dtype(dtype), device=device)
         if base != folder:
             load_adapter(model, folder)
@@ -153,7 +154,7 @@ class Embedder:
         return cls(
             model,
             Tokenizer.from_folder(home["tokenizer.json"]),
-            causal=_attention_mode(home["config.json"], name, config.is_causal)
+            causal=_attention_mode(base, name, config.is_causal if own_mode is None else own_mode)
             if causal is None
             else causal,
             pooling=pooling or side["pooling"],
@@ -284,16 +285,16 @@ class Embedder:
             merged: False writes an adapter by itself, naming its base.
         """
         state = self.model.state_dict() if state is None else state
-        if self.adapter and not merged:
-            hf = self.model.config.to_hf(dtype="float32", causal=self.causal)
-            write_json(folder / "config.json", hf)
+        apart = self.adapter is not None and not merged
+        if self.adapter and apart:
+            # Without config.json: beside one, transformers takes the folder for a whole model.
             save_adapter(state, folder, self.adapter)
         else:
             if self.adapter:
                 state = merged_state(state, self.adapter.config.scale)
             save_model(self.model, folder, causal=self.causal, state=state)
         self.tokenizer.save(folder, max_length=self.max_length)
-        _write_side_files(folder, self)
+        _write_side_files(folder, self, apart=apart)
 
 
 def _resolve(path_or_hub_id: str | Path) -> Path:
@@ -369,7 +370,7 @@ def _optional(path: Path) -> dict[str, Any]:
 
 
 def _read_side_files(folder: Path) -> dict[str, Any]:
-    """What sentence-transformers' files say: pooling, max_length, prompts, instruction_template."""
+    """What sentence-transformers' files say: causal, pooling, max_length, prompts, instruction_template."""
     modules = read_json(folder / "modules.json") if (folder / "modules.json").is_file() else []
     known = {"Transformer", "Pooling", "Normalize"}
     for module in modules:
@@ -385,8 +386,10 @@ def _read_side_files(folder: Path) -> dict[str, Any]:
     prompts = {key: text for key, text in (main.get("prompts") or {}).items() if text is not None}
     if "passage" in prompts:
         prompts.setdefault("document", prompts["passage"])
-    limit = _optional(folder / "sentence_bert_config.json").get("max_seq_length")
+    bert = _optional(folder / "sentence_bert_config.json")
+    limit = bert.get("max_seq_length")
     return {
+        "causal": (bert.get("config_args") or bert.get("config_kwargs") or {}).get("is_causal"),
         "pooling": _read_pooling(folder / "1_Pooling" / "config.json"),
         "max_length": limit or _tokenizer_limit(folder),
         "prompts": prompts,
@@ -423,8 +426,11 @@ def _read_pooling(path: Path) -> Pooling:
     raise ValueError(f"{path}: expected pooling mean or lasttoken, found {', '.join(modes)}")
 
 
-def _write_side_files(folder: Path, embedder: Embedder) -> None:
-    """The files that make the folder a sentence-transformers model, and a card for people."""
+def _write_side_files(folder: Path, embedder: Embedder, *, apart: bool) -> None:
+    """The files that make the folder a sentence-transformers model, and a card for people.
+
+    `apart`: the folder holds an adapter without its base.
+    """
     kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
@@ -437,8 +443,10 @@ def _write_side_files(folder: Path, embedder: Embedder) -> None:
     pooling = {"word_embedding_dimension": embedder.dimension} | pooling | {"include_prompt": True}
     write_json(folder / "1_Pooling" / "config.json", pooling)
     (folder / "2_Normalize").mkdir()
-    limits = {"max_seq_length": embedder.max_length, "do_lower_case": False}
-    write_json(folder / "sentence_bert_config.json", limits)
+    bert: dict[str, Any] = {"max_seq_length": embedder.max_length, "do_lower_case": False}
+    if apart:  # config.json is the base's, which may say otherwise
+        bert["config_args"] = {"is_causal": embedder.causal}
+    write_json(folder / "sentence_bert_config.json", bert)
     main: dict[str, Any] = {
         "prompts": embedder.prompts,
         "default_prompt_name": None,

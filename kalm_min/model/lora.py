@@ -259,7 +259,11 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     Raises:
         ValueError: one sentence listing what is missing, unexpected or wrong-shaped.
     """
-    _attach(model, read_adapter(folder).config)
+    adapter = read_adapter(folder)
+    try:
+        _attach(model, adapter.config)
+    except ValueError as error:
+        raise ValueError(f"{folder / ADAPTER_CONFIG}: {error}") from error
     wanted = {
         name: tuple(tensor.shape)
         for name, tensor in model.state_dict().items()
