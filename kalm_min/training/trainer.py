@@ -153,20 +153,7 @@ class Trainer:
                 f"matryoshka_dims: expected at most {embedder.dimension}, the width of the model, "
                 f"found {too_wide[0]}"
             )
-        self.sampler = TaskBatchSampler(
-            data.task_sizes,
-            sampling.batch_size,
-            homogeneous_ratio=sampling.homogeneous_ratio,
-            seed=sampling.seed,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            task_draws=task_draws(
-                data.task_sizes,
-                weights=[task.weight for task in data.settings],
-                most=[task.max_examples for task in data.settings],
-                size_exponent=sampling.size_exponent,
-            ),
-        )
+        self.sampler = _sampler(data, sampling)
         whole = loop.epochs * len(self.sampler)
         self.total_steps = min(whole, loop.max_steps or whole)
         self.step = 0
@@ -360,6 +347,24 @@ class Trainer:
         checkpoint.save(root, self.embedder, self.optimizer, state)
         if distributed.rank() == 0:
             checkpoint.prune(root, self.recipe.training.keep_checkpoints)
+
+
+def _sampler(data: TrainingData, sampling: SamplingConfig) -> TaskBatchSampler:
+    """This process's batches of the data, as the settings of its tasks weigh them."""
+    return TaskBatchSampler(
+        data.task_sizes,
+        sampling.batch_size,
+        homogeneous_ratio=sampling.homogeneous_ratio,
+        seed=sampling.seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        task_draws=task_draws(
+            data.task_sizes,
+            weights=[task.weight for task in data.settings],
+            most=[task.max_examples for task in data.settings],
+            size_exponent=sampling.size_exponent,
+        ),
+    )
 
 
 def _wants_bfloat16(precision: str, device: torch.device) -> bool:
