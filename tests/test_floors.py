@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ENTRY_POINTS = ("train", "mine", "evaluate", "kalm_min.encode", "kalm_min.check", "kalm_min.soup")
+ENTRY_POINTS = (
+    "train",
+    "mine",
+    "evaluate",
+    "kalm_min.encode",
+    "kalm_min.check",
+    "kalm_min.soup",
+    "kalm_min.convert",
+)
 
 # A module may import its own part, and parts of lower floors.
 FLOORS = {

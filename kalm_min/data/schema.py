@@ -130,6 +130,9 @@ _RULES: dict[str, tuple[str, Callable[[object], bool], bool]] = {
 }
 
 
+KEYS = tuple(_RULES)
+"""Of a line, in the usual order."""
+
 # What each setting of a task must be, and the test of it.
 _SETTINGS: dict[str, tuple[str, Callable[[object], bool]]] = {
     "instruction": ("a string", lambda value: isinstance(value, str)),
