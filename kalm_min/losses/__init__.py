@@ -1,6 +1,6 @@
 """Losses: pure functions of vectors, labels and masks."""
 
-from kalm_min.losses.cosines import cosines
+from kalm_min.losses.cosines import cosines, cosines_of, prefixes
 from kalm_min.losses.distillation import distillation_rows
 from kalm_min.losses.info_nce import contrastive_rows, info_nce
 from kalm_min.losses.masking import Documents, Queries, candidate_masks
@@ -14,8 +14,10 @@ __all__ = [
     "candidate_masks",
     "contrastive_rows",
     "cosines",
+    "cosines_of",
     "distillation_rows",
     "info_nce",
     "matryoshka",
     "mixed_cosines",
+    "prefixes",
 ]

@@ -7,11 +7,48 @@ widths of a Matryoshka loss together cost one product of the full width, not one
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _SMALLEST = 1e-12  # a norm below this counts as this: a zero vector has cosine 0 and gradient 0
+
+
+class Prefixes(NamedTuple):
+    """n vectors cut at the widths that are compared, with the length of each leading slice."""
+
+    parts: tuple[Tensor, ...]
+    """(n, w) for each width, in rising order: what it adds to the one before."""
+    scales: tuple[Tensor, ...]
+    """(n,) for each width: one over the length of the leading slice."""
+
+    def rows(self, part: slice) -> "Prefixes":
+        """Some of the vectors."""
+        return Prefixes(tuple(p[part] for p in self.parts), tuple(s[part] for s in self.scales))
+
+
+def prefixes(vectors: Tensor, dims: Sequence[int]) -> Prefixes:
+    """Cut (n, D) at the widths `dims`, from 1 to D, in any order.
+
+    Cut once, not sliced for every width: the gradient of a slice is as wide as the whole.
+    """
+    bounds = [0, *sorted(set(dims)), vectors.shape[-1]]
+    widths = [end - start for start, end in pairwise(bounds)]
+    parts = torch.split(vectors, widths, dim=-1)[:-1]
+    squares = torch.stack([part.square().sum(-1) for part in parts]).cumsum(0)  # (widths, n)
+    return Prefixes(parts, tuple(squares.clamp_min(_SMALLEST**2).rsqrt()))
+
+
+def cosines_of(queries: Prefixes, documents: Prefixes) -> list[Tensor]:
+    """One (B, N) tensor of cosines a width, in rising order."""
+    found: list[Tensor] = []
+    products = torch.zeros((), dtype=queries.parts[0].dtype, device=queries.parts[0].device)
+    for q, left, d, right in zip(*queries, *documents, strict=True):
+        products = products + q @ d.T  # (B, N)
+        found.append(products * left[:, None] * right)
+    return found
 
 
 def cosines(queries: Tensor, documents: Tensor, dims: Sequence[int]) -> list[Tensor]:
@@ -25,16 +62,6 @@ def cosines(queries: Tensor, documents: Tensor, dims: Sequence[int]) -> list[Ten
     Returns:
         One (B, N) tensor a width, in the order of `dims`.
     """
-    found: dict[int, Tensor] = {}
-    products, start = torch.zeros((), dtype=queries.dtype, device=queries.device), 0
-    for dim in sorted(set(dims)):
-        products = products + queries[:, start:dim] @ documents[:, start:dim].T  # (B, N)
-        start = dim
-        left, right = _inverse_norms(queries[:, :dim]), _inverse_norms(documents[:, :dim])
-        found[dim] = products * left[:, None] * right
-    return [found[dim] for dim in dims]
-
-
-def _inverse_norms(vectors: Tensor) -> Tensor:
-    """(n,) one over the length of each of (n, D)."""
-    return vectors.square().sum(dim=1).clamp_min(_SMALLEST**2).rsqrt()
+    found = cosines_of(prefixes(queries, dims), prefixes(documents, dims))
+    places = sorted(set(dims))
+    return [found[places.index(dim)] for dim in dims]

@@ -49,7 +49,7 @@ def info_nce(
         A scalar in the dtype of the inputs.
     """
     (similarity,) = cosines(queries, documents, (queries.shape[-1],))
-    extra = None if mixes is None else mixed_cosines(queries, documents, mixes)
+    extra = None if mixes is None else mixed_cosines(queries, documents[mixes.own], mixes)
     losses = contrastive_rows(
         similarity, labels, temperature=temperature, mask=mask, gamma=gamma, extra=extra
     )

@@ -39,19 +39,19 @@ class Mixes(NamedTuple):
     """(B,) the first one's share, l, drawn with the batch so that it does not depend on processes."""
 
 
-def mixed_cosines(queries: Tensor, documents: Tensor, mixes: Mixes) -> Tensor:
+def mixed_cosines(queries: Tensor, negatives: Tensor, mixes: Mixes) -> Tensor:
     """Cosines of each query with its pair-wise and its list-wise mix.
 
     Args:
         queries: (B, D).
-        documents: (N, D).
+        negatives: (B, M, D), `documents[mixes.own]`.
         mixes: what to mix.
 
     Returns:
         (B, 2); a number whose exponential is 0 for a query with fewer than two negatives.
     """
     query = F.normalize(queries, dim=-1)[:, None]  # (B, 1, D)
-    negatives = F.normalize(documents[mixes.own], dim=-1)  # (B, M, D)
+    negatives = F.normalize(negatives, dim=-1)  # (B, M, D)
     pair = negatives.take_along_dim(mixes.pair[:, :, None], dim=1)  # (B, 2, D)
     share = torch.stack([mixes.share, 1 - mixes.share], dim=1).to(query.dtype)  # (B, 2)
     scores = (query * negatives).sum(-1) / _TEMPERATURE  # (B, M)

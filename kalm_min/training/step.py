@@ -25,10 +25,12 @@ from kalm_min.losses import (
     Queries,
     candidate_masks,
     contrastive_rows,
-    cosines,
+    cosines_of,
     distillation_rows,
     mixed_cosines,
+    prefixes,
 )
+from kalm_min.losses.cosines import Prefixes
 from kalm_min.model import Packed
 from kalm_min.sampling import token_budget_batches
 from kalm_min.tokenizer import Tokenizer
@@ -71,6 +73,8 @@ class LossConfig:
             )
         if self.distillation_temperature <= 0 or self.memory_gib <= 0:
             raise ValueError("distillation_temperature and memory_gib must be more than 0")
+        if len(set(self.matryoshka_dims)) != len(self.matryoshka_dims):
+            raise ValueError("matryoshka_dims: expected each width once")
         if len(self.matryoshka_dims) != len(self.matryoshka_weights):
             raise ValueError(
                 f"matryoshka_weights: expected one for each of the {len(self.matryoshka_dims)} "
@@ -161,21 +165,11 @@ def _batch_loss(
         [scores.new_zeros(first), scores, scores.new_zeros(len(documents) - first - len(own))]
     )
     mixes = _mixes(text, own.device, first) if config.mixing else None
-    rows = _Rows(vectors[:size], documents, labels, queries, known, teacher, mixes)
-    block = _block_size(len(documents), config)
-    totals = [
-        # Recomputed in backward, so that the scores of one block exist at a time.
-        checkpoint(_block_loss, rows, slice(start, start + block), config, use_reentrant=False)
-        if block < size
-        else _block_loss(rows, slice(0, size), config)
-        for start in range(0, size, block)
-    ]
-    ledger = torch.stack([found for _, found in totals]).sum(0).tolist()
-    value = torch.stack([loss for loss, _ in totals]).sum() / size
-    return value, dict(zip(_LEDGER, ledger, strict=True))
+    rows = Rows(vectors[:size], documents, labels, queries, known, teacher, mixes)
+    return loss_in_blocks(rows, config)
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """All that the loss of any block of queries needs."""
 
     queries: Tensor  # (B, D)
@@ -191,33 +185,65 @@ _REASONS = ("foreign", "positive", "query", "group")
 _LEDGER = ("hard", "in_batch", *(f"masked_{reason}" for reason in _REASONS))
 
 
-def _block_size(documents: int, config: LossConfig) -> int:
-    """Queries whose scores against all documents fit in the budget.
+def loss_in_blocks(rows: Rows, config: LossConfig) -> tuple[Tensor, dict[str, float]]:
+    """The mean loss over the queries, and the ledger's sums, in about `config.memory_gib`.
 
-    A row holds, for each document and width, about six float32 numbers at a time (products, cosine,
-    scaled, masked, and two gradients) and the masks.
+    Where all scores at once would not fit, blocks of queries are scored one after the other, and
+    again in backward, so that the scores of one block exist at a time.
     """
-    a_row = documents * (24 * max(1, len(config.matryoshka_dims)) + 16)
-    return max(1, int(config.memory_gib * 2**30) // a_row)
+    size, width = rows.queries.shape
+    dims = config.matryoshka_dims or (width,)
+    queries, documents = prefixes(rows.queries, dims), prefixes(rows.documents, dims)
+    negatives = rows.mixes and rows.documents[rows.mixes.own]  # (B, M, D)
+    block = _block_size(len(rows.documents), width, len(dims), config.memory_gib)
+    totals = []
+    for start in range(0, size, block):
+        part = slice(start, start + block)
+        given = (rows, part, queries.rows(part), documents, negatives, config)
+        totals.append(
+            checkpoint(_block_loss, *given, use_reentrant=False)
+            if block < size
+            else _block_loss(*given)
+        )
+    ledger = torch.stack([found for _, found in totals]).sum(0).tolist()
+    value = torch.stack([loss for loss, _ in totals]).sum() / size
+    return value, dict(zip(_LEDGER, ledger, strict=True))
 
 
-def _block_loss(rows: _Rows, part: slice, config: LossConfig) -> tuple[Tensor, Tensor]:
+def _block_size(documents: int, width: int, dims: int, gib: float) -> int:
+    """Queries of a block, so that its scores and the documents' gradient fit in `gib`.
+
+    Measured (benchmarks/loss_memory.py): about 12 float32 numbers a document and width while a block
+    is in backward, and twice the documents' gradient: the sum so far and what is being added.
+    """
+    rest = gib * 2**30 - 2 * 4 * documents * width
+    return max(1, int(rest / (documents * (48 * dims + 16))))
+
+
+def _block_loss(
+    rows: Rows,
+    part: slice,
+    queries: Prefixes,
+    documents: Prefixes,
+    negatives: Tensor | None,
+    config: LossConfig,
+) -> tuple[Tensor, Tensor]:
     """The sum of the losses of some queries, and the ledger's counts over them."""
-    queries, labels = rows.queries[part], rows.labels[part]
+    labels = rows.labels[part]
     asked = Queries(*(fact[part] for fact in rows.asked))
     masks = candidate_masks(asked, rows.known, labels)
     if not config.mask_false_negatives:
         masks = {name: found & (name == "foreign") for name, found in masks.items()}
     mask = torch.stack([masks[reason] for reason in _REASONS]).any(0)  # (b, N)
     own = asked.numbers[:, None] == rows.known.owners  # (b, N)
-    mixes = rows.mixes and Mixes(*(fact[part] for fact in rows.mixes))
-    dims = config.matryoshka_dims or (queries.shape[-1],)
-    weights = config.matryoshka_weights or (1.0,)
-    total = queries.new_zeros(())
-    for dim, weight, similarity in zip(
-        dims, weights, cosines(queries, rows.documents, dims), strict=True
-    ):
-        extra = mixes and mixed_cosines(queries[:, :dim], rows.documents[:, :dim], mixes)
+    dims = config.matryoshka_dims or (rows.queries.shape[-1],)
+    weights = dict(zip(dims, config.matryoshka_weights or (1.0,), strict=True))
+    total = rows.queries.new_zeros(())
+    for dim, similarity in zip(sorted(dims), cosines_of(queries, documents), strict=True):
+        extra = None
+        if rows.mixes is not None and negatives is not None:
+            mixes = Mixes(*(fact[part] for fact in rows.mixes))
+            extra = mixed_cosines(rows.queries[part, :dim], negatives[part, :, :dim], mixes)
         losses = contrastive_rows(
             similarity,
             labels,
@@ -231,7 +257,7 @@ def _block_loss(rows: _Rows, part: slice, config: LossConfig) -> tuple[Tensor, T
                 similarity, rows.teacher, own, temperature=config.distillation_temperature
             )
             losses = (1 - a) * losses + a * gap
-        total = total + weight * losses.sum()
+        total = total + weights[dim] * losses.sum()
     seen = ~mask.scatter(1, labels[:, None], True)  # (b, N) negatives that count
     found = [seen & own, seen & ~own, *(masks[reason] for reason in _REASONS)]
     return total, torch.stack([one.sum() for one in found])

@@ -1,0 +1,93 @@
+"""Memory and time of the loss alone, on a CPU: forward and backward over given vectors.
+
+    python benchmarks/loss_memory.py [--queries 8192] [--per-query 8] [--budget 1.0]
+
+Prints, for growing batches, the peak resident memory above the vectors and their gradients, beside
+the budget. Matryoshka over five widths, focal weight and masking on; float32.
+"""
+
+import ctypes
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kalm_min.config import parse
+from kalm_min.losses import Documents, Queries
+from kalm_min.training.step import LossConfig, Rows, loss_in_blocks
+
+WIDTH = 896
+_MMAP_THRESHOLD = -3  # of glibc's mallopt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """Sizes."""
+
+    queries: int = 8192
+    """Queries of the largest batch; it grows to there by factors of four."""
+    per_query: int = 8
+    """Documents of each query."""
+    budget: float = 1.0
+    """GiB that the scores may take."""
+
+
+def peak(reset: bool = False) -> float:
+    """Peak resident memory of this process in GiB, since the last reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    found = re.search(r"VmHWM:\s+(\d+)", status)
+    assert found is not None
+    return int(found[1]) / 2**20
+
+
+def measure(queries: int, options: Options) -> tuple[float, float]:
+    """(seconds, GiB above the vectors and their gradients) of one forward and backward."""
+    count = queries * options.per_query
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(queries, WIDTH, generator=generator, requires_grad=True)
+    d = torch.randn(count, WIDTH, generator=generator, requires_grad=True)
+    q.grad, d.grad = torch.zeros_like(q), torch.zeros_like(d)
+    numbers = torch.arange(queries)
+    asked = Queries(numbers + 1, numbers[:, None] - 10**9, numbers * 0, numbers, numbers >= 0)
+    owners = torch.arange(count) // options.per_query
+    known = Documents(torch.arange(count) + 10**9, owners * 0, owners)
+    rows = Rows(q, d, numbers * options.per_query, asked, known, torch.zeros(count), None)
+    config = LossConfig(
+        gamma=0.5,
+        matryoshka_dims=(896, 512, 256, 128, 64),
+        matryoshka_weights=(1.0, 0.3, 0.2, 0.1, 0.1),
+        memory_gib=options.budget,
+    )
+    before, start = peak(reset=True), time.perf_counter()
+    value, _ = loss_in_blocks(rows, config)
+    value.backward()
+    return time.perf_counter() - start, peak() - before
+
+
+def main(argv: list[str]) -> None:
+    """Print one row a size."""
+    # Large blocks straight from the kernel, so that freed memory does not stay with the process and
+    # count as used: the peak is then that of live tensors.
+    ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**20)
+    options = parse(Options, argv, program="loss_memory.py", description="Memory of the loss.")
+    print(f"{torch.get_num_threads()} threads, float32, budget {options.budget} GiB")
+    print("| queries x documents | seconds | ns a pair | peak above vectors and gradients, GiB |")
+    print("|---|---|---|---|")
+    sizes = [options.queries // 4**k for k in (3, 2, 1, 0)]
+    for queries in sizes:
+        seconds, gib = measure(queries, options)
+        pairs = queries * queries * options.per_query
+        print(
+            f"| {queries:,} x {queries * options.per_query:,} | {seconds:.1f} | "
+            f"{seconds / pairs * 1e9:.1f} | {gib:.2f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
