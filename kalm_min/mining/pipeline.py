@@ -118,7 +118,10 @@ class Miner:
         self.work = config.output / ".mining"
         self.data = self._first(
             lambda: TrainingData.open(
-                config.data, instruction=config.instruction, cache_dir=config.cache_dir
+                config.data,
+                instruction=config.instruction,
+                cache_dir=config.cache_dir,
+                progress=stream if self.rank == 0 else None,
             )
         )
         self.names = [file_name(task) for task in self.data.task_names]
@@ -142,8 +145,10 @@ class Miner:
             self.made_with["scorer"] = scorer.manifest
         embedder, self.store = self._open_model(self.config.model, "model")
         self.made_with["model"] = self.store.manifest
-        todo = [number for number in range(len(self.names)) if not self._finished(number)]
-        self._say(f"{len(self.names) - len(todo)} of {len(self.names)} tasks are finished")
+        unfinished = [number for number in range(len(self.names)) if not self._finished(number)]
+        # A label-based task draws its positives and negatives anew in every epoch: it goes as it is.
+        todo = [number for number in unfinished if not self.data.settings[number].label_based]
+        self._say(f"{len(self.names) - len(unfinished)} of {len(self.names)} tasks are finished")
         self._meet()  # nobody writes before everybody has looked
         self._encode(todo, embedder, "encode", self._sides)
         self._search(todo)
@@ -154,8 +159,11 @@ class Miner:
             del embedder
             embedder, scorer = self._open_model(self.config.scorer, "scorer")
             self._encode(todo, embedder, "score", partial(self._scored_sides, scorer))
-        for number in self._dealt(todo, "write"):
-            self._write(number, scorer)
+        for number in self._dealt(unfinished, "write"):
+            if number in todo:
+                self._write(number, scorer)
+            else:
+                self._copy(number)
         self._meet()
         return self._report()
 
@@ -169,6 +177,9 @@ class Miner:
         head = ["task", "rows", "queries", "documents", "corpus", "to encode", "to search", "kept"]
         rows: list[list[str]] = []
         for number, name in enumerate(self.data.task_names):
+            if self.data.settings[number].label_based:
+                rows.append([name, f"{self.data.task_sizes[number]:,}", *["copied"] * 6])
+                continue
             task = self._task(number)
             sides = [task.queries, task.documents, *([task.corpus] if self.pool else [])]
             kchar = sum(side.size(i) for side in sides for i in side.missing()) // 1000
@@ -302,24 +313,43 @@ class Miner:
         selection = Selection.load(self._path("selections", number, "npz"))
         written = selection if scorer is None else self._rescore(task, selection, scorer)
         read = self._corpus_texts(task)
-        output = self.config.output / f"{self.names[number]}.jsonl"
-        settings = self._settings_file(number)
-        if (selection.fate == KEPT).any():
-            if settings is not None:
-                with atomic_write(output.with_suffix(".toml")) as file:
-                    file.write(settings.read_bytes())
-            with atomic_write(output, "w") as file:
-                for line in _lines(self.data, task.catalogue, written, read):
-                    file.write(line)
-        else:  # An empty file is no task.
-            output.unlink(missing_ok=True)
-            output.with_suffix(".toml").unlink(missing_ok=True)
+        self._write_lines(number, _lines(self.data, task.catalogue, written, read))
         summary = report.summarise(self.data, task.catalogue, selection, read, len(task.corpus))
         found = self._neighbours(task).folder / "recall.json"
         summary["recall"] = read_json(found)["recall"] if found.exists() else None
         record = {"made_with": self._made_with(task.catalogue, number), "summary": summary}
         write_json(self._path("tasks", number, "json"), record)
         self._path("selections", number, "npz").unlink()
+
+    def _copy(self, number: int) -> None:
+        """Write a task that is not mined as it is."""
+        catalogue = self._catalogue(number)
+        rows = range(catalogue.first, catalogue.first + catalogue.size)
+        self._write_lines(
+            number, (json.dumps(self.data.record(row), ensure_ascii=False) + "\n" for row in rows)
+        )
+        record = {"made_with": self._made_with(catalogue, number)}
+        write_json(
+            self._path("tasks", number, "json"), record | {"summary": report.copied(len(rows))}
+        )
+
+    def _write_lines(self, number: int, lines: Iterable[str]) -> None:
+        """Write the file of a task and the settings beside it; neither, if there is no line."""
+        output = self.config.output / f"{self.names[number]}.jsonl"
+        lines = iter(lines)
+        first = next(lines, None)
+        if first is None:  # An empty file is no task.
+            output.unlink(missing_ok=True)
+            output.with_name(f"{self.names[number]}.toml").unlink(missing_ok=True)
+            return
+        with atomic_write(output, "w") as file:
+            file.write(first)
+            for line in lines:
+                file.write(line)
+        settings = self._settings_file(number)
+        if settings is not None:
+            with atomic_write(output.with_name(f"{self.names[number]}.toml")) as file:
+                file.write(settings.read_bytes())
 
     def _report(self) -> dict[str, int]:
         """Write the report over all tasks, old and new; the sums of what became of their rows."""

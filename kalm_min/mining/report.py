@@ -27,6 +27,8 @@ _SHOWN = 20  # dropped rows, and suspected negatives, per task
 _SUSPECT = 0.95  # of the positive's score: what NV-Retriever would not take
 _CUT = 240  # characters of a text
 
+_COUNTS = ("rows", "kept", "outranked", "short", "kept_with_fewer", "negatives", "suspects")
+
 Summary = dict[str, Any]
 
 
@@ -72,6 +74,14 @@ def summarise(
             for row in _sample(catalogue, suspects.any(1))
         ],
     }
+
+
+def copied(rows: int) -> Summary:
+    """The record of a task that is not mined."""
+    counts = dict.fromkeys(_COUNTS, 0) | {"rows": rows, "kept": rows, "corpus": 0}
+    scores = dict.fromkeys(("positives", "negatives", "strangers"), [0] * BINS)
+    ranks = [0] * (len(_RANKS) + 1)
+    return counts | {"ranks": ranks, "scores": scores, "dropped": [], "suspected": []}
 
 
 def _histogram(scores: npt.NDArray[np.float32]) -> list[int]:
@@ -149,8 +159,7 @@ def _round(score: float) -> float | None:
 
 def totals(summaries: Sequence[Summary]) -> dict[str, int]:
     """Sums over tasks. Every row is in one of kept, outranked, short."""
-    names = ("rows", "kept", "outranked", "short", "kept_with_fewer", "negatives", "suspects")
-    total = {name: sum(summary[name] for summary in summaries) for name in names}
+    total = {name: sum(summary[name] for summary in summaries) for name in _COUNTS}
     assert total["rows"] == total["kept"] + total["outranked"] + total["short"]
     return total
 
@@ -217,16 +226,7 @@ def _said(value: object) -> str:
 
 
 def _count_table(tasks: Sequence[str], summaries: Sequence[Summary]) -> str:
-    names = (
-        "rows",
-        "kept",
-        "outranked",
-        "short",
-        "kept_with_fewer",
-        "negatives",
-        "suspects",
-        "corpus",
-    )
+    names = (*_COUNTS, "corpus")
     head = ["task", "rows", "kept", "outranked", "too few", "kept with fewer", "negatives"]
     head += ["suspects", "corpus"]
     recalls = [summary.get("recall") for summary in summaries]
