@@ -1,0 +1,290 @@
+"""mine.py as a program: what comes out for planted data, and what a second or killed run does."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import mine
+from kalm_min.data import TrainingData
+from kalm_min.files import read_json
+
+ROOT = Path(__file__).parent.parent.parent
+WORDS = "the cat sat on a mat while one dog ran far from its house to see blue birds".split()
+
+
+def text(rng, words=6):
+    return " ".join(rng.choice(WORDS) for _ in range(words))
+
+
+def write(folder, **tasks):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in tasks.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    return folder
+
+
+def rows_of(folder, task):
+    path = folder / f"{task}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def planted(count=400, wrong=0.1, seed=0):
+    """Rows whose positive repeats the query; some are wrong, some repeat as others' negatives."""
+    rng = random.Random(seed)
+    rows = []
+    for number in range(count):
+        query = text(rng, 8)
+        is_wrong = number < wrong * count
+        positive = text(rng, 8) if is_wrong else query + " " + text(rng, 1)
+        rows.append({"query": query, "pos": [positive], "relevance": float(is_wrong)})
+    for row in rows[:100]:
+        row["neg"] = [rng.choice(rows)["pos"][0], text(rng)]
+    return rows
+
+
+def run(model, data, output, *flags):
+    command = ["--model", str(model), "--data", str(data), "--output", str(output), *flags]
+    return mine.main([*command, "--dtype", "float32"])
+
+
+def contents(folder):
+    """Everything a user sees of a mined folder."""
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.is_file() and not path.name.startswith(".")
+    }
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """Four tasks: planted, symmetric with two positives, one with three documents, a label-based one."""
+    rng = random.Random(1)
+    twice = [
+        {"query": (q := text(rng)), "pos": [q + " birds", "one " + q], "instruction": "Find it"}
+        for _ in range(60)
+    ]
+    labels = [
+        {"query": text(rng), "pos": [rng.choice(["cat", "dog", "a house"])]} for _ in range(20)
+    ]
+    grouped = [{"query": text(rng), "group": rng.choice("xy")} for _ in range(10)]
+    folder = tmp_path_factory.mktemp("mining") / "data"
+    write(folder, planted=planted(), twice=twice, labels=labels, grouped=grouped)
+    (folder / "twice.toml").write_text("symmetric = true\nweight = 0.5\n", encoding="utf-8")
+    (folder / "grouped.toml").write_text("label_based = true\n", encoding="utf-8")
+    return folder
+
+
+RULES = ("--rank-range", "3", "20", "--num-negatives", "4", "--consistency-top-k", "5")
+
+
+@pytest.fixture(scope="module")
+def mined(toy, tiny_model_dir):
+    """The toy data mined by an unbroken run."""
+    output = toy.parent / "mined"
+    assert run(tiny_model_dir, toy, output, *RULES) == 0
+    return output
+
+
+def test_every_row_is_accounted_for(toy, mined):
+    """Rows in are rows kept and rows dropped for a reason, in the record, the report and the files."""
+    for task in ("planted", "twice", "labels", "grouped"):
+        summary = read_json(mined / ".mining" / "tasks" / f"{task}.json")["summary"]
+        assert summary["rows"] == len(rows_of(toy, task))
+        assert summary["rows"] == summary["kept"] + summary["outranked"] + summary["short"]
+        assert summary["kept"] == len(rows_of(mined, task))
+        assert sum(summary["ranks"]) == (0 if task == "grouped" else summary["rows"])
+    assert "490 rows in = " in (mined / "README.md").read_text(encoding="utf-8")
+
+
+def test_no_positive_is_mined(toy, mined):
+    """No negative is a positive of its query in any row, the query itself, or there twice."""
+    for task in ("planted", "twice", "labels"):
+        answers = {}
+        for row in rows_of(toy, task):
+            answers.setdefault(row["query"], {row["query"]}).update(row["pos"])
+        for row in rows_of(mined, task):
+            assert not answers[row["query"]] & set(row["neg"])
+            assert len(set(row["neg"])) == len(row["neg"]) == len(row["neg_scores"])
+            assert len(row["pos"]) == len(row["pos_scores"])
+    assert all(len(row["neg"]) == 4 for row in rows_of(mined, "planted"))
+
+
+def test_wrong_pairs_are_dropped(mined):
+    """The filter finds most planted wrong pairs and few right ones."""
+    kept = rows_of(mined, "planted")
+    wrong = sum(row["relevance"] for row in kept)
+    assert wrong <= 0.25 * 40
+    assert len(kept) - wrong >= 0.95 * 360
+
+
+def test_a_tiny_corpus_fills_nothing_up(mined):
+    """With three documents there is no rank beyond the third, and no row is filled up."""
+    rows = rows_of(mined, "labels")
+    assert len(rows) == 20
+    assert all(row["neg"] == [] for row in rows)
+
+
+def test_output_is_training_data(toy, mined):
+    """The folder opens as training data, with settings and the rows' other keys; labels go as they are."""
+    data = TrainingData.open(mined)
+    assert data.task_names == ["grouped", "labels", "planted", "twice"]
+    assert data.settings[3].symmetric
+    assert rows_of(mined, "grouped") == rows_of(toy, "grouped")
+    assert rows_of(mined, "twice")[0]["instruction"] == "Find it"
+
+
+def test_scores_are_the_models_cosines(mined, tiny_model_dir):
+    """Scores are those of query and documents under their instructions, both sides where symmetric."""
+    from kalm_min import Embedder
+
+    model = Embedder.from_pretrained(tiny_model_dir, dtype="float32")
+    prompt = model.instruction_template.format(instruction="Find it")
+    for task, said in (("planted", ""), ("twice", prompt)):
+        row = rows_of(mined, task)[0]
+        query = model.encode([row["query"]], said)
+        documents = model.encode(row["pos"] + row["neg"], said)
+        expected = model.similarity(query, documents)[0].tolist()
+        assert row["pos_scores"] + row["neg_scores"] == pytest.approx(expected, abs=2e-6)
+
+
+def test_second_run_skips_and_other_rules_encode_nothing(mined, toy, tiny_model_dir, capsys):
+    """The same command touches no task; another range writes other negatives from stored neighbours."""
+    before = contents(mined)
+    times = {path: path.stat().st_mtime_ns for path in mined.glob("*.jsonl")}
+    assert run(tiny_model_dir, toy, mined, *RULES) == 0
+    assert contents(mined) == before
+    assert times == {path: path.stat().st_mtime_ns for path in mined.glob("*.jsonl")}
+    capsys.readouterr()
+    other = toy.parent / "other"
+    store = ("--store", str(mined / ".mining"))
+    assert run(tiny_model_dir, toy, other, *RULES, "--rank-range", "2", "9", *store) == 0
+    progress = capsys.readouterr().err
+    assert "encode" not in progress
+    assert rows_of(other, "planted") != rows_of(mined, "planted")
+
+
+def test_dry_run_writes_nothing(toy, mined, tiny_model_dir, capsys):
+    """It says how much there is to do, and what the rules would keep when that is known."""
+    nowhere = toy.parent / "nowhere"
+    store = ("--store", str(mined / ".mining"))
+    assert run(tiny_model_dir, toy, nowhere, *RULES, *store, "--dry-run") == 0
+    assert not nowhere.exists()
+    kept = len(rows_of(mined, "planted"))
+    table = capsys.readouterr().out
+    assert f"| 0 kchar | 0 blocks | {kept} |" in table
+    assert "copied" in table
+    assert run(tiny_model_dir, toy, nowhere, *RULES, "--dry-run") == 0
+    assert not nowhere.exists()
+
+
+def test_faiss_and_torch_write_the_same(mined, toy, tiny_model_dir):
+    """The whole output is the same bytes with either search."""
+    pytest.importorskip("faiss")
+    output = toy.parent / "faiss"
+    assert run(tiny_model_dir, toy, output, *RULES, "--search", "faiss") == 0
+    assert contents(output) == contents(mined)
+
+
+def test_pool_scorer_and_index(toy, mined, tiny_model_dir, make_model, tmp_path):
+    """Negatives come from the pool alone, scores from the scorer, recall of the index is reported."""
+    pytest.importorskip("faiss")
+    scorer = make_model(tmp_path / "scorer", seed=5)
+    rng = random.Random(2)
+    pool = [text(rng, 7) for _ in range(200)] + [
+        row["pos"][0] for row in rows_of(toy, "planted")[:50]
+    ]
+    lines = "".join(json.dumps({"text": one}) + "\n" for one in pool)
+    (tmp_path / "pool.jsonl").write_text(lines, encoding="utf-8")
+    flags = ("--pool", str(tmp_path / "pool.jsonl"), "--scorer", str(tmp_path / "scorer"))
+    output = tmp_path / "out"
+    assert run(tiny_model_dir, toy, output, *RULES, *flags, "--index", "IVF4,Flat;nprobe=2") == 0
+    for row in rows_of(output, "planted"):
+        assert set(row["neg"]) <= set(pool) - set(row["pos"])
+    expected = scorer.similarity(
+        scorer.encode([row["query"]]), scorer.encode(row["pos"] + row["neg"])
+    )
+    assert row["pos_scores"] + row["neg_scores"] == pytest.approx(expected[0].tolist(), abs=2e-6)
+    assert "recall" in (output / "README.md").read_text(encoding="utf-8")
+
+
+def test_wrong_requests(toy, mined, tiny_model_dir, make_model, tmp_path, capsys):
+    """Another model's store, the data's own folder, and a folder with other data are refused."""
+    make_model(tmp_path / "other", seed=7)
+    assert run(tmp_path / "other", toy, mined, *RULES) == 2
+    assert "checkpoint" in capsys.readouterr().err
+    assert run(tiny_model_dir, toy, toy, *RULES) == 2
+    assert "another folder" in capsys.readouterr().err
+    write(tmp_path / "full", somebody=[{"query": "a", "pos": ["b"]}])
+    assert run(tiny_model_dir, toy, tmp_path / "full", *RULES) == 2
+    assert "somebody.jsonl" in capsys.readouterr().err
+    (tmp_path / "pool.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n', encoding="utf-8")
+    assert run(tiny_model_dir, toy, tmp_path / "o", "--pool", str(tmp_path / "pool.jsonl")) == 2
+    assert "pool.jsonl:2" in capsys.readouterr().err
+
+
+def test_changed_rows_cost_their_shards(toy, mined, tiny_model_dir, tmp_path):
+    """A task with one more row is mined again; the others are left alone."""
+    rows = rows_of(toy, "labels")
+    data = write(tmp_path / "data", labels=rows, planted=planted(60))
+    assert run(tiny_model_dir, data, tmp_path / "out", *RULES) == 0
+    untouched = (tmp_path / "out" / "planted.jsonl").stat().st_mtime_ns
+    write(data, labels=[*rows, {"query": "a new one", "pos": ["mat"]}])
+    assert run(tiny_model_dir, data, tmp_path / "out", *RULES) == 0
+    assert len(rows_of(tmp_path / "out", "labels")) == 21
+    assert (tmp_path / "out" / "planted.jsonl").stat().st_mtime_ns == untouched
+
+
+def program(model, data, output):
+    """The command of a run, as a process."""
+    return [
+        str(ROOT / "mine.py"), "--model", str(model), "--data", str(data), "--output", str(output),
+        *RULES, "--dtype", "float32",
+    ]  # fmt: skip
+
+
+def test_killed_runs_go_on_to_the_same_bytes(toy, mined, tiny_model_dir, tmp_path):
+    """kill -9 once a shard was written; the next run ends like the unbroken one."""
+    output = tmp_path / "out"
+    command = [sys.executable, *program(tiny_model_dir, toy, output)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not any((output / ".mining").glob("model/shards/*.npy")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert run(tiny_model_dir, toy, output, *RULES) == 0
+    assert contents(output) == contents(mined)
+    assert not list(output.rglob(".*.tmp"))
+
+
+@pytest.mark.slow
+def test_two_ranks_write_the_same(toy, mined, tiny_model_dir, tmp_path):
+    """Under torchrun with two processes the output is that of one."""
+    output = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, *program(tiny_model_dir, toy, output)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert done.returncode == 0, done.stderr
+    assert contents(output) == contents(mined)
