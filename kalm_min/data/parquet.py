@@ -134,7 +134,8 @@ def _open(path: Path) -> Any:
             'converting Parquet needs pyarrow: pip install "kalm-min[data]"'
         ) from error
     try:
-        return ParquetFile(path, buffer_size=_BUFFER)
+        # Without pre_buffer, which keeps what it has read until the end of the file.
+        return ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False)
     except (OSError, ValueError) as error:  # pyarrow's own errors are these
         raise ValueError(f"{path}: expected a Parquet file, found: {_first_line(error)}") from error
 
