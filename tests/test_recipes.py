@@ -14,7 +14,6 @@ def test_every_recipe_is_accepted(path, monkeypatch):
     """Each file parses with a model, data and output given, and its first lines are a comment."""
     monkeypatch.syspath_prepend(str(ROOT))
     import train
-
     from kalm_min.config import parse
 
     given = ["--data.path", "d", "--output", "o"]
