@@ -59,7 +59,7 @@ REFUSED = {
     "mteb": MTEB_SIDE,
     "datasets": MTEB_SIDE,
     "matplotlib": ("kalm_min.mining.report", "kalm_min.evaluation.report"),
-    "pyarrow": ("kalm_min.data",),
+    "pyarrow": ("kalm_min.data.parquet",),
     "transformers": (),
     "sentence_transformers": (),
     "argparse": ("kalm_min.config",),
