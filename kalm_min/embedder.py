@@ -457,11 +457,12 @@ def _write_side_files(folder: Path, embedder: Embedder, *, apart: bool) -> None:
         reason = "older versions ignore is_causal in config.json and would attend causally"
         main["requirements"] = {"transformers": {"specifier": ">=5.2", "reason": reason}}
     write_json(folder / "config_sentence_transformers.json", main)
-    write_text(folder / "README.md", _model_card(embedder))
+    write_text(folder / "README.md", _model_card(embedder, apart=apart))
 
 
-def _model_card(embedder: Embedder) -> str:
+def _model_card(embedder: Embedder, *, apart: bool) -> str:
     """What a person must know to use the vectors rightly."""
+    base = f"\nA LoRA adapter on `{embedder.adapter.base}`.\n" if embedder.adapter and apart else ""
     mode = "causal" if embedder.causal else "bidirectional (transformers >= 5.2 only)"
     return f"""---
 library_name: sentence-transformers
@@ -473,4 +474,4 @@ A text embedding model: {embedder.model.config.model_type}, {mode} attention, {e
 {embedder.dimension} dimensions, at most {embedder.max_length} tokens. Vectors are to be L2-normalised
 (sentence-transformers does it from this folder). An instruction is put before a query as
 `{embedder.instruction_template!r}`.
-"""
+{base}"""
