@@ -119,6 +119,7 @@ def test_loaded_weights_can_train_without_touching_the_file(folder):
     assert not same(model.state_dict(), state(folder))
 
 
+@pytest.mark.slow
 def test_memory_is_about_one_model(tmp_path, make_model, tiny_model_dir):
     """Peak resident memory of loading and reading 200 MB of weights, converted or not: one copy."""
     sizes = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 7, "head_dim": 64}

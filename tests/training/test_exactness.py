@@ -11,6 +11,7 @@ from kalm_min.training.step import LossConfig, contrastive_step
 PLAIN = {option: check.step(option, check.WAYS["1 chunk"]) for option in check.OPTIONS}
 
 
+@pytest.mark.slow
 def test_two_processes_and_chunks_equal_one_plain_backward():
     """Every loss option, two gloo processes, DDP and FSDP2, 1, 3 and n chunks: loss and gradients to 1e-10, float64."""
     rows = list(check.compare((2,)))

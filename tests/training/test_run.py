@@ -115,6 +115,7 @@ def test_a_finished_run_explains_itself(unbroken):
     assert Embedder.from_pretrained(unbroken / "checkpoints" / "step_00000004").encode("a").any()
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on_bit_for_bit(arguments, unbroken, tmp_path):
     """kill -9 after step 6; the same command gives the log and the weights of the unbroken run."""
     process = subprocess.Popen(
@@ -143,6 +144,7 @@ def wait_for_steps(output, steps, process):
     raise AssertionError(f"the run did not reach step {steps}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopping_saves_a_checkpoint(arguments, tmp_path, number):
     """SIGTERM and Ctrl-C finish the step, save, say how to go on, and exit with 128 + signal."""
@@ -172,6 +174,7 @@ def test_a_folder_belongs_to_one_configuration(arguments, unbroken):
     assert (unbroken / "log.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_torchrun_equals_one_process(arguments, unbroken, data, tmp_path):
     """Two torchrun processes: the losses of one process to float32's accuracy, and validation runs."""
     launcher = [
@@ -218,6 +221,7 @@ def test_what_a_user_gets_wrong_is_one_sentence(arguments, tmp_path, extra, mess
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_sharded_run_equals_one_process_and_resumes(arguments, unbroken, data, tmp_path):
     """FSDP2 on two processes: the losses of one process; a stopped run goes on bit for bit."""
     launcher = [
