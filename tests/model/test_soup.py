@@ -150,6 +150,7 @@ def test_what_is_no_average_is_refused(tmp_path, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_memory_is_about_one_model(make_model, tmp_path):
     """Three checkpoints of 40 MB: the private memory at the end of averaging is one of them."""
     sizes = {"hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 6, "head_dim": 32}

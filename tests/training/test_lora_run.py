@@ -116,6 +116,7 @@ def test_goes_on_bit_for_bit(arguments, finished, tmp_path):
     assert digests(finished / newest) == digests(tmp_path / "whole" / newest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_processes_agree(arguments, finished, tmp_path, strategy):
     """Two processes, copies or shards: the losses of one, and a model that opens."""
@@ -135,6 +136,7 @@ def test_processes_agree(arguments, finished, tmp_path, strategy):
     assert np.array_equal(vectors[1], vectors[2])
 
 
+@pytest.mark.slow
 def test_what_cannot_be_adapted_is_one_sentence(arguments, finished, tiny_model_dir, tmp_path):
     """A fresh model, a projection that is not there, an adapter as base: exit code 2, one line."""
     fresh = ["--model.tokenizer", tiny_model_dir, *arguments[2:]]
