@@ -4,21 +4,16 @@ Scored by mteb like the models, on the same sets. Its weights are those of the e
 themselves, which is more than a model gets to see.
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.feature_extraction.text import TfidfVectorizer  # comes with mteb
+from standard_library import words
 
 from kalm_min.evaluation.local_data import find_datasets, read_dataset
 from kalm_min.evaluation.local_tasks import build_task
-
-
-def words(text: str) -> list[str]:
-    """`getContent_type(3)` -> get, content, type, 3."""
-    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", text)]
 
 
 class BagOfWords:

@@ -174,10 +174,14 @@ def _halves(code: str) -> tuple[str, str]:
     return "\n".join(lines[: len(lines) // 2]), "\n".join(lines[len(lines) // 2 :])
 
 
+def words(text: str) -> list[str]:
+    """The words of prose or code: `getContent_type(3)` -> get, content, type, 3."""
+    return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", text)]
+
+
 def _spoken(name: str) -> str:
     """`Message.get_content_type` as a person would say it: "message get content type"."""
-    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)
-    return " ".join(words).lower() or name
+    return " ".join(words(name)) or name
 
 
 def evaluation_sets(definitions: list[Definition]) -> dict[str, dict[str, list[dict[str, Any]]]]:

@@ -89,6 +89,12 @@ def test_methods_stay_with_their_class(demo, library):
     assert len({one.is_held_out for one in box}) == 1
 
 
+def test_words_of_code(demo):
+    """The baseline reads names of code as words, so that it is no straw man."""
+    expected = ["get", "content", "type", "http", "response", "3"]
+    assert demo.words("getContent_type(HTTPResponse, 3)") == expected
+
+
 @pytest.mark.slow
 def test_nothing_is_on_both_sides(demo, tmp_path):
     """The real library: no text of training in evaluation, and two runs write the same bytes."""
