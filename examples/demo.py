@@ -30,7 +30,7 @@ from kalm_min.files import write_json, write_text
 from kalm_min.training.source import ModelSource, open_model
 
 ROOT = Path(__file__).parent.parent
-DIMS = (256, 128, 64, 32)
+DIMS = (384, 192, 96, 48)
 VOCABULARY = 8192
 END_OF_TEXT = "<|endoftext|>"
 QUESTIONS = (
@@ -107,9 +107,9 @@ def create_model(tokenizer: Path, model: Path, texts: Path) -> None:
     source = ModelSource(
         tokenizer=tokenizer,
         hidden_size=DIMS[0],
-        intermediate_size=256,
+        intermediate_size=384,
         num_hidden_layers=1,
-        num_attention_heads=4,
+        num_attention_heads=6,
         num_key_value_heads=2,
         max_length=64,
     )
