@@ -25,7 +25,7 @@ from typing import Any
 
 from kalm_min.files import atomic_directory, write_text
 
-SKIPPED = {"test", "tests", "idle_test", "site-packages", "lib2to3", "turtledemo", "__pycache__"}
+SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "turtledemo"}
 EVALUATION_SHARE = 0.25
 LONGEST = 600  # characters of a text: what a small model can read in a demo's time
 
