@@ -280,5 +280,6 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     if problems := problems or list(differences(found, wanted)):
         raise ValueError(f"{folder}: {'; '.join(problems)}")
     device = next(model.parameters()).device
-    state = {name: read(file, key).to(device) for name, (file, key, _, _) in found.items()}
+    tensors = (tensor.to(device) for tensor in read(found.values()))
+    state = dict(zip(found, tensors, strict=True))
     model.load_state_dict(state, strict=False, assign=True)

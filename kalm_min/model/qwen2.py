@@ -24,6 +24,23 @@ from kalm_min.model.packed import Packed
 from kalm_min.model.rotary import rotary_tables, rotate
 
 
+class Linear(nn.Linear):
+    """Left unfilled: the weights come from a file or from `initialise`.
+
+    torch's own draws, thrown away, would cost a second of imports on the meta device.
+    """
+
+    def reset_parameters(self) -> None:
+        """Nothing."""
+
+
+class Embedding(nn.Embedding):
+    """Left unfilled, like `Linear`."""
+
+    def reset_parameters(self) -> None:
+        """Nothing."""
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
 
@@ -50,10 +67,10 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         query_width = config.num_attention_heads * config.head_dim
         key_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, query_width, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, key_width, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, key_width, bias=config.qkv_bias)
+        self.o_proj = Linear(query_width, config.hidden_size, bias=False)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
@@ -77,9 +94,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, D) to (T, D)."""
@@ -111,7 +128,7 @@ class Qwen2(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False

@@ -1,13 +1,13 @@
 """Weights on disk: safetensors in Hugging Face's layout, every tensor accounted for.
 
 Reads one `model.safetensors` or the shards an index names. A tensor in the wanted dtype becomes a
-private view of the mapped file, so loading costs no copy; one that must be converted is mapped
-alone, so the peak stays at one model and one tensor. Consequence: do not rewrite a weights file in
+private view of the mapped file, so loading costs no copy; files whose tensors must be converted are
+mapped a stretch at a time, so the peak stays near one model. Consequence: do not rewrite a weights file in
 place while a model read from it lives (everything in this package renames a finished file over the
 old one, which is safe). Pickled weights (`pytorch_model.bin`) are never opened.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from kalm_min.model.config import ModelConfig
 from kalm_min.model.qwen2 import Qwen2
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_MAPPED = 64 * 2**20  # bytes
 _DTYPES = {"F64", "F32", "BF16", "F16"}
 _IGNORED = "lm_head.weight"  # the output head of a language model; an embedder has none
 
@@ -56,12 +57,9 @@ def load_model(
         problems = list(differences(found, wanted))
     if problems:
         raise ValueError(f"{folder}: {'; '.join(problems)}")
-    state = {
-        name: read(file, key).to(device=device, dtype=dtype)
-        for name, (file, key, _, _) in found.items()
-        if name in wanted
-    }
-    model.load_state_dict(state, assign=True)
+    entries = {name: entry for name, entry in found.items() if name in wanted}
+    tensors = (tensor.to(device=device, dtype=dtype) for tensor in read(entries.values()))
+    model.load_state_dict(dict(zip(entries, tensors, strict=True)), assign=True)
     return model.requires_grad_(True)
 
 
@@ -137,10 +135,19 @@ def differences(found: dict[str, _Entry], wanted: dict[str, tuple[int, ...]]) ->
             yield f"{name}: expected a float tensor, found {dtype}"
 
 
-def read(file: Path, key: str) -> torch.Tensor:
-    """One tensor as a private view of the mapped file; the mapping lives as long as the tensor."""
-    with safe_open(file, framework="pt") as reader:
-        return reader.get_tensor(key)
+def read(entries: Iterable[_Entry]) -> Iterator[torch.Tensor]:
+    """Tensors as private views of the mapped files.
+
+    A mapping lives as long as a tensor of it. A file is mapped anew every 64 MiB, so that what has
+    been converted to another dtype or device leaves memory; for every tensor would be slow.
+    """
+    reader, opened, taken = None, None, 0
+    for file, key, _, _ in entries:
+        if reader is None or file != opened or taken > _MAPPED:
+            reader, opened, taken = safe_open(file, framework="pt"), file, 0
+        tensor = reader.get_tensor(key)
+        taken += tensor.nbytes
+        yield tensor
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -143,7 +143,7 @@ print(peak() - start)
             [sys.executable, "-W", "ignore", "-c", code, tiny_model_dir, tmp_path / "model", dtype],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
-        assert int(out.stdout) <= 1.15 * copy + 16 * 2**20, dtype  # and the largest tensor
+        assert int(out.stdout) <= 1.1 * copy + 64 * 2**20, dtype  # and what is mapped at a time
 
 
 BASE = {
