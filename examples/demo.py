@@ -30,13 +30,14 @@ from kalm_min.files import write_json, write_text
 from kalm_min.training.source import ModelSource, open_model
 
 ROOT = Path(__file__).parent.parent
+BEGUN = time.monotonic()
 DIMS = (384, 192, 96, 48)
 VOCABULARY = 8192
 END_OF_TEXT = "<|endoftext|>"
 QUESTIONS = (
-    "delete a folder and everything in it",
-    "how do I wait for several coroutines at once?",
-    "split a command line into words like a shell does",
+    "open a URL and read the answer",
+    "which characters must be escaped in a shell command?",
+    "is this address in the network?",
 )
 
 
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
     config = parse(
         DemoConfig, argv, program="demo.py", description="From text to a trained, measured model."
     )
-    begun, out = time.monotonic(), config.output
+    out = config.output
     shutil.rmtree(out, ignore_errors=True)
 
     title("1. Collect what the standard library says about itself")
@@ -73,12 +74,13 @@ def main(argv: list[str]) -> int:
     report(out, baseline)
     title("7. Ask")
     answer(Embedder.from_pretrained(out / "run" / "final"), QUESTIONS)
-    print(f"\n{time.monotonic() - begun:.0f} seconds in all; everything is in {out}")
+    print(f"\n{time.monotonic() - BEGUN:.0f} seconds in all; everything is in {out}")
     return 0
 
 
 def title(text: str) -> None:
-    """Announce a step."""
+    """Announce a step, and how many seconds it begins after the start."""
+    text = f"{text} ({time.monotonic() - BEGUN:.0f} s)"
     print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n## {text}", flush=True)
 
 
@@ -202,14 +204,20 @@ def conclude(baseline: dict[str, float], before: Scores, after: Scores) -> list[
 
 
 def answer(model: Embedder, questions: tuple[str, ...]) -> None:
-    """Answer each question with the nearest documented functions of the library."""
-    told = [one for one in standard_library.collect() if one.code and len(one.summary) >= 15]
-    vectors = model.encode_document([one.documentation for one in told], show_progress_bar=False)
+    """Answer each question with the nearest public functions; a star marks those never trained on."""
+    told = [
+        one
+        for one in standard_library.collect()
+        if one.code and len(one.summary) >= 15 and "._" not in f".{one.module}.{one.name}"
+    ]
+    vectors = model.encode_document([one.documentation for one in told])
     for question in questions:
         print(f"\n{question}")
-        cosines = model.similarity(model.encode_query(question)[None], vectors)[0]
+        cosines = model.similarity(model.encode_query(question), vectors).ravel()
         for place in (-cosines).argsort(kind="stable")[:3]:
-            print(f"  {cosines[place]:.2f}  {told[place].signature}\n        {told[place].summary}")
+            star = "*" if told[place].is_held_out else " "
+            print(f"  {cosines[place]:.2f} {star} {told[place].signature}")
+            print(f"         {told[place].summary}")
 
 
 if __name__ == "__main__":
