@@ -114,7 +114,7 @@ def test_nothing_is_on_both_sides(demo, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_the_demo_runs(tmp_path):
     """The whole story, with two steps of training: it ends well and leaves what it promises."""
     command = [sys.executable, "examples/demo.py", "--output", str(tmp_path / "demo")]
