@@ -215,6 +215,7 @@ def _worker(rank: int, count: int, port: int, folder: str) -> None:
             if rank == 0:
                 tensors = result.gradients | {"": torch.tensor(result.loss, dtype=torch.float64)}
                 save_file(tensors, Path(folder) / f"{option.name} {name}.safetensors")
+        distributed.barrier()  # leave together: a group that loses a member at exit may abort
     finally:
         distributed.stop()
 

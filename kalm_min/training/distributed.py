@@ -7,6 +7,7 @@ training step runs on a laptop, in a unit test and on many nodes. How many nodes
 torchrun's business.
 """
 
+import gc
 import os
 from datetime import timedelta
 from typing import Any
@@ -32,6 +33,7 @@ def start(environment: dict[str, str], device: torch.device) -> None:
 def stop() -> None:
     """Leave the group, if in one."""
     if dist.is_initialized():
+        gc.collect()  # wrapped models are reference cycles that hold on to the group's threads
         dist.destroy_process_group()
 
 
