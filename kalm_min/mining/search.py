@@ -16,6 +16,7 @@ Q  queries    N  documents    D  width    k  neighbours asked for
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -33,11 +34,12 @@ Candidates = Callable[[Vectors, int], tuple[Ints, npt.NDArray[Any]]]
 """(queries, width) -> (Q, width) ids and float32 scores, the highest first."""
 
 _GRID = np.float32(2.0**26)
-_QUERIES = {"cpu": 2048, "cuda": 8192}  # held while all documents pass by
+_QUERIES = {"cpu": 4096, "cuda": 8192}  # held while all documents pass by
 _CHUNK = {"cpu": 512, "cuda": 8192}  # of these, multiplied at a time
 _DOCUMENTS = {"cpu": 8192, "cuda": 65_536}  # multiplied at a time
 _FAISS_DOCUMENTS = 65_536
-_SCORED = 256  # queries whose candidates are read at a time
+_THREADS = 2  # that score candidates
+_SCORED = 256  # queries whose candidates are read from disk at a time
 _SAMPLE = 200_000  # documents an approximate index learns from
 
 
@@ -94,7 +96,8 @@ def search(
         queries: (Q, D) unit or zero vectors on the grid (`on_grid`).
         documents: (N, D) likewise.
         k: at least 1; with fewer documents there are that many columns.
-        backend: who multiplies: "torch", or "faiss" (an extra), on its GPU where it has one.
+        backend: who nominates: "torch" (on a CPU numpy, see `_cpu_candidates`), or "faiss" (an
+            extra), on its GPU where it has one.
         device: of the products.
         span: search documents span[0] to span[1] only; ids stay those of the whole.
         tick: called with the number of queries done.
@@ -105,7 +108,8 @@ def search(
     """
     first, last = span or (0, len(documents))
     device, k = torch.device(device), min(k, last - first)
-    nominate = _torch_candidates if backend == "torch" else _faiss_candidates
+    own = _cpu_candidates if device.type == "cpu" else _torch_candidates
+    nominate = own if backend == "torch" else _faiss_candidates
     found: list[Neighbours] = []
     step = _QUERIES.get(device.type, 2048)
     for start in range(0, len(queries), step):
@@ -164,7 +168,7 @@ def _exact(
     size = span[1] - span[0]
     best = _nothing(len(queries), k)
     rows = np.arange(len(queries))
-    for width in (min(size, 2 * k + 32), min(size, 16 * k + 256)):
+    for width in (min(size, k + 64), min(size, 16 * k + 256)):
         if len(rows) == 0 or k == 0:
             return best
         ids, scores = candidates(queries[rows], width)
@@ -194,17 +198,22 @@ def _fill(
     possible: npt.NDArray[np.bool_],
 ) -> None:
     """Score the possible candidates of `rows` exactly; write the first k of each into `best`."""
-    k = best.ids.shape[1]
-    for start in range(0, len(rows), _SCORED):
-        part = slice(start, start + _SCORED)
-        unique, places = np.unique(ids[part][possible[part]], return_inverse=True)
-        vectors = documents[unique]
-        ends = np.cumsum(possible[part].sum(1))
-        for row, of_row in zip(rows[part], np.split(places, ends[:-1]), strict=True):
-            scores = exact_scores(queries[row], vectors[of_row])
-            order = np.lexsort((unique[of_row], -scores))[:k]
-            best.ids[row, : len(order)] = unique[of_row][order]
+    parts = [slice(start, start + _SCORED) for start in range(0, len(rows), _SCORED)]
+
+    def score(part: slice) -> None:
+        # Vectors on disk are fetched for many queries at once: their files are opened for each fetch.
+        here = np.unique(ids[part][possible[part]])
+        vectors = documents if isinstance(documents, np.ndarray) else documents[here]
+        for row, of_row, may in zip(rows[part], ids[part], possible[part], strict=True):
+            own = np.sort(of_row[may])
+            places = own if vectors is documents else np.searchsorted(here, own)
+            scores = exact_scores(queries[row], vectors[places])
+            order = np.argsort(-scores, kind="stable")[: best.ids.shape[1]]  # equal: the first id
+            best.ids[row, : len(order)] = own[order]
             best.scores[row, : len(order)] = scores[order]
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(score, parts))
 
 
 def _exhaustive(queries: Vectors, documents: Rows, k: int, span: Span) -> Neighbours:
@@ -233,10 +242,89 @@ def _checked(vectors: Vectors) -> Vectors:
 # ---- nominees ------------------------------------------------------------------------------------
 
 
+def _cpu_candidates(
+    queries: Vectors, documents: Rows, span: Span, width: int, _: torch.device
+) -> tuple[Ints, npt.NDArray[Any]]:
+    """Products in blocks; what beats a query's worst candidate so far joins its list.
+
+    In numpy: on the processor measured (AMD, AVX-512) its BLAS multiplies 1.3 times as fast as
+    torch's, and it compares, finds and partitions 3 to 6 times as fast.
+    """
+    best = _Best(len(queries), width)
+    chunk, step = _CHUNK["cpu"], max(width, _DOCUMENTS["cpu"])
+    # One buffer for all products: fresh memory of this size costs as much as a pass over it.
+    scratch = np.empty(min(chunk, len(queries)) * min(step, span[1] - span[0]), np.float32)
+    for start, block in _blocks(documents, span, step):
+        for first in range(0, len(queries), chunk):
+            part = slice(first, min(first + chunk, len(queries)))
+            scores = scratch[: (part.stop - first) * len(block)].reshape(-1, len(block))
+            np.matmul(queries[part], block.T, out=scores)
+            best.join(part, scores, start)
+    best.compact(slice(None))
+    order = np.argsort(-best.scores[:, :width], axis=1, kind="stable")
+    return np.take_along_axis(best.ids, order, 1), np.take_along_axis(best.scores, order, 1)
+
+
+class _Best:
+    """The `width` best of each query, in lists with room for as many more between two sortings out."""
+
+    def __init__(self, queries: int, width: int) -> None:
+        self.width = width
+        self.scores = np.full((queries, 2 * width), -np.inf, np.float32)
+        self.ids = np.full((queries, 2 * width), -1)
+        self.used = np.zeros(queries, np.int64)
+        self.floor = np.full((queries, 1), -np.inf, np.float32)
+        """What a score must exceed to be one of the best."""
+
+    def join(self, part: slice, scores: Vectors, start: int) -> None:
+        """Take in the (q, n) scores of the documents from `start` on."""
+        width, (q, n) = self.width, scores.shape
+        if self.used[part.start] == 0 and n > width:
+            # The values alone are found five times as fast as where they are.
+            least = np.partition(scores, n - width, axis=1)[:, n - width, None]
+            self.floor[part] = np.nextafter(least, -np.inf)
+        places = np.flatnonzero(scores > self.floor[part])
+        rows, columns = np.divmod(places, n)
+        counts = np.bincount(rows, minlength=q)
+        if (self.used[part] + counts).max() > 2 * width:
+            self.compact(part)
+            if counts.max() > width:  # crowds of equals, or each block better than the last
+                self._append(part, *self._top(scores), start)
+                return
+        slots = self.used[part][rows] + np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]
+        self.scores[part][rows, slots] = scores.ravel()[places]
+        self.ids[part][rows, slots] = columns + start
+        self.used[part] += counts
+
+    def compact(self, part: slice) -> None:
+        """Keep the best and forget the rest."""
+        scores, ids = self.scores[part], self.ids[part]
+        order = np.argpartition(scores, self.width, axis=1)[:, self.width :]
+        scores[:, : self.width] = np.take_along_axis(scores, order, 1)
+        ids[:, : self.width] = np.take_along_axis(ids, order, 1)
+        scores[:, self.width :] = -np.inf
+        self.used[part] = np.minimum(self.used[part], self.width)
+        self.floor[part] = scores[:, : self.width].min(1, keepdims=True)
+
+    def _top(self, scores: Vectors) -> tuple[Vectors, Ints]:
+        """The `width` highest of each row, or all."""
+        n = scores.shape[1]
+        top = np.argpartition(scores, max(n - self.width, 0), axis=1)[:, max(n - self.width, 0) :]
+        return np.take_along_axis(scores, top, 1), top
+
+    def _append(self, part: slice, scores: Vectors, columns: Ints, start: int) -> None:
+        """Put as many in every row, after `compact` or at the beginning, and sort out."""
+        first = int(self.used[part.start])
+        self.scores[part, first : first + scores.shape[1]] = scores
+        self.ids[part, first : first + scores.shape[1]] = columns + start
+        self.used[part] += scores.shape[1]
+        self.compact(part)
+
+
 def _torch_candidates(
     queries: Vectors, documents: Rows, span: Span, width: int, device: torch.device
 ) -> tuple[Ints, npt.NDArray[Any]]:
-    """Products in blocks; what beats a query's worst candidate so far joins its list."""
+    """The same on a GPU."""
     if torch.get_float32_matmul_precision() != "highest":
         raise ValueError("torch.set_float32_matmul_precision: the search needs 'highest'")
     asked = torch.from_numpy(queries).to(device)
@@ -247,7 +335,6 @@ def _torch_candidates(
     for start, block in _blocks(documents, span, step):
         there = torch.from_numpy(block).to(device)
         for i, chunk in enumerate(chunks):
-            # One buffer for all products: fresh memory of this size costs as much as a pass over it.
             scores = scratch[: len(chunk) * len(there)].view(len(chunk), len(there))
             torch.mm(chunk, there.T, out=scores)
             best[i] = _absorb(best[i], scores, start, width)

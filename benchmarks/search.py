@@ -1,0 +1,176 @@
+"""Exact search: ours, faiss's flat index, and the bare matrix product they cannot beat.
+
+    python benchmarks/search.py [--documents 200000] [--queries 10000] [--width 896] [--k 100]
+    python benchmarks/search.py --memory [--sizes 100000 2000000] [--width 64]
+
+The rounds alternate, so that a change of the machine's speed meets all three; medians and the ratio
+within each round are printed, and whether the ids are equal. Vectors are random unit vectors, made on
+the spot. faiss's index holds its own copy of the documents; building it is not timed.
+
+--memory searches documents on disk, each size in a fresh process, and prints how far its resident
+memory rose while it searched.
+"""
+
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kalm_min.config import parse
+from kalm_min.mining.search import Vectors, import_faiss, on_grid, search
+from kalm_min.mining.store import StoredVectors
+
+_SHARD = 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What is searched."""
+
+    documents: int = 200_000
+    """Vectors searched."""
+    queries: int = 10_000
+    """Vectors searched for."""
+    width: int = 896
+    """Dimensions."""
+    k: int = 100
+    """Neighbours."""
+    rounds: int = 3
+    """Of each, in turn."""
+    device: str = "cpu"
+    """Of the products; faiss stays on the CPU."""
+    memory: bool = False
+    """Measure memory instead of speed."""
+    sizes: tuple[int, ...] = (100_000, 500_000, 2_000_000)
+    """Documents on disk, for --memory."""
+    child: Path | None = None
+    """Set by the benchmark itself: the folder of documents a memory process searches."""
+
+
+def main(argv: list[str]) -> None:
+    """Measure and print a table."""
+    options = parse(Options, argv, program="search.py", description="Exact search, measured.")
+    if options.child is not None:
+        print(*searched_on_disk(options, options.child))
+    elif options.memory:
+        memory(options)
+    else:
+        speed(options)
+
+
+def unit(count: int, width: int, seed: int) -> Vectors:
+    """Random unit vectors on the grid, made in blocks."""
+    rng = np.random.default_rng(seed)
+    vectors = np.empty((count, width), np.float32)
+    for start in range(0, count, _SHARD):
+        block = rng.standard_normal((min(_SHARD, count - start), width), np.float32)
+        block /= np.linalg.norm(block, axis=1, keepdims=True)
+        vectors[start : start + _SHARD] = on_grid(block)
+    return vectors
+
+
+def speed(options: Options) -> None:
+    """Alternate ours, faiss and the product; print medians and ratios."""
+    documents = unit(options.documents, options.width, 0)
+    queries = unit(options.queries, options.width, 1)
+    faiss = import_faiss()
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    index = faiss.IndexFlatIP(options.width)
+    index.add(documents)
+    programs = {
+        "kalm_min": lambda: search(queries, documents, options.k, device=options.device).ids,
+        "faiss IndexFlatIP": lambda: index.search(queries, options.k)[1],
+        "matrix product alone": lambda: product(queries, documents, options.device),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    found: dict[str, object] = {}
+    for _ in range(options.rounds):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            found[name] = program()
+            seconds[name].append(time.perf_counter() - start)
+    work = 2 * options.queries * options.documents * options.width
+    print(
+        f"{options.queries:,} queries, {options.documents:,} documents, {options.width} dimensions, "
+        f"top {options.k}, {torch.get_num_threads()} threads, {options.rounds} rounds\n"
+    )
+    print("| search | seconds (median) | min - max | GFLOP/s | share of the product's speed |")
+    print("|---|---|---|---|---|")
+    for name, values in seconds.items():
+        middle = statistics.median(values)
+        pairs = zip(seconds["matrix product alone"], values, strict=True)
+        share = statistics.median(a / b for a, b in pairs)
+        spread = f"{min(values):.2f} - {max(values):.2f}"
+        print(f"| {name} | {middle:.2f} | {spread} | {work / middle / 1e9:.0f} | {share:.2f} |")
+    pairs = zip(seconds["faiss IndexFlatIP"], seconds["kalm_min"], strict=True)
+    print(
+        f"\nfaiss's seconds / ours, median of rounds: {statistics.median(a / b for a, b in pairs):.2f}"
+    )
+    ours, theirs = np.asarray(found["kalm_min"]), np.asarray(found["faiss IndexFlatIP"])
+    print(f"places with another id than faiss's float32 order: {(ours != theirs).mean():.2%}")
+
+
+def product(queries: Vectors, documents: Vectors, device: str) -> None:
+    """All scores, none kept: the blocks of the search, without looking at them."""
+    if device == "cpu":
+        scores = np.empty((512, 8192), np.float32)
+        for start in range(0, len(documents), 8192):
+            block = documents[start : start + 8192]
+            for first in range(0, len(queries), 512):
+                chunk = queries[first : first + 512]
+                np.matmul(chunk, block.T, out=scores[: len(chunk), : len(block)])
+        return
+    rows, columns = 8192, 65_536
+    asked = torch.from_numpy(queries).to(device).split(rows)
+    scratch = torch.empty(rows * columns, device=device)
+    for start in range(0, len(documents), columns):
+        block = torch.from_numpy(documents[start : start + columns]).to(device)
+        for chunk in asked:
+            out = scratch[: len(chunk) * len(block)].view(len(chunk), len(block))
+            torch.mm(chunk, block.T, out=out)
+    torch.cuda.synchronize()
+
+
+def memory(options: Options) -> None:
+    """A fresh process for each size; the documents come from disk."""
+    print(f"{options.width} dimensions, {options.queries:,} queries, top {options.k}\n")
+    print("| documents | on disk, MiB | before the search, MiB | peak growth, MiB | seconds |")
+    print("|---|---|---|---|---|")
+    for size in options.sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            for shard, start in enumerate(range(0, size, _SHARD)):
+                block = unit(min(_SHARD, size - start), options.width, shard)
+                np.save(Path(folder) / f"{shard:06d}.npy", block)
+            command = [sys.executable, __file__, "--child", folder, "--documents", str(size)]
+            for name in ("width", "k", "queries"):
+                command += [f"--{name}", str(getattr(options, name))]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            before, growth, seconds = done.stdout.split()
+            disk = size * options.width * 4 / 2**20
+            print(f"| {size:,} | {disk:.0f} | {before} | {growth} | {seconds} |", flush=True)
+
+
+def searched_on_disk(options: Options, folder: Path) -> tuple[str, str, str]:
+    """MiB resident before, growth of the peak while searching, seconds."""
+    paths = sorted(folder.glob("*.npy"))
+    cuts = np.minimum(np.arange(len(paths) + 1) * _SHARD, options.documents)
+    documents = StoredVectors(paths, cuts, options.width)
+    queries = unit(options.queries, options.width, 1)
+    search(queries[:8], unit(2048, options.width, 2), 8)  # what a library allocates once
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    start = time.perf_counter()
+    search(queries, documents, options.k)
+    seconds = time.perf_counter() - start
+    growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    return f"{before:.0f}", f"{growth:.0f}", f"{seconds:.1f}"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
