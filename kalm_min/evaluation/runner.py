@@ -9,24 +9,27 @@ needs anybody: whoever stops, the same command continues.
 Not here: models, devices and scores (`worker`), what to run (`plan`).
 """
 
+import json
 import os
+import platform
 import selectors
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 from kalm_min.evaluation.child import Child
 from kalm_min.evaluation.plan import Plan, PlannedTask
+from kalm_min.evaluation.watch import Activity, Display
 from kalm_min.progress import duration
 
 WORKER = (sys.executable, "-m", "kalm_min.evaluation.worker")
 _TRIES = 3
 _STARTS = 2  # times a device may fail to come up before it is given up
-_QUIET_SECONDS = 60.0  # without a terminal, the longest time without a line
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,12 @@ class _Slot:
     begun: float = 0.0
     texts: int = 0
 
+    def activity(self) -> Activity:
+        """What is shown of it."""
+        if self.task is None:
+            return Activity(self.name, "(idle)" if self.is_ready else "(starting)")
+        return Activity(self.name, self.task.name, self.texts, time.monotonic() - self.begun)
+
 
 class Runner:
     """Runs the tasks of a plan that have no valid result; `run` returns what failed."""
@@ -73,9 +82,9 @@ class Runner:
             plan: what to run.
             devices: one worker each; no more are started than there are tasks.
             environment: of the workers; their share of the cores is added.
-            logs: folder for one log file per worker.
+            logs: folder for one log file per worker, and timeline.jsonl: who was at what, when.
             timeout: seconds without a message after which a worker is replaced.
-            stream: where progress is shown; a line drawn in place if it is a terminal.
+            stream: where progress is shown; a table drawn in place if it is a terminal.
             command: what starts a worker.
         """
         self.plan, self.timeout, self.command = plan, timeout, tuple(command)
@@ -90,7 +99,8 @@ class Runner:
         self.failures: dict[str, Failure] = {}
         self.start_failure = Failure("no worker could start", "")
         self.selector = selectors.DefaultSelector()
-        self.display = _Display(stream, todo)
+        self.display = Display(stream, todo)
+        self.timeline = logs / "timeline.jsonl"
 
     def run(self) -> dict[str, Failure]:
         """Run everything and return the failures by task name. However it ends, no child is left."""
@@ -104,7 +114,7 @@ class Runner:
                     self._listen(key.data)
                 for slot in self.slots:
                     self._check_silence(slot)
-                self.display.status(self.slots)
+                self.display.status([slot.activity() for slot in self.slots if slot.child])
         finally:
             self.display.clear()
             for slot in self.slots:
@@ -182,14 +192,31 @@ class Runner:
             return
         score = result["kalm_min"]["dims"][str(self.plan.dims[0])]["main_score"]
         self.display.done(task, f"{100 * score:.2f}", time.monotonic() - slot.begun, slot.name)
-        slot.task = None
+        self._release(slot, "done")
 
     def _fail(self, slot: _Slot, task: PlannedTask, reason: str) -> None:
         log = slot.child.tail() if slot.child else ""
         self.failures[task.name] = Failure(reason, log)
         self.display.done(task, "failed", time.monotonic() - slot.begun, slot.name)
         self.display.line(f"    {reason}")
+        self._release(slot, "failed")
+
+    def _release(self, slot: _Slot, outcome: str) -> None:
+        """Take a slot's task away, and note where and when it was worked at."""
+        assert slot.task is not None
+        end = time.time()
+        span = {
+            "task": slot.task.name,
+            "type": slot.task.type,
+            "host": platform.node(),
+            "device": slot.name,
+            "start": round(end - (time.monotonic() - slot.begun), 3),
+            "end": round(end, 3),
+            "outcome": outcome,
+        }
         slot.task = None
+        with suppress(OSError), self.timeline.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(span) + "\n")  # of use, but no reason to stop a run
 
     def _replace(self, slot: _Slot, reason: str) -> None:
         """Kill a worker; its task goes back to the head of the queue, or is given up."""
@@ -199,13 +226,14 @@ class Runner:
         if slot.task and slot.attempt + 1 < _TRIES:
             self.display.line(f"{slot.task.name}: worker {slot.name} {reason}; trying again")
             self.queue.appendleft((slot.task, slot.attempt + 1))
+            self._release(slot, "again")
         elif slot.task:
             self._fail(slot, slot.task, f"worker {slot.name} {reason}, {_TRIES} times")
         elif not slot.is_ready:
             slot.failed_starts += 1
             self.start_failure = Failure(f"no worker could start: {reason}", slot.child.tail())
             self.display.line(f"worker {slot.name} did not start: {reason}")
-        slot.child, slot.task, slot.is_ready = None, None, False
+        slot.child, slot.is_ready = None, False
 
 
 def _environment(environment: Mapping[str, str], workers: int) -> dict[str, str]:
@@ -221,58 +249,3 @@ def _environment(environment: Mapping[str, str], workers: int) -> dict[str, str]
         "TQDM_DISABLE": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
-
-
-class _Display:
-    """A line per finished task; in between a line drawn in place, or one a minute in a log."""
-
-    def __init__(self, stream: TextIO, tasks: Iterable[PlannedTask]) -> None:
-        self.stream, self.is_terminal = stream, stream.isatty()
-        self.left = {task.name: task.characters + 1 for task in tasks}
-        self.total, self.work = len(self.left), sum(self.left.values())
-        self.start = self.last = time.monotonic()
-
-    def line(self, text: str) -> None:
-        self.clear()
-        self.stream.write(text + "\n")
-        self.stream.flush()
-        self.last = time.monotonic()
-
-    def done(self, task: PlannedTask, score: str, seconds: float, worker: str) -> None:
-        self.left.pop(task.name, None)
-        number = f"[{self.total - len(self.left):{len(str(self.total))}}/{self.total}]"
-        parts = [f"{number} {task.name}", f"{task.main_score} {score}", duration(seconds), worker]
-        self.line("  ".join(parts) + self._eta())
-
-    def _eta(self) -> str:
-        """Time left if a character goes on costing what it cost so far."""
-        left = sum(self.left.values())
-        if not left or left == self.work:
-            return ""
-        elapsed = time.monotonic() - self.start
-        return f"  ({duration(elapsed * left / (self.work - left))} left)"
-
-    def status(self, slots: Iterable[_Slot]) -> None:
-        if not self.is_terminal and time.monotonic() - self.last < _QUIET_SECONDS:
-            return
-        parts = [f"{self.total - len(self.left)}/{self.total} done{self._eta()}"]
-        parts += [_state(slot) for slot in slots if slot.child]
-        text = " | ".join(parts)
-        if self.is_terminal:
-            width = os.get_terminal_size(self.stream.fileno()).columns or 80
-            self.stream.write(f"\r\x1b[K{text[: width - 1]}")
-            self.stream.flush()
-        else:
-            self.line(text)
-
-    def clear(self) -> None:
-        if self.is_terminal:
-            self.stream.write("\r\x1b[K")
-            self.stream.flush()
-
-
-def _state(slot: _Slot) -> str:
-    if slot.task is None:
-        return f"{slot.name} {'idle' if slot.is_ready else 'starting'}"
-    age = duration(time.monotonic() - slot.begun)
-    return f"{slot.name} {slot.task.name} {slot.texts:,} texts {age}"

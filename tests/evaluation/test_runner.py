@@ -16,6 +16,7 @@ from kalm_min.evaluation.child import Child
 from kalm_min.evaluation.plan import Instruction, Plan, PlannedTask
 from kalm_min.evaluation.report import comma_separated, markdown, plan_table, score_rows
 from kalm_min.evaluation.runner import Runner
+from kalm_min.files import read_jsonl
 
 FAKE = (sys.executable, "-S", str(Path(__file__).with_name("fake_worker.py")))
 
@@ -192,15 +193,17 @@ def test_workers_share_the_cores(plan, tmp_path):
     assert len(runner(plan("ok-1"), tmp_path, devices=("cpu",) * 9).slots) == 1
 
 
-def test_a_terminal_gets_a_line_in_place(plan, tmp_path):
-    """What each worker is at is redrawn, and wiped before a line that stays."""
-    reader, writer = os.openpty()
-    with open(writer, "w") as stream:  # noqa: PTH123 -- a descriptor
-        runner(plan("slow-1"), tmp_path, stream=stream).run()
-        drawn = os.read(reader, 1 << 16).decode()
-    os.close(reader)
-    assert "\r\x1b[K0/1 done | cpu slow-1 " in drawn.replace("#0", "")
-    assert drawn.endswith("\r\x1b[K")
+def test_the_timeline_tells_every_attempt(plan, tmp_path):
+    """What was worked at where and when, of failures too, in the order it ended."""
+    runner(plan("once-1", "error-2"), tmp_path, devices=("cpu",)).run()
+    spans = [span for _, span in read_jsonl(tmp_path / "logs" / "timeline.jsonl")]
+    told = [(span["task"], span["type"], span["device"], span["outcome"]) for span in spans]
+    assert told == [
+        ("once-1", "STS", "cpu", "again"),
+        ("once-1", "STS", "cpu", "done"),
+        ("error-2", "STS", "cpu", "failed"),
+    ]
+    assert time.time() - 60 < spans[0]["start"] <= spans[0]["end"] <= spans[1]["start"] + 0.01
 
 
 def test_tables(plan):
