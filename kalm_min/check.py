@@ -39,7 +39,16 @@ _QUERIES = 12  # divides by 1, 2 and 3 processes
 _PLAIN = LossConfig(temperature=0.05, mask_false_negatives=False)
 _MASKED = replace(_PLAIN, mask_false_negatives=True)
 _MATRYOSHKA = replace(_MASKED, matryoshka_dims=(16, 8, 4), matryoshka_weights=(1.0, 0.3, 0.2))
-_ALL = replace(_MATRYOSHKA, gamma=0.5, mixing=True, distillation_weight=0.7)
+_MORE = replace(_MASKED, query_negatives=True, document_negatives=True)
+_ALL = replace(
+    _MATRYOSHKA,
+    gamma=0.5,
+    mixing=True,
+    distillation_weight=0.7,
+    false_negative_margin=0.1,
+    query_negatives=True,
+    document_negatives=True,
+)
 
 
 class Option(NamedTuple):
@@ -57,6 +66,8 @@ OPTIONS = (
     Option("Matryoshka", _MATRYOSHKA),
     Option("focal", replace(_MASKED, gamma=0.5)),
     Option("mixing", replace(_MASKED, mixing=True)),
+    Option("margin", replace(_MASKED, false_negative_margin=0.1)),
+    Option("query and document negatives", _MORE),
     Option("distillation", replace(_MASKED, distillation_weight=0.7)),
     Option("all of them", _ALL),
     Option("all of them, in blocks", replace(_ALL, memory_gib=1e-5)),

@@ -1,6 +1,6 @@
 """Losses: pure functions of vectors, labels and masks."""
 
-from kalm_min.losses.cosines import cosines, cosines_of, prefixes
+from kalm_min.losses.cosines import ABSENT, cosines, cosines_of, prefixes
 from kalm_min.losses.distillation import distillation_rows
 from kalm_min.losses.info_nce import contrastive_rows, info_nce
 from kalm_min.losses.masking import Documents, Queries, candidate_masks
@@ -8,6 +8,7 @@ from kalm_min.losses.matryoshka import matryoshka
 from kalm_min.losses.mixing import Mixes, mixed_cosines
 
 __all__ = [
+    "ABSENT",
     "Documents",
     "Mixes",
     "Queries",

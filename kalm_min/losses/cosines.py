@@ -13,6 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# The cosine of a candidate that is none: exp(ABSENT / t) is exactly 0, and unlike -inf it can be
+# differentiated where a query has no other candidate.
+ABSENT = -1e4
 _SMALLEST = 1e-12  # a norm below this counts as this: a zero vector has cosine 0 and gradient 0
 
 
@@ -24,8 +27,8 @@ class Prefixes(NamedTuple):
     scales: tuple[Tensor, ...]
     """(n,) for each width: one over the length of the leading slice."""
 
-    def rows(self, part: slice) -> "Prefixes":
-        """Some of the vectors."""
+    def rows(self, part: slice | Tensor) -> "Prefixes":
+        """Some of the vectors, in the order of `part`."""
         return Prefixes(tuple(p[part] for p in self.parts), tuple(s[part] for s in self.scales))
 
 

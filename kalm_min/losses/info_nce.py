@@ -1,7 +1,7 @@
 """InfoNCE: each query against one positive and every other candidate.
 
 B  queries of this process    N  candidate documents    D  width of the vectors
-S  synthetic negatives of each query
+S  further negatives of each query
 
     p_i = exp(s(q_i, d_label_i) / t) / sum_n exp(s(q_i, d_n) / t)        s: cosine, t: temperature
     L   = mean_i  -(1 - p_i)^gamma log p_i
@@ -11,6 +11,8 @@ plain InfoNCE. The candidates are the documents of all queries, the hard negativ
 included. Which of them are no candidates after all is decided outside (`masking`), and so is where
 documents come from: the function knows nothing of processes.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -49,7 +51,7 @@ def info_nce(
         A scalar in the dtype of the inputs.
     """
     (similarity,) = cosines(queries, documents, (queries.shape[-1],))
-    extra = None if mixes is None else mixed_cosines(queries, documents[mixes.own], mixes)
+    extra = [] if mixes is None else [mixed_cosines(queries, documents[mixes.own], mixes)]
     losses = contrastive_rows(
         similarity, labels, temperature=temperature, mask=mask, gamma=gamma, extra=extra
     )
@@ -63,14 +65,15 @@ def contrastive_rows(
     temperature: float,
     mask: Tensor | None = None,
     gamma: float = 0.0,
-    extra: Tensor | None = None,
+    extra: Sequence[Tensor] = (),
 ) -> Tensor:
     """The loss of each query, from cosines.
 
     Args:
         similarity: (B, N) cosines.
         labels, temperature, mask, gamma: see `info_nce`.
-        extra: (B, S) cosines of synthetic negatives (`mixed_cosines`).
+        extra: (B, S) cosines that join the denominator: synthetic negatives (`mixed_cosines`), other
+            queries, other documents against the positive; `ABSENT` where there is none.
 
     Returns:
         (B,).
@@ -79,8 +82,8 @@ def contrastive_rows(
     if mask is not None:
         similarity = similarity.masked_fill(mask.scatter(1, positive, False), -torch.inf)
     total = (similarity / temperature).logsumexp(dim=1)  # (B,)
-    if extra is not None:
-        total = torch.logaddexp(total, (extra / temperature).logsumexp(dim=1))
+    for more in extra:
+        total = torch.logaddexp(total, (more / temperature).logsumexp(dim=1))
     log_p = similarity.gather(1, positive).squeeze(1) / temperature - total  # (B,)
     if gamma == 0.0:
         return -log_p

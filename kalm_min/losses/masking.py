@@ -5,9 +5,10 @@ B  queries of this process    N  documents of all processes    P  known positive
 The batch of a contrastive step is full of false negatives: the same positive text under another
 query (label tasks), another known positive of the query, the query itself as somebody's document.
 Texts are compared by a 64-bit hash that travels with the vectors, so the answer is the same on one
-process and on many, and no similarity threshold is involved.
+process and on many. A margin on the cosines, where one is asked for, goes beyond known texts.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -40,17 +41,26 @@ class Queries(NamedTuple):
     """(B,) bool, False where a query sees only the documents it brought itself."""
 
 
-def candidate_masks(queries: Queries, documents: Documents, labels: Tensor) -> dict[str, Tensor]:
+def candidate_masks(
+    queries: Queries,
+    documents: Documents,
+    labels: Tensor,
+    similarity: Tensor | None = None,
+    margin: float = math.inf,
+) -> dict[str, Tensor]:
     """One (B, N) mask a reason, True where the document is not a candidate; no pair has two reasons.
 
     Args:
         queries, documents: as above.
         labels: (B,) int64, the row of each query's positive, which no mask covers.
+        similarity: (B, N) cosines, for the margin.
+        margin: how much more than the positive a document may score before it is taken for a
+            positive that nobody labelled (0.1 in the Qwen3-Embedding report; not in KaLM's).
 
     Returns:
         "foreign": of another query, and the query's task takes no in-batch negatives;
         "positive": one of the query's known positives;  "query": the query's own text;
-        "group": of the query's class.
+        "group": of the query's class;  "margin": too similar to be a negative.
     """
     shape = (len(queries.hashes), len(documents.hashes))
     free = torch.ones(shape, dtype=torch.bool, device=labels.device)
@@ -66,6 +76,9 @@ def candidate_masks(queries: Queries, documents: Documents, labels: Tensor) -> d
         "query": queries.hashes[:, None] == documents.hashes,
         "group": group,
     }
+    if similarity is not None:
+        positive_similarity = similarity.gather(1, labels[:, None])  # (B, 1)
+        reasons["margin"] = similarity > positive_similarity + margin
     masks: dict[str, Tensor] = {}
     for name, found in reasons.items():
         masks[name] = found & free

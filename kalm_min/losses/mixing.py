@@ -20,10 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kalm_min.losses.cosines import ABSENT
+
 _TEMPERATURE = 0.05
-# The cosine of a mix that does not exist: exp(_ABSENT / t) is exactly 0, and unlike -inf it can be
-# differentiated.
-_ABSENT = -1e4
 
 
 class Mixes(NamedTuple):
@@ -56,10 +55,10 @@ def mixed_cosines(queries: Tensor, negatives: Tensor, mixes: Mixes) -> Tensor:
     share = torch.stack([mixes.share, 1 - mixes.share], dim=1).to(query.dtype)  # (B, 2)
     scores = (query * negatives).sum(-1) / _TEMPERATURE  # (B, M)
     exists = mixes.present.sum(1, keepdim=True) >= 2  # (B, 1)
-    weights = scores.masked_fill(~mixes.present, _ABSENT).softmax(dim=1)  # (B, M)
+    weights = scores.masked_fill(~mixes.present, ABSENT).softmax(dim=1)  # (B, M)
     mixed = torch.stack([_sum(share, pair), _sum(weights, negatives)], dim=1)  # (B, 2, D)
     similarity = (query * F.normalize(mixed, dim=-1)).sum(-1)  # (B, 2)
-    return similarity.masked_fill(~exists, _ABSENT)
+    return similarity.masked_fill(~exists, ABSENT)
 
 
 def _sum(weights: Tensor, vectors: Tensor) -> Tensor:

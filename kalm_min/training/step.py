@@ -8,6 +8,7 @@ n  different texts of this process     B  its queries     N  documents of all pr
 A text that stands in the batch more than once is embedded once.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kalm_min.data import TextBatch
 from kalm_min.losses import (
+    ABSENT,
     Documents,
     Mixes,
     Queries,
@@ -60,6 +62,12 @@ class LossConfig:
     """What the scores may take beside the vectors; larger batches are scored in blocks."""
     mask_false_negatives: bool = True
     """Documents whose text is a known positive of the query, or the query, are no negatives."""
+    false_negative_margin: float | None = None
+    """Nor are documents whose cosine exceeds the positive's by more than this; Qwen3's is 0.1."""
+    query_negatives: bool = False
+    """The other queries of the batch are negatives of a query too."""
+    document_negatives: bool = False
+    """A query's negatives are negatives of its positive too."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be computed."""
@@ -73,6 +81,8 @@ class LossConfig:
             )
         if self.distillation_temperature <= 0 or self.memory_gib <= 0:
             raise ValueError("distillation_temperature and memory_gib must be more than 0")
+        if self.false_negative_margin is not None and not self.mask_false_negatives:
+            raise ValueError("false_negative_margin: expected mask_false_negatives to be true")
         if len(set(self.matryoshka_dims)) != len(self.matryoshka_dims):
             raise ValueError("matryoshka_dims: expected each width once")
         if len(self.matryoshka_dims) != len(self.matryoshka_weights):
@@ -165,7 +175,15 @@ def _batch_loss(
         [scores.new_zeros(first), scores, scores.new_zeros(len(documents) - first - len(own))]
     )
     mixes = _mixes(text, own.device, first) if config.mixing else None
-    rows = Rows(vectors[:size], documents, labels, queries, known, teacher, mixes)
+    everyone = None
+    if config.query_negatives:
+        each = distributed.row_counts(size, own.device)
+        brought = torch.stack([queries.hashes, queries.groups, queries.numbers], dim=1)
+        everyone = (
+            distributed.gather_rows(vectors[:size], each),
+            Documents(*distributed.gather_rows(brought, each).T),
+        )
+    rows = Rows(vectors[:size], documents, labels, queries, known, teacher, mixes, everyone)
     return loss_in_blocks(rows, config)
 
 
@@ -179,9 +197,11 @@ class Rows(NamedTuple):
     known: Documents
     teacher: Tensor  # (N,)
     mixes: Mixes | None
+    everyone: tuple[Tensor, Documents] | None = None
+    """The queries of all processes as candidates: (Q, D), and what is known of them."""
 
 
-_REASONS = ("foreign", "positive", "query", "group")
+_REASONS = ("foreign", "positive", "query", "group", "margin")
 _LEDGER = ("hard", "in_batch", *(f"masked_{reason}" for reason in _REASONS))
 
 
@@ -195,11 +215,14 @@ def loss_in_blocks(rows: Rows, config: LossConfig) -> tuple[Tensor, dict[str, fl
     dims = config.matryoshka_dims or (width,)
     queries, documents = prefixes(rows.queries, dims), prefixes(rows.documents, dims)
     negatives = rows.mixes and rows.documents[rows.mixes.own]  # (B, M, D)
-    block = _block_size(len(rows.documents), width, len(dims), config.memory_gib)
+    others = rows.everyone and prefixes(rows.everyone[0], dims)  # (Q, D)
+    candidates = len(rows.documents) * (1 + config.document_negatives)
+    candidates += 0 if rows.everyone is None else len(rows.everyone[0])
+    block = _block_size(candidates, width, len(dims), config.memory_gib)
     totals = []
     for start in range(0, size, block):
         part = slice(start, start + block)
-        given = (rows, part, queries.rows(part), documents, negatives, config)
+        given = (rows, part, queries.rows(part), documents, negatives, others, config)
         totals.append(
             checkpoint(_block_loss, *given, use_reentrant=False)
             if block < size
@@ -226,24 +249,25 @@ def _block_loss(
     queries: Prefixes,
     documents: Prefixes,
     negatives: Tensor | None,
+    others: Prefixes | None,
     config: LossConfig,
 ) -> tuple[Tensor, Tensor]:
     """The sum of the losses of some queries, and the ledger's counts over them."""
     labels = rows.labels[part]
     asked = Queries(*(fact[part] for fact in rows.asked))
-    masks = candidate_masks(asked, rows.known, labels)
-    if not config.mask_false_negatives:
-        masks = {name: found & (name == "foreign") for name, found in masks.items()}
-    mask = torch.stack([masks[reason] for reason in _REASONS]).any(0)  # (b, N)
+    similarities = cosines_of(queries, documents)  # the widest last
+    margin = math.inf if config.false_negative_margin is None else config.false_negative_margin
+    masks = candidate_masks(asked, rows.known, labels, similarities[-1].detach(), margin)
+    mask, masks = _in_force(masks, config)  # (b, N)
     own = asked.numbers[:, None] == rows.known.owners  # (b, N)
     dims = config.matryoshka_dims or (rows.queries.shape[-1],)
     weights = dict(zip(dims, config.matryoshka_weights or (1.0,), strict=True))
     total = rows.queries.new_zeros(())
-    for dim, similarity in zip(sorted(dims), cosines_of(queries, documents), strict=True):
-        extra = None
+    further = _further(rows, labels, asked, mask, queries, documents, others, config)
+    for dim, similarity, *extra in zip(sorted(dims), similarities, *further, strict=True):
         if rows.mixes is not None and negatives is not None:
             mixes = Mixes(*(fact[part] for fact in rows.mixes))
-            extra = mixed_cosines(rows.queries[part, :dim], negatives[part, :, :dim], mixes)
+            extra.append(mixed_cosines(rows.queries[part, :dim], negatives[part, :, :dim], mixes))
         losses = contrastive_rows(
             similarity,
             labels,
@@ -261,6 +285,39 @@ def _block_loss(
     seen = ~mask.scatter(1, labels[:, None], True)  # (b, N) negatives that count
     found = [seen & own, seen & ~own, *(masks[reason] for reason in _REASONS)]
     return total, torch.stack([one.sum() for one in found])
+
+
+def _in_force(masks: dict[str, Tensor], config: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """Which documents are no candidates, and why, under the reasons that the run goes by."""
+    if not config.mask_false_negatives:
+        masks = {name: found & (name == "foreign") for name, found in masks.items()}
+    return torch.stack(list(masks.values())).any(0), masks
+
+
+def _further(
+    rows: Rows,
+    labels: Tensor,
+    asked: Queries,
+    mask: Tensor,
+    queries: Prefixes,
+    documents: Prefixes,
+    others: Prefixes | None,
+    config: LossConfig,
+) -> list[list[Tensor]]:
+    """Cosines with other queries, (b, Q), and of the positives with other documents, (b, N), by width.
+
+    The report's sum has neither; the public code has them as an option, and so have GTE and Qwen3.
+    """
+    found = []
+    if others is not None and rows.everyone is not None:
+        none, _ = _in_force(candidate_masks(asked, rows.everyone[1], asked.numbers), config)
+        none = none.scatter(1, asked.numbers[:, None], True)  # (b, Q)
+        found.append([c.masked_fill(none, ABSENT) for c in cosines_of(queries, others)])
+    if config.document_negatives:
+        none = mask.scatter(1, labels[:, None], True)  # (b, N)
+        positives = documents.rows(labels)
+        found.append([c.masked_fill(none, ABSENT) for c in cosines_of(positives, documents)])
+    return found
 
 
 def _mixes(text: TextBatch, device: torch.device, first: int) -> Mixes:

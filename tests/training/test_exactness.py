@@ -1,12 +1,14 @@
 """One process = several = gradient-cached, and what the step counts."""
 
+import math
 from contextlib import nullcontext
 
 import pytest
 import torch
 
 from kalm_min import check
-from kalm_min.training.step import LossConfig, contrastive_step
+from kalm_min.losses import Documents, candidate_masks
+from kalm_min.training.step import LossConfig, Rows, contrastive_step, facts, loss_in_blocks
 
 PLAIN = {option: check.step(option, check.WAYS["1 chunk"]) for option in check.OPTIONS}
 
@@ -32,6 +34,52 @@ def test_the_check_can_fail():
     halved = one._replace(gradients={k: g / 2 for k, g in one.gradients.items()})
     assert check.difference(one, halved) == pytest.approx(0.5)
     assert check.difference(one, PLAIN[check.OPTIONS[2]]) > 1e-3
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_further_negatives_and_the_margin_are_their_formulas(masked):
+    """Other queries, documents against the positive, and the margin: a loop over pairs, to 1e-12."""
+    config = LossConfig(
+        temperature=0.1,
+        mask_false_negatives=masked,
+        false_negative_margin=0.05 if masked else None,
+        query_negatives=True,
+        document_negatives=True,
+    )
+    text = check.tokenized(check.examples(), num_negatives=3).text
+    generator = torch.Generator().manual_seed(3)
+    shape = (len(text.queries), 6), (len(text.documents), 6)
+    q, d = (
+        torch.nn.functional.normalize(
+            torch.randn(s, generator=generator, dtype=torch.float64), dim=1
+        )
+        for s in shape
+    )
+    labels = torch.from_numpy(text.labels)
+    asked, known = facts(text, torch.device("cpu"))
+    everyone = (q, Documents(asked.hashes, asked.groups, asked.numbers))
+    rows = Rows(q, d, labels, asked, known, torch.zeros(len(d)), None, everyone)
+    found, ledger = loss_in_blocks(rows, config)
+
+    def absent(masks):
+        return sum(m for name, m in masks.items() if masked or name == "foreign")
+
+    known_false = absent(candidate_masks(asked, known, labels))
+    same = absent(candidate_masks(asked, everyone[1], asked.numbers))
+    total, margin = 0.0, 0
+    for i, place in enumerate(labels.tolist()):
+        positive = float(q[i] @ d[place])
+        terms = [positive]
+        for n in range(len(d)):
+            too_close = masked and float(q[i] @ d[n]) > positive + 0.05
+            margin += bool(n != place and not known_false[i, n] and too_close)
+            if n != place and not known_false[i, n] and not too_close:
+                terms += [float(q[i] @ d[n]), float(d[place] @ d[n])]
+        terms += [float(q[i] @ q[j]) for j in range(len(q)) if j != i and not same[i, j]]
+        total += math.log(math.fsum(math.exp(t / 0.1) for t in terms)) - positive / 0.1
+    assert found.item() == pytest.approx(total / len(q), rel=1e-12)
+    assert ledger["masked_margin"] == margin
+    assert (margin > 0) == masked
 
 
 def test_the_ledger_counts_every_pair():
