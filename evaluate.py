@@ -2,6 +2,7 @@
 
     python evaluate.py --model runs/ft/final --benchmark "MTEB(eng, v1)" --output results
     python evaluate.py --model runs/ft/final --data data/eval --output results --dims 896 512 256
+    python evaluate.py --benchmark "MTEB(eng, v1)" --datasets mirror --prefetch
 
 The same command again continues where the last one stopped. Exit code 0 only when every task has
 its score; 1 when one failed, 2 when the request itself is wrong.
@@ -11,11 +12,13 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from typing import NoReturn
 
 from kalm_min.config import parse
 from kalm_min.evaluation import report
-from kalm_min.evaluation.plan import EvaluationConfig, make_plan
+from kalm_min.evaluation.mirror import mirrored, prefetch
+from kalm_min.evaluation.plan import EvaluationConfig, find_tasks, make_plan
 from kalm_min.evaluation.runner import Runner
 from kalm_min.files import write_text
 
@@ -30,26 +33,39 @@ def main() -> int:
     )
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return _evaluate(config)
+        return _prefetch(config) if config.prefetch else _evaluate(config)
+    except ValueError as error:
+        sys.stderr.write(f"evaluate.py: {error}\n")
+        return 2
     except KeyboardInterrupt:
         print("interrupted; finished results are kept, the same command continues")
         return 130
 
 
+def _prefetch(config: EvaluationConfig) -> int:
+    """Fill the mirror."""
+    assert config.datasets is not None
+    failures = prefetch(config.datasets, find_tasks(config)[0], sys.stdout)
+    for failure in failures:
+        sys.stderr.write(f"evaluate.py: could not fetch {failure}\n")
+    print(f"{'incomplete' if failures else 'complete'}: {config.datasets}")
+    return 1 if failures else 0
+
+
 def _evaluate(config: EvaluationConfig) -> int:
     """The exit code of a run."""
-    try:
-        plan = make_plan(config)
-    except ValueError as error:
-        sys.stderr.write(f"evaluate.py: {error}\n")
-        return 2
+    plan = make_plan(config)
+    environment = dict(os.environ)
+    if config.datasets:
+        plan = replace(plan, tasks=tuple(mirrored(config.datasets, plan.tasks)))
+        environment["HF_HUB_OFFLINE"] = "1"
     print(report.plan_table(plan), end="\n\n", flush=True)
     if config.dry_run:
         return 0
     runner = Runner(
         plan,
         devices=config.devices or _visible_devices(),
-        environment=os.environ,
+        environment=environment,
         logs=config.output / "logs",
         timeout=config.timeout,
         stream=sys.stdout,

@@ -30,8 +30,8 @@ _HUB_FILES = ["*.json", "*.safetensors"]
 class EvaluationConfig:
     """The settings of evaluate.py."""
 
-    model: str
-    """Model folder or Hugging Face hub id."""
+    model: str = ""
+    """Model folder, LoRA adapters among them, or Hugging Face hub id."""
     benchmark: tuple[str, ...] = ()
     """Benchmarks of mteb, e.g. "MTEB(eng, v1)" "MTEB(cmn, v1)"."""
     tasks: tuple[str, ...] = ()
@@ -58,10 +58,19 @@ class EvaluationConfig:
     """Seconds without a sign of progress after which a worker is replaced."""
     dry_run: bool = False
     """Print the plan and stop."""
+    datasets: Path | None = None
+    """Mirror of the hub's datasets; with it nothing is taken from the network."""
+    prefetch: bool = False
+    """Copy the datasets of --benchmark and --tasks from the hub into --datasets and stop."""
 
     def __post_init__(self) -> None:
         """Refuse what no run could mean."""
-        if not (self.benchmark or self.tasks or self.data):
+        if self.prefetch:
+            if self.datasets is None or not (self.benchmark or self.tasks):
+                raise ValueError("--prefetch: expected --datasets, and --benchmark or --tasks")
+        elif not self.model:
+            raise ValueError("--model: expected a model folder or a hub id, found none")
+        elif not (self.benchmark or self.tasks or self.data):
             raise ValueError("nothing to evaluate: give --benchmark, --tasks or --data")
         for device in self.devices:
             if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
@@ -96,6 +105,10 @@ class PlannedTask:
     instruction: Instruction
     folder: Path | None = None
     """Of a local dataset; None for a task of mteb's own."""
+    repository: str = ""
+    """On the hub, of a task of mteb's own."""
+    mirror: Path | None = None
+    """The copy of the repository to read instead."""
     splits: tuple[str, ...] = ("test",)
     subsets: tuple[str, ...] = ()
 
@@ -149,9 +162,39 @@ class Plan:
 
 def make_plan(config: EvaluationConfig) -> Plan:
     """Resolve a configuration. Raises ValueError with one sentence for what cannot be run."""
+    folders = _resolve_model(config.model)
+    tasks, benchmarks, aggregates = find_tasks(config)
+    checkpoint = _hash_model(folders)
+    settings = {
+        "instructions": Path(config.instructions).stem,
+        "max_length": config.max_length,
+        "dtype": config.dtype,
+        "causal": config.causal,
+        "pooling": config.pooling,
+    }
+    digest = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()
+    is_local = Path(config.model).expanduser().is_dir()
+    owner = f"local/{folders[0].resolve().name}" if is_local else config.model
+    # mteb's layout, so that mteb.ResultCache(output) finds the results too.
+    revision = f"{checkpoint[:12]}-{digest[:8]}"
+    return Plan(
+        model=config.model,
+        checkpoint=checkpoint,
+        dims=_check_dims(folders[-1], config.dims),
+        settings=settings,
+        tasks=tuple(sorted(tasks, key=lambda task: -task.characters)),
+        results=config.output / "results" / owner.replace("/", "__") / revision,
+        benchmarks=benchmarks,
+        aggregates=aggregates,
+    )
+
+
+def find_tasks(
+    config: EvaluationConfig,
+) -> tuple[list[PlannedTask], dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
+    """The leaf tasks asked for, the tasks of each benchmark, and the leaves of each aggregate."""
     if find_spec("mteb") is None:
         raise ValueError(_NEEDS_MTEB)
-    folder = _resolve_model(config.model)
     table = instruction_table(config.instructions)
     tasks = [
         _plan_local(dataset, table, silent=config.instructions == "none")
@@ -166,33 +209,11 @@ def make_plan(config: EvaluationConfig) -> Plan:
     names = [task.name for task in tasks]
     for name in sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two tasks are called {name}; rename the folder of one")
-    checkpoint = _hash_model(folder)
-    settings = {
-        "instructions": Path(config.instructions).stem,
-        "max_length": config.max_length,
-        "dtype": config.dtype,
-        "causal": config.causal,
-        "pooling": config.pooling,
-    }
-    digest = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()
-    is_local = Path(config.model).expanduser().is_dir()
-    owner = f"local/{folder.resolve().name}" if is_local else config.model
-    # mteb's layout, so that mteb.ResultCache(output) finds the results too.
-    revision = f"{checkpoint[:12]}-{digest[:8]}"
-    return Plan(
-        model=config.model,
-        checkpoint=checkpoint,
-        dims=_check_dims(folder, config.dims),
-        settings=settings,
-        tasks=tuple(sorted(tasks, key=lambda task: -task.characters)),
-        results=config.output / "results" / owner.replace("/", "__") / revision,
-        benchmarks=benchmarks,
-        aggregates=aggregates,
-    )
+    return tasks, benchmarks, aggregates
 
 
-def _resolve_model(model: str) -> Path:
-    """The folder of a path or hub id, without importing torch."""
+def _resolve_model(model: str) -> list[Path]:
+    """The folder of a path or hub id, and an adapter's base after it, without importing torch."""
     path = Path(model).expanduser()
     if path.is_dir():
         folder = path
@@ -202,25 +223,32 @@ def _resolve_model(model: str) -> Path:
         try:
             folder = Path(snapshot_download(model, allow_patterns=_HUB_FILES))
         except Exception as error:  # the hub client has a dozen kinds
-            raise ValueError(f"{model}: no such folder, and not on the hub ({error})") from error
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{model}: no such folder, and not on the hub ({reason})") from error
     else:
         raise ValueError(f"{model}: expected a model folder or a hub id like org/name")
+    if (adapter := folder / "adapter_config.json").is_file():  # the embedder's own order
+        base = read_json(adapter).get("base_model_name_or_path")
+        if not isinstance(base, str):
+            raise ValueError(f"{adapter}: base_model_name_or_path: expected a name, found {base!r}")
+        return [folder, *_resolve_model(base)]
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: expected a model folder with config.json, found none")
-    return folder
+    return [folder]
 
 
-def _hash_model(folder: Path) -> str:
+def _hash_model(folders: Sequence[Path]) -> str:
     """A digest of the names and bytes of weights, tokenizer and settings.
 
-    Only the folder itself and its module folders (1_Pooling): results may be kept beside them.
+    Only the folders themselves and their module folders (1_Pooling): results may be kept beside them.
     """
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*"), *folder.glob("[0-9]_*/*")]):
-        if path.suffix in _HASHED and path.is_file():
-            with path.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").digest()
-            digest.update(path.relative_to(folder).as_posix().encode() + content)
+    for folder in folders:
+        for path in sorted([*folder.glob("*"), *folder.glob("[0-9]_*/*")]):
+            if path.suffix in _HASHED and path.is_file():
+                with path.open("rb") as file:
+                    content = hashlib.file_digest(file, "sha256").digest()
+                digest.update(path.relative_to(folder).as_posix().encode() + content)
     return digest.hexdigest()
 
 
@@ -349,6 +377,7 @@ def _plan_leaf(task: Any, table: dict[str, Any]) -> PlannedTask:
         instruction=resolve_instruction(table, metadata.name, metadata.type),
         splits=tuple(task.eval_splits),
         subsets=tuple(task.hf_subsets),
+        repository=metadata.dataset["path"],
     )
 
 

@@ -150,6 +150,7 @@ class Runner:
             "name": task.name,
             "type": task.type,
             "folder": str(task.folder) if task.folder else None,
+            "mirror": str(task.mirror) if task.mirror else None,
             "key": self.plan.key(task),
             "attempt": attempt,
             "result": str(path.absolute()),

@@ -104,8 +104,12 @@ def _listen(orders: queue.Queue[dict[str, Any]]) -> None:
 
 
 def _sentence(error: BaseException) -> str:
-    """An exception as one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    """An exception as one line, with what caused it in the end."""
+    root = error
+    while root.__cause__:
+        root = root.__cause__
+    causes = dict.fromkeys(f"{type(one).__name__}: {one}" for one in (error, root))
+    return " ".join("; ".join(causes).split())[:500]
 
 
 def load_model(settings: dict[str, Any]) -> Embedder:
@@ -195,8 +199,9 @@ def _prompt(embedder: Embedder, instruction: str) -> str:
 def _load_task(order: dict[str, Any]) -> Any:
     """The mteb task of an order, with its data.
 
-    Raises ValueError for reranking without candidates: with HF_HUB_OFFLINE=1 `datasets` does not
-    find them in its cache, and mteb would then rank the whole corpus and call it the same task.
+    Raises ValueError where a part that is read only if it is found was not: the candidates of
+    reranking, the instructions of instruction tasks. With HF_HUB_OFFLINE=1 `datasets` does not find
+    them in its cache, nor in a copy without its README.md, and mteb would call it the same task.
     """
     import mteb
 
@@ -204,17 +209,33 @@ def _load_task(order: dict[str, Any]) -> Any:
         return build_task(Path(order["folder"]))
     key = order["key"]
     task: Any = mteb.get_task(order["name"], eval_splits=key["splits"], hf_subsets=key["subsets"])
+    if order["mirror"]:
+        dataset = task.metadata.dataset | {"path": order["mirror"]}
+        task.metadata = task.metadata.model_copy(update={"dataset": dataset})
     task.load_data()
     task.data_loaded = True
     if hasattr(task, "convert_v1_dataset_format_to_v2"):
         task.convert_v1_dataset_format_to_v2(num_proc=None)  # once, so that all twins share it
-    if order["type"].endswith("Reranking"):
-        parts = [
-            task.dataset[subset][split] for subset in key["subsets"] for split in key["splits"]
-        ]
-        if not all(part["top_ranked"] for part in parts):
-            raise ValueError("the candidates to rerank (top_ranked) were not found in the dataset")
+    for subset in key["subsets"]:
+        for split in key["splits"]:
+            _refuse_other_task(task, subset, split)
     return task
+
+
+def _refuse_other_task(task: Any, subset: str, split: str) -> None:
+    """Raise where the data lacks candidates (by mteb's statistics) or instructions of its queries."""
+    kind = task.metadata.type
+    whole = (task.metadata.descriptive_stats or {}).get(split)
+    if whole is None:
+        is_ranked = kind.endswith("Reranking")
+    else:
+        part = (whole.get("hf_subset_descriptive_stats") or {}).get(subset, whole)
+        is_ranked = bool(part.get("top_ranked_statistics"))
+    if is_ranked and not task.dataset[subset][split]["top_ranked"]:
+        raise ValueError("the candidates to rerank (top_ranked) were not found in the dataset")
+    is_instructed = kind == "InstructionReranking"
+    if is_instructed and "instruction" not in task.dataset[subset][split]["queries"].column_names:
+        raise ValueError("the instructions of the queries were not found in the dataset")
 
 
 def _fresh(task: Any) -> Any:

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 
+from kalm_min import Embedder
 from kalm_min.evaluation import plan as planning
 from kalm_min.evaluation.plan import (
     EvaluationConfig,
@@ -18,6 +19,7 @@ from kalm_min.evaluation.plan import (
     resolve_instruction,
 )
 from kalm_min.files import write_json
+from kalm_min.model.lora import Adapter, LoRAConfig, add_adapter
 
 RETRIEVE = "Given a query, retrieve documents that answer the query"
 
@@ -187,6 +189,28 @@ def test_a_changed_weight_is_another_checkpoint(config, make_model, tmp_path):
     assert config(model=str(models[0])).checkpoint == plans[0].checkpoint
 
 
+def test_an_adapter_is_a_checkpoint_of_its_own_over_its_base(config, make_model, tmp_path):
+    """Promise: a LoRA folder can be evaluated; another adapter or another base is another model."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    make_model(base, seed=0)
+    embedder = Embedder.from_pretrained(base, device="cpu")
+    embedder.adapter = Adapter(LoRAConfig(rank=2), str(base))
+    add_adapter(embedder.model, embedder.adapter.config)
+    adapter.mkdir()
+    embedder.write_files(adapter, merged=False)
+    plans = [config(model=str(base)), config(model=str(adapter))]
+    assert plans[1].dims == plans[0].dims
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    plans.append(config(model=str(adapter)))
+    make_model(base, seed=1)
+    plans.append(config(model=str(adapter)))
+    assert len({plan.checkpoint for plan in plans}) == 4
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "./gone"}')
+    with pytest.raises(ValueError, match=r"\./gone: expected a model folder"):
+        config(model=str(adapter))
+
+
 @pytest.mark.parametrize("content", ["", '{"kalm_min": {"key"', "[]", "{}", '{"kalm_min": 3}'])
 def test_a_torn_result_is_no_result(config, content):
     plan = config()
@@ -213,6 +237,10 @@ def test_what_cannot_be_run_is_said(config, tmp_path, monkeypatch, eight):
         config(data=())
     with pytest.raises(ValueError, match="--devices: expected cpu, cuda:0"):
         config(devices=("gpu",))
+    with pytest.raises(ValueError, match="--model: expected a model folder or a hub id"):
+        config(model="")
+    with pytest.raises(ValueError, match="--prefetch: expected --datasets, and --benchmark"):
+        config(prefetch=True, datasets=tmp_path)
     monkeypatch.setattr(planning, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=re.escape('pip install "kalm-min[eval]"')):
         config()

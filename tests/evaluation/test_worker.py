@@ -1,22 +1,14 @@
 """mteb's own tasks through the worker, from folders that stand in for the hub's repositories."""
 
-import json
+from pathlib import Path
 
 import pytest
 
 from kalm_min import Embedder
-from kalm_min.evaluation.worker import evaluate_task
+from kalm_min.evaluation.worker import _sentence, evaluate_task
+from tests.evaluation.hub import REPOSITORIES, write_repository
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-PARTS = {
-    "corpus": [{"_id": f"d{i}", "title": "", "text": f"a {i * 'cat '}"} for i in range(20)],
-    "queries": [{"_id": f"q{i}", "text": f"one {i * 'dog '}"} for i in range(4)],
-    "default": [{"query-id": f"q{i}", "corpus-id": f"d{i}", "score": 1} for i in range(4)],
-    "top_ranked": [
-        {"query-id": f"q{i}", "corpus-ids": [f"d{j}" for j in range(i, i + 5)]} for i in range(4)
-    ],
-}
 
 
 @pytest.fixture(scope="module")
@@ -25,64 +17,63 @@ def embedder(tiny_model_dir):
 
 
 @pytest.fixture
-def mirror(mteb, tmp_path, monkeypatch):
-    """mirror(task name, parts): make mteb load a task from a folder with these configurations."""
+def order(mteb, tmp_path, monkeypatch):
+    """order(task, subset): what a worker is told of a task whose dataset is in a mirror."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
-    def make(name, parts):
-        folder = tmp_path / name
-        folder.mkdir()
-        header = "---\nconfigs:\n"
-        for part, rows in parts.items():
-            (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-            header += f"- config_name: {part}\n  data_files:\n"
-            header += f"  - {{split: test, path: {part}.jsonl}}\n"
-        (folder / "README.md").write_text(f"{header}---\n")
+    def make(name, subset="default"):
+        write_repository(tmp_path / name, name)
         task = mteb.get_task(name)
-        monkeypatch.setitem(task.metadata.dataset, "path", str(folder))
-        key = {"query_instruction": "", "document_instruction": ""}
-        key |= {"splits": task.eval_splits, "subsets": task.hf_subsets}
-        return {"name": name, "type": task.metadata.type, "folder": None, "key": key}
+        key = {"query_instruction": "", "document_instruction": "", "subsets": [subset]}
+        return {
+            "name": name,
+            "type": task.metadata.type,
+            "folder": None,
+            "mirror": str(tmp_path / name),
+            "key": key | {"splits": task.eval_splits},
+        }
 
     return make
 
 
-@pytest.mark.parametrize(
-    ("name", "parts"),
-    [
-        ("AskUbuntuDupQuestions", PARTS),
-        ("SciFact", {name: PARTS[name] for name in ("corpus", "queries", "default")}),
-        (
-            "STS12",
-            {
-                "default": [
-                    {"sentence1": "a cat", "sentence2": i * "a dog ", "score": i % 5}
-                    for i in range(9)
-                ]
-            },
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", list(REPOSITORIES))
 def test_an_official_task_scores_as_with_sentence_transformers(
-    mteb, embedder, tiny_model_dir, mirror, name, parts
+    mteb, embedder, tiny_model_dir, order, monkeypatch, name
 ):
-    """Promise: mteb's own loading and scoring, each dimension as if it were run alone."""
+    """Promise: mteb's own loading and scoring, each dimension as if it were run alone; of a mirror
+    laid out as the hub's repository is, one or more tasks of every type.
+    """
     from sentence_transformers import SentenceTransformer
 
-    order = mirror(name, parts)
-    result = evaluate_task(embedder, order, [32, 8])
+    told = order(name, {"STS17": "en-en", "Tatoeba": "deu-eng"}.get(name, "default"))
+    result = evaluate_task(embedder, told, [32, 8])
+    assert result["dataset_revision"] == mteb.get_task(name).metadata.revision
     for dim in (32, 8):
         peer = SentenceTransformer(str(tiny_model_dir), device="cpu", truncate_dim=dim)
         options = {"cache": None, "co2_tracker": False, "show_progress_bar": False}
-        expected = mteb.evaluate(peer, mteb.get_task(name), **options).task_results[0]
+        options["encode_kwargs"] = {"normalize_embeddings": True}
+        task = mteb.get_task(name, hf_subsets=told["key"]["subsets"])
+        monkeypatch.setitem(task.metadata.dataset, "path", told["mirror"])
+        expected = mteb.evaluate(peer, task, **options).task_results[0]
         ours = result["kalm_min"]["dims"][str(dim)]
         assert ours["main_score"] == pytest.approx(expected.get_score(), abs=1e-4)
 
 
-def test_reranking_without_candidates_is_refused(embedder, mirror):
+def test_reranking_without_candidates_is_refused(embedder, order):
     """Bug to avoid: mteb ranking the whole corpus under the name of a reranking task."""
-    parts = {name: rows for name, rows in PARTS.items() if name != "top_ranked"}
+    told = order("AskUbuntuDupQuestions")
+    card = Path(told["mirror"]) / "README.md"
+    card.write_text(card.read_text().replace("config_name: top_ranked", "config_name: other"))
     with pytest.raises(ValueError, match="candidates to rerank"):
-        evaluate_task(embedder, mirror("AskUbuntuDupQuestions", parts), [32])
+        evaluate_task(embedder, told, [32])
+
+
+def test_an_error_names_its_cause(embedder, order):
+    """datasets wraps the reason; a person needs it."""
+    told = order("STS12")
+    (Path(told["mirror"]) / "test.jsonl.gz").write_bytes(b"torn")
+    with pytest.raises(Exception, match="generating") as caught:
+        evaluate_task(embedder, told, [32])
+    assert "BadGzipFile" in _sentence(caught.value)
