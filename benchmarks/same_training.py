@@ -1,0 +1,183 @@
+"""The same training twice: by kalm_min, and by sentence-transformers' trainer.
+
+    python benchmarks/same_training.py --model runs/base/final --data data/mined --output runs/same
+
+Same initial weights, rows, order, steps, optimiser and schedule, in float32: InfoNCE over all documents
+of the batch under Matryoshka here, MatryoshkaLoss over MultipleNegativesRankingLoss there, no masking
+of false negatives, which the peer does not have. Where the two are the same function, so are their
+losses; what remains are sums in another order (packed against padded), which training amplifies. The
+data must bring enough negatives with every row: a column of the peer's table has no holes
+(`mine.py --short-rows drop`; tasks that fall short are left out). Both models are written, for
+evaluate.py.
+"""
+
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kalm_min import Embedder
+from kalm_min.config import parse
+from kalm_min.data import TrainingData, collate
+from kalm_min.sampling import TaskBatchSampler
+from kalm_min.training.optimizer import OptimizerConfig
+from kalm_min.training.step import LossConfig
+from kalm_min.training.trainer import LoopConfig, Recipe, SamplingConfig, Trainer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """Both trainings."""
+
+    model: Path
+    """Folder of the model to start from."""
+    data: Path
+    """Training data in which every row has `num_negatives` negatives."""
+    output: Path
+    """Folder for both results."""
+    steps: int = 300
+    """Optimiser steps."""
+    batch_size: int = 32
+    """Queries of a step."""
+    num_negatives: int = 4
+    """Of each query."""
+    max_length: int = 64
+    """Tokens of a text."""
+    temperature: float = 0.05
+    """Divides the cosine."""
+    learning_rate: float = 5e-4
+    """Peak, after a linear warm-up over a tenth of the steps."""
+    dims: tuple[int, ...] = (128, 64, 32)
+    """Matryoshka widths."""
+    weights: tuple[float, ...] = (1.0, 0.3, 0.2)
+    """One a width."""
+
+
+def recipe(options: Options) -> Recipe:
+    """What both do, in our words."""
+    return Recipe(
+        sampling=SamplingConfig(batch_size=options.batch_size, num_negatives=options.num_negatives),
+        loss=LossConfig(
+            temperature=options.temperature,
+            matryoshka_dims=options.dims,
+            matryoshka_weights=options.weights,
+            mask_false_negatives=False,
+        ),
+        optimizer=OptimizerConfig(learning_rate=options.learning_rate),
+        training=LoopConfig(
+            max_steps=options.steps,
+            epochs=100,
+            precision="float32",
+            save_every=10**9,
+        ),
+    )
+
+
+def ours(options: Options, data: TrainingData) -> list[float]:
+    """Train here; the loss of each step."""
+    embedder = Embedder.from_pretrained(
+        options.model, "cpu", torch.float32, max_length=options.max_length
+    )
+    losses: list[float] = []
+    output = options.output / "kalm_min"
+    output.mkdir(parents=True)
+    trainer = Trainer(embedder, data, None, output, recipe(options))
+    trainer.run(lambda line: losses.append(line["loss"]))
+    return losses
+
+
+def rows_in_order(options: Options, data: TrainingData) -> dict[str, list[str]]:
+    """The texts of all steps, as columns: query, positive, negatives."""
+    sampler = TaskBatchSampler(data.task_sizes, options.batch_size)
+    columns: list[list[str]] = [[] for _ in range(options.num_negatives + 2)]
+    for step in range(options.steps):
+        epoch, within = divmod(step, len(sampler))
+        if within == 0:
+            sampler.set_epoch(epoch)
+            batches = iter(sampler)
+        draw = {"epoch": epoch, "seed": 0, "num_negatives": options.num_negatives}
+        examples = [data.example(i, **draw) for i in next(batches)]
+        text = collate(examples, template="{instruction}", **draw)
+        width = options.num_negatives + 1
+        if len(text.documents) != width * len(text.queries):
+            short = data.location(examples[0].index)
+            raise ValueError(f"{short}: expected {width - 1} negatives in every row of its batch")
+        columns[0] += text.queries
+        for place in range(width):
+            columns[place + 1] += text.documents[place::width]
+    names = ["anchor", "positive", *(f"negative_{i}" for i in range(options.num_negatives))]
+    return dict(zip(names, columns, strict=True))
+
+
+def peer(options: Options, columns: dict[str, list[str]]) -> list[float]:
+    """Train there; the loss of each step."""
+    from datasets import Dataset
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+        losses,
+    )
+    from torch.utils.data import BatchSampler, SequentialSampler
+
+    def in_order(dataset: Dataset, batch_size: int, drop_last: bool, **_: object) -> BatchSampler:
+        return BatchSampler(SequentialSampler(dataset), batch_size, drop_last)
+
+    model = SentenceTransformer(str(options.model), device="cpu")
+    model.max_seq_length = options.max_length
+    inner = losses.MultipleNegativesRankingLoss(model, scale=1 / options.temperature)
+    loss = losses.MatryoshkaLoss(model, inner, list(options.dims), list(options.weights))
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(options.output / "peer"),
+        per_device_train_batch_size=options.batch_size,
+        max_steps=options.steps,
+        learning_rate=options.learning_rate,
+        warmup_steps=round(0.1 * options.steps),
+        lr_scheduler_type="linear",
+        max_grad_norm=1.0,
+        weight_decay=0.0,
+        batch_sampler=in_order,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    data = Dataset.from_dict(columns)
+    trainer = SentenceTransformerTrainer(model, arguments, train_dataset=data, loss=loss)
+    trainer.train()
+    model.save_pretrained(str(options.output / "peer" / "final"))
+    return [float(line["loss"]) for line in trainer.state.log_history if "loss" in line]
+
+
+def main(argv: list[str]) -> None:
+    """Train twice, print how the losses agree."""
+    options = parse(Options, argv, program="same_training.py", description="The same run twice.")
+    data = TrainingData.open(options.data)
+    start = time.perf_counter()
+    here = ours(options, data)
+    middle = time.perf_counter()
+    there = peer(options, rows_in_order(options, data))
+    end = time.perf_counter()
+    gaps = [abs(a - b) / abs(b) for a, b in zip(here, there, strict=True)]
+    print("| | kalm_min | sentence-transformers | largest relative difference |")
+    print("|---|---|---|---|")
+    bounds = [0, 1, 20, 50, 100, 200, *range(300, options.steps + 1, 100)]
+    for first, last in zip(bounds, bounds[1:], strict=False):
+        if last > options.steps:
+            break
+        part = slice(first, last)
+        mean = [math.fsum(x[part]) / (last - first) for x in (here, there)]
+        name = f"loss, steps {first + 1} to {last}"
+        print(f"| {name} | {mean[0]:.6f} | {mean[1]:.6f} | {max(gaps[part]):.1e} |")
+    print(f"| seconds | {middle - start:.0f} | {end - middle:.0f} | |")
+    (options.output / "losses.json").write_text(json.dumps({"ours": here, "peer": there}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
