@@ -15,7 +15,9 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -94,6 +96,7 @@ def rows_in_order(options: Options, data: TrainingData) -> dict[str, list[str]]:
     """The texts of all steps, as columns: query, positive, negatives."""
     sampler = TaskBatchSampler(data.task_sizes, options.batch_size)
     columns: list[list[str]] = [[] for _ in range(options.num_negatives + 2)]
+    batches: Iterator[list[int]] = iter(())
     for step in range(options.steps):
         epoch, within = divmod(step, len(sampler))
         if within == 0:
@@ -120,17 +123,24 @@ def peer(options: Options, columns: dict[str, list[str]]) -> list[float]:
         SentenceTransformer,
         SentenceTransformerTrainer,
         SentenceTransformerTrainingArguments,
-        losses,
     )
-    from torch.utils.data import BatchSampler, SequentialSampler
+    from sentence_transformers.base.sampler import DefaultBatchSampler
+    from sentence_transformers.sentence_transformer.losses import (
+        MatryoshkaLoss,
+        MultipleNegativesRankingLoss,
+    )
 
-    def in_order(dataset: Dataset, batch_size: int, drop_last: bool, **_: object) -> BatchSampler:
-        return BatchSampler(SequentialSampler(dataset), batch_size, drop_last)
+    class InOrder(DefaultBatchSampler):
+        """The rows as they stand, in place of the peer's shuffling."""
+
+        def __iter__(self) -> Iterator[list[int]]:
+            for start in range(0, options.steps * options.batch_size, options.batch_size):
+                yield list(range(start, start + options.batch_size))
 
     model = SentenceTransformer(str(options.model), device="cpu")
     model.max_seq_length = options.max_length
-    inner = losses.MultipleNegativesRankingLoss(model, scale=1 / options.temperature)
-    loss = losses.MatryoshkaLoss(model, inner, list(options.dims), list(options.weights))
+    inner = MultipleNegativesRankingLoss(model, scale=1 / options.temperature)
+    loss = MatryoshkaLoss(model, inner, list(options.dims), list(options.weights))
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(options.output / "peer"),
         per_device_train_batch_size=options.batch_size,
@@ -140,7 +150,7 @@ def peer(options: Options, columns: dict[str, list[str]]) -> list[float]:
         lr_scheduler_type="linear",
         max_grad_norm=1.0,
         weight_decay=0.0,
-        batch_sampler=in_order,
+        batch_sampler=InOrder,
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",
@@ -168,7 +178,7 @@ def main(argv: list[str]) -> None:
     print("| | kalm_min | sentence-transformers | largest relative difference |")
     print("|---|---|---|---|")
     bounds = [0, 1, 20, 50, 100, 200, *range(300, options.steps + 1, 100)]
-    for first, last in zip(bounds, bounds[1:], strict=False):
+    for first, last in pairwise(bounds):
         if last > options.steps:
             break
         part = slice(first, last)
