@@ -44,7 +44,8 @@ BESIDE = {("kalm_min.model", "kalm_min.files"), ("kalm_min.tokenizer", "kalm_min
 RUNTIME = {"torch", "safetensors", "tokenizers", "numpy", "huggingface_hub", "tqdm"}
 
 MTEB_SIDE = tuple(
-    f"kalm_min.evaluation.{name}" for name in ("plan", "worker", "encoder", "local_tasks")
+    f"kalm_min.evaluation.{name}"
+    for name in ("plan", "worker", "encoder", "scoring", "local_tasks")
 )
 # What is never imported -> where it may be all the same (modules or packages).
 REFUSED = {

@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kalm_min.embedder import Embedder
+from kalm_min.evaluation.scoring import Ranking, rows_of
 
 _SLICE = 50_000  # documents of a corpus encoded and searched at a time; mteb's own number
 _QUERIES = 1024  # queries compared with a slice at a time: 0.2 GB of scores
+_PAIRS = 65_536  # queries compared with a candidate each at a time
 _FIRST_CHUNK = 256  # texts between two reports of progress, doubled until it takes a second
 
 Vectors = NDArray[np.float32]
@@ -60,8 +62,8 @@ class Adapter:
         self._report = report
         self._vectors: dict[str, dict[str, Vectors]] = {"query": {}, "document": {}}
         self._corpus: Any = None
-        # By place in the task and corpus (held, so that its id stays its own).
-        self._rankings: dict[tuple[str, str, int], dict[int, tuple[Tensor, Tensor]]] = {}
+        # By place in the task, queries and corpus (held, so that its id stays its own).
+        self._rankings: dict[tuple[Any, ...], dict[int, Ranking]] = {}
         self._corpora: list[Any] = []
 
     def encode(self, inputs: Any, *, prompt_type: Any = None, **_: Any) -> Vectors:
@@ -94,40 +96,65 @@ class Adapter:
         top_ranked: dict[str, list[str]] | None = None,
         **_: Any,
     ) -> dict[str, dict[str, float]]:
-        """Find the best documents of each query: {query id: {document id: cosine}}.
+        """Find the best documents of each query: {query id: {document id: cosine}}."""
+        place = (hf_split, hf_subset)
+        ranking = self.rank(
+            queries,
+            self._corpus,
+            place=place,
+            task_metadata=task_metadata,
+            top_k=top_k,
+            top_ranked=top_ranked,
+        )
+        names = self._corpus["id"][:]
+        return {
+            query: {names[row]: score for row, score in zip(rows, scores, strict=True) if row >= 0}
+            for query, rows, scores in zip(
+                queries["id"], ranking.rows.tolist(), ranking.scores.tolist(), strict=True
+            )
+        }
 
-        With `top_ranked` only those candidates are scored. Otherwise the first call ranks the
-        corpus for every dimension; calls for the other dimensions look it up.
+    def rank(
+        self,
+        queries: Any,
+        corpus: Any,
+        *,
+        place: tuple[str, str],
+        task_metadata: Any,
+        top_k: int,
+        top_ranked: dict[str, list[str]] | None,
+    ) -> Ranking:
+        """The best documents of each query at the present dimension.
+
+        With `top_ranked` only those candidates are ranked. The first call ranks for every
+        dimension; calls for the other dimensions look it up.
         """
         # The only place where a query may be a conversation or carry an instruction of its own.
         from mteb._create_dataloaders import create_dataloader
         from mteb.types import PromptType
 
-        loader: Any = create_dataloader(
-            queries, task_metadata=task_metadata, prompt_type=PromptType.query
-        )
-        full = torch.from_numpy(self._encode(loader.dataset["text"][:], "query"))  # (Q, D)
-        ids = queries["id"][:]
-        if top_ranked is not None:
-            return self._rerank(dict(zip(ids, full, strict=True)), top_ranked, top_k)
-        place = (hf_split, hf_subset, id(self._corpus))
-        if place not in self._rankings:
-            self._corpora.append(self._corpus)
-            self._rankings[place] = self._rank(full, top_k)
-        scores, rows = self._rankings[place][self.dim]
-        names = self._corpus["id"][:]
-        return {
-            query: dict(zip([names[row] for row in found], values, strict=True))
-            for query, found, values in zip(ids, rows.tolist(), scores.tolist(), strict=True)
-        }
+        names = queries["id"][:]
+        key = (*place, id(corpus), top_k, top_ranked is None, hash(tuple(names)))
+        if key not in self._rankings:
+            loader: Any = create_dataloader(
+                queries, task_metadata=task_metadata, prompt_type=PromptType.query
+            )
+            full = torch.from_numpy(self._encode(loader.dataset["text"][:], "query"))  # (Q, D)
+            self._corpora.append(corpus)
+            if top_ranked is None:
+                self._rankings[key] = self._search(full, corpus, top_k)
+            else:
+                lists = [list(dict.fromkeys(top_ranked.get(name, []))) for name in names]
+                self._rankings[key] = self._rerank(full, corpus, lists, top_k)
+        return self._rankings[key][self.dim]
 
-    def _rank(self, full: Tensor, top_k: int) -> dict[int, tuple[Tensor, Tensor]]:
-        """Per dimension the cosines and the corpus rows of the best `top_k` documents, (Q, top_k) each."""
+    def _search(self, full: Tensor, corpus: Any, top_k: int) -> dict[int, Ranking]:
+        """Per dimension the best `top_k` documents of each query."""
         device = self._embedder.device
         queries = {dim: _cut(full.to(device), dim).split(_QUERIES) for dim in self.dims}
         best: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        for start in range(0, len(self._corpus), _SLICE):
-            texts = _document_texts(self._corpus[start : start + _SLICE])
+        for start in range(0, len(corpus), _SLICE):
+            texts = _document_texts(corpus[start : start + _SLICE])
             documents = torch.from_numpy(self._embed(texts, "document")).to(device)  # (S, D)
             for dim in self.dims:
                 slice_ = _cut(documents, dim)  # (S, dim)
@@ -137,29 +164,35 @@ class Adapter:
                     found = best.get((dim, number))
                     best[dim, number] = _merge(found, (scores, rows + start), top_k)
 
-        def joined(dim: int, part: int) -> Tensor:
-            return torch.cat([best[dim, number][part].cpu() for number in range(len(queries[dim]))])
+        def joined(dim: int, part: int) -> Any:
+            blocks = [best[dim, number][part].cpu() for number in range(len(queries[dim]))]
+            return torch.cat(blocks).numpy()
 
-        return {dim: (joined(dim, 0), joined(dim, 1)) for dim in self.dims}
+        return {dim: Ranking(joined(dim, 0), joined(dim, 1)) for dim in self.dims}
 
     def _rerank(
-        self, queries: dict[str, Tensor], top_ranked: dict[str, list[str]], top_k: int
-    ) -> dict[str, dict[str, float]]:
-        """Score each query's candidates; a query without any is left out, as mteb leaves it out."""
-        names = self._corpus["id"][:]
-        rows = {name: row for row, name in enumerate(names)}
-        full = torch.from_numpy(self._encode(_document_texts(self._corpus[:]), "document"))
-        documents = _cut(full, self.dim)
-        results: dict[str, dict[str, float]] = {}
-        for query, vector in queries.items():
-            candidates = top_ranked.get(query, [])
-            scores = (
-                documents[[rows[name] for name in candidates]] @ _cut(vector[None], self.dim)[0]
-            )
-            best = scores.topk(min(top_k, len(candidates)))
-            found = [candidates[place] for place in best.indices.tolist()]
-            results[query] = dict(zip(found, best.values.tolist(), strict=True))
-        return results
+        self, full: Tensor, corpus: Any, candidates: list[list[str]], top_k: int
+    ) -> dict[int, Ranking]:
+        """Per dimension the best `top_k` of each query's candidates."""
+        names = [name for names in candidates for name in names]  # (P,) pairs of all queries
+        rows = torch.from_numpy(rows_of(names, corpus["id"][:]))  # (P,)
+        counts = torch.tensor([len(names) for names in candidates])  # (Q,)
+        owners = torch.repeat_interleave(torch.arange(len(counts)), counts)  # (P,)
+        places = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[owners]  # (P,)
+        vectors = torch.from_numpy(self._encode(_document_texts(corpus[:]), "document"))
+        size = (len(counts), int(counts.max()) if len(counts) else 0)
+        found: dict[int, Ranking] = {}
+        for dim in self.dims:
+            queries, documents = _cut(full, dim), _cut(vectors, dim)
+            scores = torch.full(size, -torch.inf)  # (Q, most candidates)
+            for part in torch.arange(len(rows)).split(_PAIRS):
+                of = owners[part]
+                scores[of, places[part]] = (queries[of] * documents[rows[part]]).sum(-1)
+            table = torch.full(size, -1)
+            table[owners, places] = rows
+            scores, order = scores.topk(min(top_k, size[1]))
+            found[dim] = Ranking(scores.numpy(), table.gather(1, order).numpy())
+        return found
 
     def _encode(self, texts: list[str], side: str) -> Vectors:
         """(n, D) raw unit vectors; a text that this task has shown before is not encoded again."""

@@ -32,6 +32,7 @@ import torch
 from kalm_min.embedder import Embedder
 from kalm_min.evaluation.encoder import Adapter
 from kalm_min.evaluation.local_tasks import build_task
+from kalm_min.evaluation.scoring import score_on_arrays
 from kalm_min.files import write_json
 
 _SECONDS_BETWEEN_REPORTS = 1.0
@@ -163,6 +164,7 @@ def evaluate_task(
         report=report,
     )
     loaded = _load_task(order)
+    score_on_arrays(loaded)
     results: dict[str, dict[str, Any]] = {}
     for dim in dims:
         adapter.dim = dim
