@@ -139,11 +139,12 @@ def retrieval_scores(ranking: Ranking, judged: Judged, k_values: Sequence[int]) 
     names = {"NDCG": "ndcg", "MAP": "_map", "Recall": "recall", "P": "precision", "MRR": "mrr"}
     names |= {"HitRate": "hit_rate"}
     means: dict[str, dict[str, float]] = {}
+    count = len(ranking.rows)
     for metric, name in names.items():
-        values = {f"{metric}@{k}": every[metric][i].mean() for i, k in enumerate(k_values)}
+        sums = {f"{metric}@{k}": sum(every[metric][i].tolist()) for i, k in enumerate(k_values)}
         means[name] = {
-            key: float(value) if metric == "MRR" else round(float(value), 5)
-            for key, value in values.items()
+            key: total / count if metric == "MRR" else round(total / count, 5)
+            for key, total in sums.items()
         }
     naucs = {
         f"nAUC_{metric}@{k}_{name}": nauc(sureness, every[metric][i])
@@ -163,10 +164,9 @@ def _per_query(ranking: Ranking, judged: Judged, k_values: Ints) -> dict[str, Fl
     queries, ranks, gains = judged.queries[order], ranks[order], judged.gains[order]
     ideal = np.lexsort((-judged.gains, judged.queries))
 
-    def add(values: Any, of: Ints = queries) -> Floats:
-        """(C, J) or (J,) values summed by query: (C, Q)."""
-        rows: Any = np.broadcast_to(values, (len(cuts), len(of)))
-        return np.stack([np.bincount(of, row, minlength=count) for row in rows])
+    def add(values: Any) -> Any:
+        """(C, J) values summed by query: (C, Q)."""
+        return np.stack([np.bincount(queries, row, minlength=count) for row in values])
 
     relevant = np.bincount(queries, minlength=count)  # (Q,)
     place = np.arange(len(queries)) - (np.cumsum(relevant) - relevant)[queries] + 1  # (J,)

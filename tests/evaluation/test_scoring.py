@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kalm_min import Embedder
@@ -46,6 +46,7 @@ def as_mteb_scores_it(ranking, queries, documents, relevant, *, ignore_identical
     )
 
 
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 2**32 - 1),
     levels=st.sampled_from([2, 5, 1000]),
@@ -75,8 +76,8 @@ def test_scores_of_a_ranking_are_mtebs(mteb, seed, levels, ignore_identical_ids)
         ranking = without(ranking, rows_of(queries, documents))
     judged = judge(queries, documents, relevant)
     ours = retrieval_scores(order_ties(ranking, documents), judged, K_VALUES)
-    assert ours == pytest.approx(expected, abs=1e-9, nan_ok=True)
-    assert list(ours.keys() - expected.keys()) == []
+    # Both round averages to five digits; the last bit of a sum may decide which way.
+    assert ours == pytest.approx(expected, abs=1.1e-5, nan_ok=True)
 
 
 @pytest.mark.parametrize("name", ["retrieval", "reranking"])
@@ -96,5 +97,5 @@ def test_a_task_scores_alike_on_arrays_and_through_mteb(
         assert len(numbers) > 100
         assert mine.keys() == expected.keys()
         assert {key: mine[key] for key in numbers} == pytest.approx(
-            {key: expected[key] for key in numbers}, abs=1e-9, nan_ok=True
+            {key: expected[key] for key in numbers}, abs=1.1e-5, nan_ok=True
         )
