@@ -8,7 +8,14 @@ import torch
 
 from kalm_min import check
 from kalm_min.losses import Documents, candidate_masks
-from kalm_min.training.step import LossConfig, Rows, contrastive_step, facts, loss_in_blocks
+from kalm_min.training.step import (
+    LossConfig,
+    Rows,
+    _mixes,
+    contrastive_step,
+    facts,
+    loss_in_blocks,
+)
 
 PLAIN = {option: check.step(option, check.WAYS["1 chunk"]) for option in check.OPTIONS}
 
@@ -34,6 +41,29 @@ def test_the_check_can_fail():
     halved = one._replace(gradients={k: g / 2 for k, g in one.gradients.items()})
     assert check.difference(one, halved) == pytest.approx(0.5)
     assert check.difference(one, PLAIN[check.OPTIONS[2]]) > 1e-3
+
+
+@pytest.mark.parametrize("option", check.OPTIONS, ids=lambda option: option.name)
+def test_gradcheck(option):
+    """Numerical and analytical gradients of queries and documents agree, float64, every option."""
+    text = check.tokenized(check.examples()[:6], num_negatives=2).text
+    asked, known = facts(text, torch.device("cpu"))
+    labels, teacher = torch.from_numpy(text.labels), torch.from_numpy(text.teacher_scores)
+    mixes = _mixes(text, torch.device("cpu"), 0) if option.loss.mixing else None
+    everyone = Documents(asked.hashes, asked.groups, asked.numbers)
+
+    def loss(q, d):
+        others = (q, everyone) if option.loss.query_negatives else None
+        return loss_in_blocks(
+            Rows(q, d, labels, asked, known, teacher, mixes, others), option.loss
+        )[0]
+
+    generator = torch.Generator().manual_seed(1)
+    q, d = (
+        torch.randn(n, 16, generator=generator, dtype=torch.float64, requires_grad=True)
+        for n in (len(labels), len(known.hashes))
+    )
+    assert torch.autograd.gradcheck(loss, (q, d))
 
 
 @pytest.mark.parametrize("masked", [True, False])
