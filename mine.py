@@ -30,9 +30,8 @@ def main(argv: list[str]) -> int:
         sys.stderr.write("interrupted; what was written is kept, the same command goes on\n")
         return 130
     except (ValueError, OSError) as error:
-        if environment.get("LOCAL_RANK", "0") == "0" or isinstance(error, OSError):
-            kept = "; what was written is kept, the same command goes on"
-            sys.stderr.write(f"mine.py: {error}{kept * isinstance(error, OSError)}\n")
+        kept = "; what was written is kept, the same command goes on"
+        sys.stderr.write(f"mine.py: {error}{kept * isinstance(error, OSError)}\n")
         return 1 if isinstance(error, OSError) else 2
     finally:
         distributed.stop()
@@ -46,8 +45,9 @@ def _mine(config: MiningConfig, device: torch.device) -> int:
         if distributed.rank() == 0:
             sys.stdout.write(plan + "\n")
         return 0
-    total = miner.run()
+    total, remarks = miner.run()
     if distributed.rank() == 0:
+        sys.stderr.write("".join(f"look at {remark}\n" for remark in remarks))
         sys.stderr.write(
             f"{total['rows']:,} rows = {total['kept']:,} kept + {total['outranked']:,} outranked + "
             f"{total['short']:,} with too few negatives; {total['negatives']:,} negatives; "

@@ -14,16 +14,17 @@ Not here: prompts as text, which depend on the model (store.py).
 
 import hashlib
 import json
+import re
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from kalm_min.data import Example, JsonlFile, TrainingData
+from kalm_min.data import JsonlFile, TrainingData
 from kalm_min.files import atomic_write, text_hash
 
 Ints = npt.NDArray[np.int64]
@@ -36,31 +37,34 @@ _MEAN = 1024
 _LONGEST = 4096  # texts
 _LARGEST = 1 << 20  # characters
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+_FIELDS = ("hash", "prompt", "row", "slot", "size")
+TEXT = np.dtype([(name, np.int64) for name in _FIELDS])
+"""Of a text: hash without instruction, number of the instruction, where to read it (slot 0 is the
+query, then come positives and negatives), characters."""
+
+
+@dataclass(frozen=True, slots=True)
 class Texts:
     """Unique texts of one side."""
 
-    hashes: Ints
-    """(n,) of the text without instruction."""
-    prompts: Ints
-    """(n,) number of its instruction in `instructions`."""
-    rows: Ints
-    """(n,) where it can be read."""
-    slots: Ints
-    """(n,)"""
-    sizes: Ints
-    """(n,) characters."""
+    table: npt.NDArray[np.void]
+    """(n,) of TEXT."""
     instructions: tuple[str, ...]
     """The different ones; "" is none."""
 
     def __len__(self) -> int:
-        return len(self.hashes)
+        return len(self.table)
+
+    @property
+    def hashes(self) -> Ints:
+        """Of the texts, (n,)."""
+        return self.table["hash"]
 
     def take(self, numbers: Ints) -> "Texts":
         """Some of them, in the order given."""
-        names = ("hashes", "prompts", "rows", "slots", "sizes")
-        return replace(self, **{name: getattr(self, name)[numbers] for name in names})
+        return Texts(self.table[numbers], self.instructions)
 
     def fingerprint(self) -> str:
         """Of the texts, in order."""
@@ -69,7 +73,7 @@ class Texts:
     def cuts(self) -> Ints:
         """(shards + 1,) bounds of the shards: texts cuts[i] to cuts[i + 1] are shard i."""
         natural = [*(np.flatnonzero(self.hashes % _MEAN == 0) + 1).tolist(), len(self)]
-        total = np.concatenate([[0], np.cumsum(self.sizes)])
+        total = np.concatenate([[0], np.cumsum(self.table["size"])])
         cuts = [0]
         for end in natural:
             while cuts[-1] < end:
@@ -105,28 +109,23 @@ class Catalogue:
 
     def save(self, path: Path) -> None:
         """Write an .npz file, complete or not at all."""
-        arrays: dict[str, Any] = {}
-        for side in ("queries", "documents"):
-            texts: Texts = getattr(self, side)
-            arrays |= {f"{side}.{f.name}": getattr(texts, f.name) for f in fields(texts)}
-            arrays[f"{side}.instructions"] = np.array(json.dumps(texts.instructions))
-        rest = ("first", "row_query", "starts", "positives", "groups", "fingerprint")
-        arrays |= {name: np.asarray(getattr(self, name)) for name in rest}
+        arrays: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        sides: list[Texts] = [arrays[side] for side in ("queries", "documents")]
+        arrays |= {"queries": sides[0].table, "documents": sides[1].table}
+        instructions = json.dumps([side.instructions for side in sides])
         with atomic_write(path) as file:
-            np.savez(file, **arrays)
+            np.savez(file, instructions=np.array(instructions), **arrays)
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read what `save` wrote."""
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        sides: dict[str, Texts] = {}
-        for side in ("queries", "documents"):
-            part = {f.name: arrays.pop(f"{side}.{f.name}") for f in fields(Texts)}
-            part["instructions"] = tuple(json.loads(str(part["instructions"])))
-            sides[side] = Texts(**part)
+        instructions = json.loads(str(arrays.pop("instructions")))
+        for side, own in zip(("queries", "documents"), instructions, strict=True):
+            arrays[side] = Texts(arrays[side], tuple(own))
         first, fingerprint = int(arrays.pop("first")), str(arrays.pop("fingerprint"))
-        return cls(first=first, fingerprint=fingerprint, **sides, **arrays)
+        return cls(first=first, fingerprint=fingerprint, **arrays)
 
 
 class _Gathered:
@@ -134,26 +133,20 @@ class _Gathered:
 
     def __init__(self) -> None:
         self.numbers: dict[int, int] = {}
-        self.columns = {
-            name: array("q") for name in ("hashes", "prompts", "rows", "slots", "sizes")
-        }
         self.instructions: dict[str, int] = {}
+        self.table = array("q")
 
     def add(self, text: str, instruction: str, row: int, slot: int, *, apart: bool = False) -> int:
         """The text's number; `apart` tells equal texts with different instructions apart."""
         code = text_hash(text)
         prompt = self.instructions.setdefault(instruction, len(self.instructions))
-        key = code + (prompt << 64 if apart else 0)
-        number = self.numbers.setdefault(key, len(self.numbers))
-        if number == len(self.columns["hashes"]):
-            values = (code, prompt, row, slot, len(instruction) + len(text))
-            for column, value in zip(self.columns.values(), values, strict=True):
-                column.append(value)
+        number = self.numbers.setdefault(code + (prompt << 64 if apart else 0), len(self.numbers))
+        if number * len(_FIELDS) == len(self.table):
+            self.table.extend((code, prompt, row, slot, len(instruction) + len(text)))
         return number
 
     def texts(self) -> Texts:
-        columns = {name: np.array(column, np.int64) for name, column in self.columns.items()}
-        return Texts(**columns, instructions=tuple(self.instructions))
+        return Texts(np.frombuffer(self.table.tobytes(), TEXT), tuple(self.instructions))
 
 
 def catalogue_task(data: TrainingData, task: int, *, with_negatives: bool) -> Catalogue:
@@ -178,9 +171,9 @@ def catalogue_task(data: TrainingData, task: int, *, with_negatives: bool) -> Ca
         inner = instruction if example.symmetric else ""
         digest.update(json.dumps([data.record(row), instruction, inner]).encode())
         row_query.append(queries.add(example.query, instruction, row, 0, apart=True))
+        texts = example.positives + (example.negatives if with_negatives else ())
         numbers = [
-            documents.add(text, inner, row, slot)
-            for slot, text in enumerate(_slots(example, with_negatives))
+            documents.add(text, inner, row, slot) for slot, text in enumerate(texts, start=1)
         ]
         positives.extend(numbers[: len(example.positives)])
         starts.append(len(positives))
@@ -197,22 +190,14 @@ def catalogue_task(data: TrainingData, task: int, *, with_negatives: bool) -> Ca
     )
 
 
-def _slots(example: Example, with_negatives: bool) -> tuple[str, ...]:
-    return example.positives + (example.negatives if with_negatives else ())
-
-
-def query_reader(data: TrainingData) -> Read:
-    """Reads a query again."""
-    return lambda row, slot: data[row].query
-
-
-def document_reader(data: TrainingData) -> Read:
-    """Reads a positive or negative again; the row read last is kept, as its texts come together."""
+def text_reader(data: TrainingData) -> Read:
+    """Reads a text again; the row read last is kept, as its texts come together."""
     last: list[Any] = [-1, ()]
 
     def read(row: int, slot: int) -> str:
         if last[0] != row:
-            last[:] = row, _slots(data[row], with_negatives=True)
+            example = data[row]
+            last[:] = row, (example.query, *example.positives, *example.negatives)
         return last[1][slot]
 
     return read
@@ -226,16 +211,10 @@ def open_pool(path: Path, cache_dir: Path | None = None) -> tuple[Texts, Read]:
     file, gathered = JsonlFile(path, cache_dir), _Gathered()
     for row in range(len(file)):
         text = file[row].get("text")
-        if not isinstance(text, str) or not text.strip():
+        if not isinstance(text, str) or not text.strip() or _SURROGATE.search(text):
             raise ValueError(
-                f'{file.location(row)}: expected the key "text" with a non-empty string, found '
-                + (repr(text) if "text" in file[row] else "none")
+                f'{file.location(row)}: expected the key "text" with a non-empty string of valid '
+                f"Unicode, found {ascii(text) if 'text' in file[row] else 'none'}"
             )
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{file.location(row)}: expected valid Unicode, found half a surrogate pair"
-            ) from error
         gathered.add(text, "", row, 0)
     return gathered.texts(), lambda row, slot: file[row]["text"]

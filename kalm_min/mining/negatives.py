@@ -107,8 +107,9 @@ def choose(
     ahead = (counted & (scores > best[:, None])).sum(1)
     ranks = np.cumsum(counted, axis=1)
     allowed = strangers & (ranks >= rules.rank_range[0] + off) & (ranks <= rules.rank_range[1])
-    for limit, ceiling in _limits(best, rules):
-        allowed &= scores <= limit if ceiling else scores >= limit
+    allowed &= scores <= _ceiling(best, rules)[:, None]
+    if rules.min_score is not None:
+        allowed &= scores >= np.float32(rules.min_score)
     columns = _take(allowed, keys, rules)
     fate = np.full(len(best), KEPT)
     if rules.short_rows == "drop":
@@ -118,21 +119,15 @@ def choose(
     return Choice(fate, ahead, columns)
 
 
-def _limits(best: Scores, rules: Rules) -> list[tuple[npt.NDArray[np.float32], bool]]:
-    """Each bound on scores, (B, 1), and whether it is an upper one."""
-    column = best[:, None]
-    limits = [
-        (rules.min_score, np.full_like(column, rules.min_score or 0), False),
-        (rules.max_score, np.full_like(column, rules.max_score or 0), True),
-        (rules.absolute_margin, column - np.float32(rules.absolute_margin or 0), True),
+def _ceiling(best: Scores, rules: Rules) -> Scores:
+    """(B,) highest score a negative of each row may have."""
+    ceiling = np.full_like(best, np.inf if rules.max_score is None else rules.max_score)
+    if rules.absolute_margin is not None:
+        ceiling = np.minimum(ceiling, best - np.float32(rules.absolute_margin))
+    if rules.relative_margin is not None:
         # Of the magnitude: a share of a negative score would be a ceiling above it.
-        (
-            rules.relative_margin,
-            column - np.float32(rules.relative_margin or 0) * np.abs(column),
-            True,
-        ),
-    ]
-    return [(limit, ceiling) for setting, limit, ceiling in limits if setting is not None]
+        ceiling = np.minimum(ceiling, best - np.float32(rules.relative_margin) * np.abs(best))
+    return ceiling
 
 
 def _take(allowed: Bools, keys: Codes, rules: Rules) -> Ints:

@@ -34,11 +34,10 @@ Candidates = Callable[[Vectors, int], tuple[Ints, npt.NDArray[Any]]]
 """(queries, width) -> (Q, width) ids and float32 scores, the highest first."""
 
 _GRID = np.float32(2.0**26)
-_QUERIES = {"cpu": 4096, "cuda": 8192}  # held while all documents pass by
+_QUERIES = 8192  # held while all documents pass by
 _CHUNK = {"cpu": 512, "cuda": 8192}  # of these, multiplied at a time
 _DOCUMENTS = {"cpu": 8192, "cuda": 65_536}  # multiplied at a time
 _FAISS_DOCUMENTS = 65_536
-_THREADS = 2  # that score candidates
 _SCORED = 256  # queries whose candidates are read from disk at a time
 _SAMPLE = 200_000  # documents an approximate index learns from
 
@@ -88,7 +87,6 @@ def search(
     backend: Backend = "torch",
     device: torch.device | str = "cpu",
     span: Span | None = None,
-    tick: Callable[[int], object] | None = None,
 ) -> Neighbours:
     """The k documents with the highest inner product, for each query.
 
@@ -100,7 +98,6 @@ def search(
             extra), on its GPU where it has one.
         device: of the products.
         span: search documents span[0] to span[1] only; ids stay those of the whole.
-        tick: called with the number of queries done.
 
     Raises:
         ValueError: for vectors longer than 1, or a torch that was told to multiply less exactly
@@ -108,19 +105,16 @@ def search(
     """
     first, last = span or (0, len(documents))
     device, k = torch.device(device), min(k, last - first)
-    own = _cpu_candidates if device.type == "cpu" else _torch_candidates
+    own = _cpu_candidates if device.type == "cpu" else _gpu_candidates
     nominate = own if backend == "torch" else _faiss_candidates
     found: list[Neighbours] = []
-    step = _QUERIES.get(device.type, 2048)
-    for start in range(0, len(queries), step):
-        block = _checked(queries[start : start + step])
+    for start in range(0, len(queries), _QUERIES):
+        block = _checked(queries[start : start + _QUERIES])
 
         def candidates(rows: Vectors, width: int) -> Any:
             return nominate(rows, documents, (first, last), width, device)
 
         found.append(_exact(block, documents, k, candidates, (first, last)))
-        if tick:
-            tick(len(block))
     return concatenate(found, k)
 
 
@@ -212,7 +206,7 @@ def _fill(
             best.ids[row, : len(order)] = own[order]
             best.scores[row, : len(order)] = scores[order]
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(min(4, torch.get_num_threads())) as pool:
         list(pool.map(score, parts))
 
 
@@ -244,125 +238,72 @@ def _checked(vectors: Vectors) -> Vectors:
 
 def _cpu_candidates(
     queries: Vectors, documents: Rows, span: Span, width: int, _: torch.device
-) -> tuple[Ints, npt.NDArray[Any]]:
+) -> tuple[Ints, Vectors]:
     """Products in blocks; what beats a query's worst candidate so far joins its list.
 
     In numpy: on the processor measured (AMD, AVX-512) its BLAS multiplies 1.3 times as fast as
     torch's, and it compares, finds and partitions 3 to 6 times as fast.
     """
-    best = _Best(len(queries), width)
     chunk, step = _CHUNK["cpu"], max(width, _DOCUMENTS["cpu"])
+    chunks = [queries[first : first + chunk] for first in range(0, len(queries), chunk)]
+    best: list[tuple[Ints, Vectors] | None] = [None] * len(chunks)
     # One buffer for all products: fresh memory of this size costs as much as a pass over it.
-    scratch = np.empty(min(chunk, len(queries)) * min(step, span[1] - span[0]), np.float32)
+    scratch = np.empty(len(chunks[0]) * min(step, span[1] - span[0]), np.float32)
     for start, block in _blocks(documents, span, step):
-        for first in range(0, len(queries), chunk):
-            part = slice(first, min(first + chunk, len(queries)))
-            scores = scratch[: (part.stop - first) * len(block)].reshape(-1, len(block))
-            np.matmul(queries[part], block.T, out=scores)
-            best.join(part, scores, start)
-    best.compact(slice(None))
-    order = np.argsort(-best.scores[:, :width], axis=1, kind="stable")
-    return np.take_along_axis(best.ids, order, 1), np.take_along_axis(best.scores, order, 1)
-
-
-class _Best:
-    """The `width` best of each query, in lists with room for as many more between two sortings out."""
-
-    def __init__(self, queries: int, width: int) -> None:
-        self.width = width
-        self.scores = np.full((queries, 2 * width), -np.inf, np.float32)
-        self.ids = np.full((queries, 2 * width), -1)
-        self.used = np.zeros(queries, np.int64)
-        self.floor = np.full((queries, 1), -np.inf, np.float32)
-        """What a score must exceed to be one of the best."""
-
-    def join(self, part: slice, scores: Vectors, start: int) -> None:
-        """Take in the (q, n) scores of the documents from `start` on."""
-        width, (q, n) = self.width, scores.shape
-        if self.used[part.start] == 0 and n > width:
-            # The values alone are found five times as fast as where they are.
-            least = np.partition(scores, n - width, axis=1)[:, n - width, None]
-            self.floor[part] = np.nextafter(least, -np.inf)
-        places = np.flatnonzero(scores > self.floor[part])
-        rows, columns = np.divmod(places, n)
-        counts = np.bincount(rows, minlength=q)
-        if (self.used[part] + counts).max() > 2 * width:
-            self.compact(part)
-            if counts.max() > width:  # crowds of equals, or each block better than the last
-                self._append(part, *self._top(scores), start)
-                return
-        slots = self.used[part][rows] + np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]
-        self.scores[part][rows, slots] = scores.ravel()[places]
-        self.ids[part][rows, slots] = columns + start
-        self.used[part] += counts
-
-    def compact(self, part: slice) -> None:
-        """Keep the best and forget the rest."""
-        scores, ids = self.scores[part], self.ids[part]
-        order = np.argpartition(scores, self.width, axis=1)[:, self.width :]
-        scores[:, : self.width] = np.take_along_axis(scores, order, 1)
-        ids[:, : self.width] = np.take_along_axis(ids, order, 1)
-        scores[:, self.width :] = -np.inf
-        self.used[part] = np.minimum(self.used[part], self.width)
-        self.floor[part] = scores[:, : self.width].min(1, keepdims=True)
-
-    def _top(self, scores: Vectors) -> tuple[Vectors, Ints]:
-        """The `width` highest of each row, or all."""
-        n = scores.shape[1]
-        top = np.argpartition(scores, max(n - self.width, 0), axis=1)[:, max(n - self.width, 0) :]
-        return np.take_along_axis(scores, top, 1), top
-
-    def _append(self, part: slice, scores: Vectors, columns: Ints, start: int) -> None:
-        """Put as many in every row, after `compact` or at the beginning, and sort out."""
-        first = int(self.used[part.start])
-        self.scores[part, first : first + scores.shape[1]] = scores
-        self.ids[part, first : first + scores.shape[1]] = columns + start
-        self.used[part] += scores.shape[1]
-        self.compact(part)
-
-
-def _torch_candidates(
-    queries: Vectors, documents: Rows, span: Span, width: int, device: torch.device
-) -> tuple[Ints, npt.NDArray[Any]]:
-    """The same on a GPU."""
-    if torch.get_float32_matmul_precision() != "highest":
-        raise ValueError("torch.set_float32_matmul_precision: the search needs 'highest'")
-    asked = torch.from_numpy(queries).to(device)
-    chunks = asked.split(_CHUNK.get(device.type, 512))
-    best: list[tuple[Tensor, Tensor] | None] = [None] * len(chunks)
-    step = max(width, _DOCUMENTS.get(device.type, 8192))
-    scratch = torch.empty(len(chunks[0]) * min(step, span[1] - span[0]), device=device)
-    for start, block in _blocks(documents, span, step):
-        there = torch.from_numpy(block).to(device)
-        for i, chunk in enumerate(chunks):
-            scores = scratch[: len(chunk) * len(there)].view(len(chunk), len(there))
-            torch.mm(chunk, there.T, out=scores)
+        for i, asked in enumerate(chunks):
+            scores = scratch[: len(asked) * len(block)].reshape(len(asked), len(block))
+            np.matmul(asked, block.T, out=scores)
             best[i] = _absorb(best[i], scores, start, width)
-    filled = [one for one in best if one is not None]
-    scores, ids = (torch.cat(column).cpu().numpy() for column in zip(*filled, strict=True))
-    return ids, scores
+    ids, scores = map(np.concatenate, zip(*filter(None, best), strict=True))
+    order = np.argsort(-scores, axis=1, kind="stable")
+    return np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1)
 
 
 def _absorb(
-    best: tuple[Tensor, Tensor] | None, scores: Tensor, start: int, width: int
-) -> tuple[Tensor, Tensor]:
-    """Join a block's (q, n) scores to the best (q, width) scores and ids; only the first block is sorted whole."""
+    best: tuple[Ints, Vectors] | None, scores: Vectors, start: int, width: int
+) -> tuple[Ints, Vectors]:
+    """Join the (q, n) scores of the documents from `start` on to the best (q, width) ids and scores."""
+    q, n = scores.shape
     if best is None:
-        values, places = scores.topk(min(width, scores.shape[1]))
-        return values, places + start
-    held, ids = best
-    rows, places = (scores > held[:, -1:]).nonzero(as_tuple=True)
-    if len(rows) == 0:
-        return best
-    counts = torch.bincount(rows, minlength=len(scores))
-    column = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
-    most = int(counts.max())
-    new = held.new_full((len(scores), most), -torch.inf)
-    new[rows, column] = scores[rows, places]
-    new_ids = ids.new_full((len(scores), most), -1)
-    new_ids[rows, column] = places + start
-    values, order = torch.cat([held, new], 1).topk(held.shape[1])
-    return values, torch.cat([ids, new_ids], 1).gather(1, order)
+        # The values alone are found five times as fast as where they are.
+        least = np.partition(scores, n - width, axis=1)[:, n - width, None]
+        floor = np.nextafter(least, -np.inf)
+        best = np.empty((q, 0), np.int64), np.empty((q, 0), np.float32)
+    else:
+        floor = best[1].min(1, keepdims=True)
+    places = np.flatnonzero(scores > floor)
+    rows, columns = np.divmod(places, n)
+    counts = np.bincount(rows, minlength=q)
+    slots = np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]
+    new = np.full((q, counts.max()), -np.inf, np.float32)
+    new_ids = np.full(new.shape, -1)
+    new[rows, slots] = scores.ravel()[places]
+    new_ids[rows, slots] = columns + start
+    ids, scores = np.concatenate([best[0], new_ids], 1), np.concatenate([best[1], new], 1)
+    top = np.argpartition(scores, -width, axis=1)[:, -width:]
+    return np.take_along_axis(ids, top, 1), np.take_along_axis(scores, top, 1)
+
+
+def _gpu_candidates(
+    queries: Vectors, documents: Rows, span: Span, width: int, device: torch.device
+) -> tuple[Ints, Vectors]:
+    """The same on a GPU, which sorts as fast as it multiplies."""
+    if torch.get_float32_matmul_precision() != "highest":
+        raise ValueError("torch.set_float32_matmul_precision: the search needs 'highest'")
+    step = max(width, _DOCUMENTS.get(device.type, 8192))
+    chunks = torch.from_numpy(queries).to(device).split(_CHUNK.get(device.type, 512))
+    best: list[tuple[Tensor, Tensor] | None] = [None] * len(chunks)
+    for start, block in _blocks(documents, span, step):
+        there = torch.from_numpy(block).to(device)
+        for i, chunk in enumerate(chunks):
+            scores, ids = (chunk @ there.T).topk(min(width, len(there)))
+            ids += start
+            if (held := best[i]) is not None:
+                scores, order = torch.cat([held[1], scores], 1).topk(width)
+                ids = torch.cat([held[0], ids], 1).gather(1, order)
+            best[i] = ids, scores
+    ids, scores = map(torch.cat, zip(*filter(None, best), strict=True))
+    return ids.cpu().numpy(), scores.cpu().numpy()
 
 
 def _faiss_candidates(

@@ -1,18 +1,17 @@
 """The rules applied to a whole task, block by block: what each row keeps, and what a report needs.
 
+R  rows of a task    P  positives of all rows    n  negatives asked for
 Not here: the rules themselves (negatives.py).
 """
 
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any, Self
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kalm_min.files import atomic_write
 from kalm_min.mining.catalogue import Catalogue, Ints
-from kalm_min.mining.negatives import Known, Rules, Scores, choose, random_keys
+from kalm_min.mining.negatives import KEPT, Bools, Known, Rules, Scores, choose, random_keys
 from kalm_min.mining.search import Rows
 from kalm_min.mining.store import StoredNeighbours
 
@@ -22,13 +21,13 @@ _ROWS = 2048  # at a time
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """What became of the R rows of a task."""
+    """What became of the rows of a task."""
 
     fate: Ints
     """(R,) KEPT, OUTRANKED or SHORT."""
     ahead: Ints
     """(R,) listed strangers that score higher than the best positive."""
-    beyond: npt.NDArray[np.bool_]
+    beyond: Bools
     """(R,) the best positive scores less than every listed neighbour: its rank is not known."""
     negatives: Ints
     """(R, n) numbers in the corpus, the highest score first; -1 is none."""
@@ -43,16 +42,17 @@ class Selection:
     neighbour_histogram: Ints
     """(BINS,) scores of all listed strangers."""
 
-    def save(self, path: Path) -> None:
-        """Write an .npz file, complete or not at all."""
-        with atomic_write(path) as file:
-            np.savez(file, **{field.name: getattr(self, field.name) for field in fields(self)})
+    def pairs(self, catalogue: Catalogue) -> tuple[Bools, Ints, Bools, Ints]:
+        """Which of the positives and negatives are written, and the row of each one written.
 
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read what `save` wrote."""
-        with np.load(path, allow_pickle=False) as file:
-            return cls(**{name: file[name] for name in file.files})
+        Returns:
+            (P,) and its rows; (R, n) and its rows.
+        """
+        rows = np.arange(catalogue.size)
+        owner = np.repeat(rows, np.diff(catalogue.starts))
+        kept = self.fate == KEPT
+        chosen = kept[:, None] & (self.negatives >= 0)
+        return kept[owner], owner[kept[owner]], chosen, np.repeat(rows, chosen.sum(1))
 
 
 def select(
@@ -79,15 +79,16 @@ def select(
     for start in range(0, catalogue.size, _ROWS):
         rows = slice(start, min(start + _ROWS, catalogue.size))
         numbers = catalogue.row_query[rows]
-        positives = _positive_scores(catalogue, rows, queries, documents)
-        starts = catalogue.starts[rows] - catalogue.starts[start]
-        best = np.maximum.reduceat(positives, starts)  # every row has a positive
+        bounds = catalogue.starts[rows.start : rows.stop + 1]
+        asked = np.repeat(numbers, np.diff(bounds))
+        answers = catalogue.positives[bounds[0] : bounds[-1]]
+        positives = pair_scores(queries, asked, documents, answers)
+        best = np.maximum.reduceat(positives, bounds[:-1] - bounds[0])  # every row has a positive
         ids, scores = neighbours[numbers]
-        hashes = corpus[ids]
-        asked = catalogue.queries.hashes[numbers]
+        codes, hashes = catalogue.queries.hashes[numbers], corpus[ids]
         listed = ids >= 0
-        strangers = listed & ~known.mask(asked, catalogue.groups[rows], hashes)
-        keys = random_keys(asked, hashes, rules.seed)
+        strangers = listed & ~known.mask(codes, catalogue.groups[rows], hashes)
+        keys = random_keys(codes, hashes, rules.seed)
         choice = choose(scores, strangers, listed, best, keys, rules)
         first = np.where(strangers.any(1), strangers.argmax(1), -1)[:, None]
         histogram += score_histogram(scores[strangers])
@@ -107,19 +108,30 @@ def select(
     return Selection(**joined, neighbour_histogram=histogram)
 
 
-def _positive_scores(catalogue: Catalogue, rows: slice, queries: Rows, documents: Rows) -> Scores:
-    """Of every positive of some rows, exact, then rounded as the neighbours' are."""
-    bounds = catalogue.starts[rows.start : rows.stop + 1]
-    places = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
-    asked = queries[catalogue.row_query[rows]].astype(np.float64)[places]
-    answers = documents[catalogue.positives[bounds[0] : bounds[-1]]].astype(np.float64)
-    return np.einsum("pd,pd->p", asked, answers).astype(np.float32)
+def with_scores(
+    selection: Selection, catalogue: Catalogue, positives: Scores, negatives: Scores
+) -> Selection:
+    """The same choice with another model's scores of what is written; nan for the rest."""
+    of_positives, _, of_negatives, _ = selection.pairs(catalogue)
+    positive_scores = np.full_like(selection.positive_scores, np.nan)
+    negative_scores = np.full_like(selection.negative_scores, np.nan)
+    positive_scores[of_positives] = positives
+    negative_scores[of_negatives] = negatives
+    return replace(selection, positive_scores=positive_scores, negative_scores=negative_scores)
+
+
+def pair_scores(queries: Rows, asked: Ints, documents: Rows, answers: Ints) -> Scores:
+    """(p,) products of queries[asked] and documents[answers], exact, then rounded to float32."""
+    scores = np.empty(len(asked), np.float32)
+    for start in range(0, len(asked), 4 * _ROWS):
+        part = slice(start, start + 4 * _ROWS)
+        left, right = queries[asked[part]], documents[answers[part]]
+        scores[part] = np.einsum("pd,pd->p", left.astype(np.float64), right.astype(np.float64))
+    return scores
 
 
 def _at(values: npt.NDArray[Any], columns: Ints, none: float) -> npt.NDArray[Any]:
     """values[row, columns[row]], `none` where the column is -1."""
-    if values.shape[1] == 0:
-        return np.full(columns.shape, none, values.dtype)
     taken = np.take_along_axis(values, np.maximum(columns, 0), 1)
     return np.where(columns >= 0, taken, np.asarray(none, values.dtype))
 

@@ -14,10 +14,12 @@ Not here: which texts there are (catalogue.py).
 """
 
 import hashlib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from kalm_min.embedder import Embedder
 from kalm_min.files import atomic_write, read_json, text_hash, write_json
@@ -26,6 +28,7 @@ from kalm_min.mining.search import Neighbours, Vectors, on_grid
 
 _LAYOUT = 1  # raised when shards are cut or named in another way
 _QUERIES = 8192  # in a file of neighbours
+_NEIGHBOUR = np.dtype([("id", np.int64), ("score", np.float32)])
 _HASHED = {".safetensors", ".json"}  # the files of a checkpoint that change its vectors
 
 
@@ -89,34 +92,29 @@ class Store:
             write_json(path, manifest)
         return cls(folder, manifest)
 
-    def side(self, name: str, texts: Texts) -> "Side":
-        """The vectors of some texts, encoded or not."""
-        return Side(self, name, texts)
-
     def neighbours(
         self, queries: "Side", corpus: "Side", depth: int, index: str | None
     ) -> "StoredNeighbours":
-        """The neighbours of the queries in the corpus, found or not, at least `depth` of each.
+        """The `depth` neighbours of the queries in the corpus, found or not.
 
-        A longer list that is there already is taken: it begins with the shorter one.
+        A longer list that is there already is taken: it begins with the shorter one. (Those of an
+        approximate index may not.)
         """
-        parts = f"{_LAYOUT} {queries.key} {corpus.key} {index}"
-        folder = (
-            self.folder / "neighbours" / hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
-        )
+        key = _digest(f"{_LAYOUT} {queries.key} {corpus.key} {index}".encode())
+        folder = self.folder / "neighbours" / key
         there = [int(entry.name) for entry in folder.glob("*") if entry.name.isdigit()]
-        for longer in sorted(number for number in there if number >= depth):
-            found = StoredNeighbours(folder / str(longer), len(queries))
+        for longer in sorted(number for number in there if number >= depth and index is None):
+            found = StoredNeighbours(folder / str(longer), len(queries), depth)
             if not found.missing():
                 return found
-        return StoredNeighbours(folder / str(depth), len(queries))
+        return StoredNeighbours(folder / str(depth), len(queries), depth)
 
 
 class Side:
     """The texts of one side of a task, in a store."""
 
-    def __init__(self, store: Store, name: str, texts: Texts) -> None:
-        self.store, self.name, self.texts = store, name, texts
+    def __init__(self, store: Store, name: str, texts: Texts, read: Read) -> None:
+        self.store, self.name, self.texts, self.read = store, name, texts, read
         self.cuts = texts.cuts()
         template = store.manifest["instruction_template"]
         self._prompts = [
@@ -124,17 +122,18 @@ class Side:
             for instruction in texts.instructions
         ]
         codes = np.array([text_hash(prompt) for prompt in self._prompts], np.int64)
-        both = np.stack([codes[texts.prompts], texts.hashes], axis=1)  # (n, 2)
-        self._names = [
-            hashlib.blake2b(both[start:end].tobytes(), digest_size=16).hexdigest()
-            for start, end in zip(self.cuts[:-1].tolist(), self.cuts[1:].tolist(), strict=True)
-        ]
-        every = hashlib.blake2b("".join(self._names).encode(), digest_size=16)
-        self.key = every.hexdigest()
+        both = np.stack([codes[texts.table["prompt"]], texts.hashes], axis=1)  # (n, 2)
+        self._names = [_digest(both[start:end].tobytes()) for start, end in pairwise(self.cuts)]
+        self.key = _digest("".join(self._names).encode())
         """Of all the texts and prompts, in order."""
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def text(self, number: int) -> str:
+        """A text, without its prompt."""
+        place = self.texts.table[number]
+        return self.read(int(place["row"]), int(place["slot"]))
 
     def path(self, shard: int) -> Path:
         """The file of a shard."""
@@ -146,16 +145,14 @@ class Side:
 
     def size(self, shard: int) -> int:
         """Characters in a shard."""
-        return int(self.texts.sizes[self.cuts[shard] : self.cuts[shard + 1]].sum())
+        return int(self.texts.table["size"][self.cuts[shard] : self.cuts[shard + 1]].sum())
 
-    def encode(self, shard: int, read: Read, embedder: Embedder) -> None:
+    def encode(self, shard: int, embedder: Embedder) -> None:
         """Encode a shard and write it. What is encoded together is always the same texts."""
         numbers = range(int(self.cuts[shard]), int(self.cuts[shard + 1]))
-        rows, slots = self.texts.rows, self.texts.slots
-        prompts = self.texts.prompts
-        texts = [self._prompts[prompts[i]] + read(int(rows[i]), int(slots[i])) for i in numbers]
-        with atomic_write(self.path(shard)) as file:
-            np.save(file, on_grid(embedder.encode(texts)), allow_pickle=False)
+        prompts = self.texts.table["prompt"]
+        texts = [self._prompts[prompts[number]] + self.text(number) for number in numbers]
+        _save(self.path(shard), on_grid(embedder.encode(texts)))
 
     def describe(self) -> None:
         """Write, for people, which instructions and shards the side has."""
@@ -193,30 +190,20 @@ class StoredVectors:
         bounds = np.searchsorted(ordered, self._cuts)
         for shard in np.flatnonzero(np.diff(bounds)).tolist():
             part = slice(bounds[shard], bounds[shard + 1])
-            rows[order[part]] = self._shard(shard)[ordered[part] - self._cuts[shard]]
+            shape = (int(self._cuts[shard + 1] - self._cuts[shard]), self.shape[1])
+            vectors = _map(self._paths[shard], shape, np.dtype(np.float32))
+            rows[order[part]] = vectors[ordered[part] - self._cuts[shard]]
         return rows
-
-    def _shard(self, shard: int) -> Vectors:
-        path = self._paths[shard]
-        expected = (int(self._cuts[shard + 1] - self._cuts[shard]), self.shape[1])
-        try:
-            # Mapped for the moment only: what stays mapped counts as memory.
-            vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path}: expected vectors, found {error}; delete it") from error
-        if vectors.shape != expected or vectors.dtype != np.float32:
-            raise ValueError(
-                f"{path}: expected {expected} float32, found {vectors.shape} {vectors.dtype}; "
-                "delete it and run again"
-            )
-        return vectors
 
 
 class StoredNeighbours:
-    """The neighbours of Q queries in files of _QUERIES queries each: float32 scores, complete or absent."""
+    """The `depth` neighbours of Q queries, in files of _QUERIES queries each, complete or absent.
 
-    def __init__(self, folder: Path, queries: int) -> None:
-        self.folder, self.queries = folder, queries
+    The folder's name is how many neighbours the files hold.
+    """
+
+    def __init__(self, folder: Path, queries: int, depth: int) -> None:
+        self.folder, self.queries, self.depth = folder, queries, depth
 
     def bounds(self, block: int) -> slice:
         """The queries of a block."""
@@ -229,29 +216,48 @@ class StoredNeighbours:
 
     def write(self, block: int, found: Neighbours) -> None:
         """Write the neighbours of a block."""
-        with atomic_write(self._path(block)) as file:
-            np.savez(file, ids=found.ids, scores=found.scores.astype(np.float32))
+        pairs = np.empty(found.ids.shape, _NEIGHBOUR)
+        pairs["id"], pairs["score"] = found
+        _save(self._path(block), pairs)
 
     def __getitem__(self, numbers: Ints) -> tuple[Ints, Vectors]:
-        """(len(numbers), K) ids and scores of some queries."""
+        """(len(numbers), depth) ids, -1 for none, and scores of some queries."""
+        pairs = np.empty((len(numbers), self.depth), _NEIGHBOUR)
         blocks = numbers // _QUERIES
-        ids: Ints | None = None
-        scores: Vectors | None = None
         for block in np.unique(blocks).tolist():
-            with np.load(self._path(block), allow_pickle=False) as file:
-                part_ids, part_scores = file["ids"], file["scores"]
-            if ids is None or scores is None:
-                shape = (len(numbers), part_ids.shape[1])
-                ids, scores = np.empty(shape, np.int64), np.empty(shape, np.float32)
-            here = blocks == block
-            ids[here] = part_ids[numbers[here] - block * _QUERIES]
-            scores[here] = part_scores[numbers[here] - block * _QUERIES]
-        assert ids is not None
-        assert scores is not None
-        return ids, scores
+            here, bounds = blocks == block, self.bounds(block)
+            shape = (bounds.stop - bounds.start, int(self.folder.name))
+            there = _map(self._path(block), shape, _NEIGHBOUR)[:, : self.depth]
+            pairs[here] = there[numbers[here] - bounds.start]
+        return np.ascontiguousarray(pairs["id"]), np.ascontiguousarray(pairs["score"])
 
     def _path(self, block: int) -> Path:
-        return self.folder / f"{block:06d}.npz"
+        return self.folder / f"{block:06d}.npy"
+
+
+def _save(path: Path, array: npt.NDArray[Any]) -> None:
+    """Write an .npy file, complete or not at all."""
+    with atomic_write(path) as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array)  # np.save would report a full disk as so many items not written
+
+
+def _map(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """An .npy file, mapped for the moment only: what stays mapped counts as memory."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        found = f"{array.shape} {array.dtype}"
+    except (ValueError, EOFError) as error:
+        array, found = None, str(error)
+    if array is None or array.shape != shape or array.dtype != dtype:
+        raise ValueError(
+            f"{path}: expected {shape} {dtype}, found {found}; delete it and run again"
+        )
+    return array
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _short(value: object) -> str:

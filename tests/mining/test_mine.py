@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 import mine
 from kalm_min.data import TrainingData
-from kalm_min.files import read_json
+from kalm_min.files import read_json, write_json
 
 ROOT = Path(__file__).parent.parent.parent
 WORDS = "the cat sat on a mat while one dog ran far from its house to see blue birds".split()
@@ -58,9 +59,9 @@ def run(model, data, output, *flags):
 def contents(folder):
     """Everything a user sees of a mined folder."""
     return {
-        path.name: path.read_bytes()
-        for path in folder.iterdir()
-        if path.is_file() and not path.name.startswith(".")
+        path.relative_to(folder): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and "/." not in path.as_posix()
     }
 
 
@@ -103,6 +104,17 @@ def test_every_row_is_accounted_for(toy, mined):
         assert summary["kept"] == len(rows_of(mined, task))
         assert sum(summary["ranks"]) == (0 if task == "grouped" else summary["rows"])
     assert "490 rows in = " in (mined / "README.md").read_text(encoding="utf-8")
+
+
+def test_report_shows_rows_to_judge(mined):
+    """Dropped rows stand with what outranked them; a corpus without the ranks asked for is named."""
+    page = (mined / "README.tasks" / "planted.md").read_text(encoding="utf-8")
+    dropped, kept = page.split("rows outranked")[1], page.split("rows kept")[1]
+    assert dropped.count("first stranger: ``") == 20
+    assert kept.count("positive, rank") == 5
+    assert kept.count(" negative: ``") == 20
+    overview = (mined / "README.md").read_text(encoding="utf-8")
+    assert "Look at labels: 20 of 20 kept rows have fewer negatives" in overview
 
 
 def test_no_positive_is_mined(toy, mined):
@@ -170,6 +182,40 @@ def test_second_run_skips_and_other_rules_encode_nothing(mined, toy, tiny_model_
     progress = capsys.readouterr().err
     assert "encode" not in progress
     assert rows_of(other, "planted") != rows_of(mined, "planted")
+
+
+def test_other_rules_unfinished(toy, mined, tiny_model_dir, tmp_path, monkeypatch):
+    """A run with other rules that dies while writing leaves nothing that the first takes for its own."""
+    output = tmp_path / "out"
+    shutil.copytree(mined, output)
+
+    def die(path, value):
+        if path.stem == "planted":
+            raise KeyboardInterrupt
+        write_json(path, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kalm_min.mining.pipeline.write_json", die)
+        assert run(tiny_model_dir, toy, output, *RULES, "--seed", "9") == 130
+    assert contents(output) != contents(mined)
+    assert run(tiny_model_dir, toy, output, *RULES) == 0
+    assert contents(output) == contents(mined)
+
+
+def test_full_disk(toy, mined, tiny_model_dir, tmp_path):
+    """A file that cannot be written is one sentence; what was written is used by the next run."""
+    output = tmp_path / "out"
+    limit = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (60_000, 60_000))"
+    code = f"{limit}; import sys, mine; sys.exit(mine.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *program(tiny_model_dir, toy, output)[1:]]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("mine.py: [Errno ")
+    assert "the same command goes on" in done.stderr
+    assert list((output / ".mining").glob("model/shards/*.npy"))
+    assert run(tiny_model_dir, toy, output, *RULES) == 0
+    assert contents(output) == contents(mined)
 
 
 def test_dry_run_writes_nothing(toy, mined, tiny_model_dir, capsys):
