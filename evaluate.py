@@ -3,6 +3,8 @@
     python evaluate.py --model runs/ft/final --benchmark "MTEB(eng, v1)" --output results
     python evaluate.py --model runs/ft/final --data data/eval --output results --dims 896 512 256
     python evaluate.py --benchmark "MTEB(eng, v1)" --datasets mirror --prefetch
+    python evaluate.py --output results --report-only
+    python evaluate.py --compare results/a results/b
 
 The same command again continues where the last one stopped. Exit code 0 only when every task has
 its score; 1 when one failed, 2 when the request itself is wrong.
@@ -12,14 +14,19 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NoReturn
 
 from kalm_min.config import parse
-from kalm_min.evaluation import report
+from kalm_min.evaluation import plots, report
+from kalm_min.evaluation.compare import comparison
 from kalm_min.evaluation.mirror import mirrored, prefetch
-from kalm_min.evaluation.plan import EvaluationConfig, find_tasks, make_plan
-from kalm_min.evaluation.runner import Runner
+from kalm_min.evaluation.plan import EvaluationConfig, Plan, find_tasks, make_plan
+from kalm_min.evaluation.results import asked_for, read_plans
+from kalm_min.evaluation.runner import Failure, Runner
 from kalm_min.files import write_text
 
 
@@ -33,7 +40,12 @@ def main() -> int:
     )
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return _prefetch(config) if config.prefetch else _evaluate(config)
+        if config.compare:
+            print(comparison(config.compare, config.dims))
+            return 0
+        if config.prefetch:
+            return _prefetch(config)
+        return _tabulate(config) if config.report_only else _evaluate(config)
     except ValueError as error:
         sys.stderr.write(f"evaluate.py: {error}\n")
         return 2
@@ -50,6 +62,24 @@ def _prefetch(config: EvaluationConfig) -> int:
         sys.stderr.write(f"evaluate.py: could not fetch {failure}\n")
     print(f"{'incomplete' if failures else 'complete'}: {config.datasets}")
     return 1 if failures else 0
+
+
+def _tabulate(config: EvaluationConfig) -> int:
+    """Report without running: the plan that was asked for, or whatever the folder holds."""
+    there = read_plans(config.output, config.dims)
+    if config.model:
+        plans = [make_plan(config)]
+        if not any(plan.results == plans[0].results for plan in there):
+            found = ", ".join(str(plan.results) for plan in there)
+            raise ValueError(f"expected results in {plans[0].results}, found only {found}")
+    elif config.benchmark or config.tasks or config.data:
+        plans = [asked_for(plan, *find_tasks(config)) for plan in there]
+    else:
+        plans = there
+    for plan in plans:
+        apart = config.output / "reports" / plan.results.name
+        _write_report(config, plan, {}, apart if len(plans) > 1 else config.output)
+    return 0
 
 
 def _evaluate(config: EvaluationConfig) -> int:
@@ -71,12 +101,23 @@ def _evaluate(config: EvaluationConfig) -> int:
         stream=sys.stdout,
     )
     failures = runner.run()
+    _write_report(config, plan, failures, config.output)
+    return 1 if failures else 0
+
+
+def _write_report(
+    config: EvaluationConfig, plan: Plan, failures: Mapping[str, Failure], folder: Path
+) -> None:
+    """Print the tables and write them, and plots, into a folder."""
     rows = report.score_rows(plan)
     text = report.markdown(plan, rows, failures)
-    write_text(config.output / "summary.md", text)
-    write_text(config.output / "summary.csv", report.comma_separated(plan, rows))
-    print(f"\n{text}\nwritten to {config.output / 'summary.md'} and summary.csv")
-    return 1 if failures else 0
+    write_text(folder / "summary.md", text)
+    write_text(folder / "summary.csv", report.comma_separated(plan, rows))
+    images = plots.draw(folder, rows, config.output / "logs" / "timeline.jsonl")
+    written = ", ".join(["summary.md", "summary.csv", *images])
+    print(f"\n{text}\nwritten to {folder}: {written}")
+    if find_spec("matplotlib") is None:
+        print('no plots: they need matplotlib, pip install "kalm-min[report]"')
 
 
 def _visible_devices() -> list[str]:

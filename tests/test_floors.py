@@ -59,7 +59,7 @@ REFUSED = {
     "faiss": ("kalm_min.mining.search",),
     "mteb": MTEB_SIDE,
     "datasets": MTEB_SIDE,
-    "matplotlib": ("kalm_min.mining.report", "kalm_min.evaluation.report"),
+    "matplotlib": ("kalm_min.mining.report", "kalm_min.evaluation.plots"),
     "pyarrow": ("kalm_min.data.parquet",),
     "transformers": (),
     "sentence_transformers": (),

@@ -62,10 +62,18 @@ class EvaluationConfig:
     """Mirror of the hub's datasets; with it nothing is taken from the network."""
     prefetch: bool = False
     """Copy the datasets of --benchmark and --tasks from the hub into --datasets and stop."""
+    report_only: bool = False
+    """Run nothing, tabulate what is there; without --model everything that --output holds."""
+    compare: tuple[Path, ...] = ()
+    """Run nothing, tabulate two results folders or more beside one another."""
 
     def __post_init__(self) -> None:
         """Refuse what no run could mean."""
-        if self.prefetch:
+        if len(self.compare) == 1:
+            raise ValueError("--compare: expected two folders or more, found one")
+        if self.compare or (self.report_only and not self.model):
+            pass  # needs no model
+        elif self.prefetch:
             if self.datasets is None or not (self.benchmark or self.tasks):
                 raise ValueError("--prefetch: expected --datasets, and --benchmark or --tasks")
         elif not self.model:

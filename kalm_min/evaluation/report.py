@@ -2,18 +2,23 @@
 
 Scores are mteb's, times 100. Means over what was asked for are named as just that; under the name
 of an official benchmark stands only what mteb itself averages, and nothing while a task is missing.
+Beside a task that was published for KaLM stand those scores, if it is the same task in all its parts.
 """
 
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from kalm_min.evaluation.plan import Plan, PlannedTask, official_means, official_results
+from kalm_min.files import read_json
 from kalm_min.progress import duration
 
 _MISSING = "—"
+_PUBLISHED = Path(__file__).with_name("published.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,21 @@ class Row:
     metric: str
     scores: Mapping[int, float | None]
     seconds: float | None = None
+    published: Mapping[str, float] = field(default_factory=dict)
+    """Scores of KaLM's releases in the same task."""
+
+
+@cache
+def _published() -> dict[str, Any]:
+    return read_json(_PUBLISHED)
+
+
+def published_scores(task: PlannedTask) -> dict[str, float]:
+    """The scores of KaLM's releases by version; {} if the task, or these parts of it, has none."""
+    entry = _published()["tasks"].get(task.name, {"splits": (), "subsets": ()})
+    if (task.splits, task.subsets) != (tuple(entry["splits"]), tuple(entry["subsets"])):
+        return {}
+    return {version: entry[version] for version in _published()["models"]}
 
 
 def plan_table(plan: Plan) -> str:
@@ -49,7 +69,7 @@ def plan_table(plan: Plan) -> str:
     total = sum(task.characters for task in plan.tasks) / 1e6
     head = ["task", "type", "Mchar", "state", "of the", "instruction"]
     return (
-        f"{_markdown(head, rows, right={2})}\n\n"
+        f"{table(head, rows, right={2})}\n\n"
         f"{len(rows)} tasks ({sum(done)} done), {total:.2f} Mchar; results in {plan.results}"
     )
 
@@ -78,23 +98,26 @@ def score_rows(plan: Plan) -> list[Row]:
 
 
 def _task_row(plan: Plan, task: PlannedTask, records: dict[str, Any]) -> Row:
+    known = published_scores(task)
     if task.name not in records:
-        return Row("task", task.name, task.type, task.main_score, dict.fromkeys(plan.dims))
+        empty = dict.fromkeys(plan.dims)
+        return Row("task", task.name, task.type, task.main_score, empty, published=known)
     record = records[task.name]
     scores = {dim: 100 * record["dims"][str(dim)]["main_score"] for dim in plan.dims}
-    return Row("task", task.name, task.type, task.main_score, scores, record["seconds"])
+    return Row("task", task.name, task.type, task.main_score, scores, record["seconds"], known)
 
 
 def _aggregate_row(plan: Plan, name: str, records: dict[str, Any]) -> Row:
     """A task that is the mean of others (CQADupstackRetrieval), by mteb's own rule."""
     leaves = [task for task in plan.tasks if task.name in plan.aggregates[name]]
     kind, metric = leaves[0].type, leaves[0].main_score
+    known = published_scores(replace(leaves[0], name=name))
     if any(leaf.name not in records for leaf in leaves):
-        return Row("task", name, kind, metric, dict.fromkeys(plan.dims))
+        return Row("task", name, kind, metric, dict.fromkeys(plan.dims), published=known)
     results = {dim: official_results(name, _at(records, dim)) for dim in plan.dims}
     scores = {dim: 100 * result.get_score() for dim, result in results.items()}
     seconds = sum(records[leaf.name]["seconds"] for leaf in leaves)
-    return Row("task", name, kind, metric, scores, seconds)
+    return Row("task", name, kind, metric, scores, seconds, known)
 
 
 def _at(records: dict[str, Any], dim: int) -> dict[str, Any]:
@@ -138,9 +161,6 @@ def _benchmark_rows(plan: Plan, name: str, records: dict[str, Any]) -> list[Row]
 
 def markdown(plan: Plan, rows: Sequence[Row], failures: Mapping[str, Any]) -> str:
     """The report: what was evaluated and how, the scores, and what failed and why."""
-    settings = ", ".join(
-        f"{key} {value}" for key, value in plan.settings.items() if value is not None
-    )
     head = ["task", "type", "score", *(str(dim) for dim in plan.dims), "time"]
     lines = [
         [
@@ -154,8 +174,9 @@ def markdown(plan: Plan, rows: Sequence[Row], failures: Mapping[str, Any]) -> st
     ]
     parts = [
         f"# {plan.model}",
-        f"Checkpoint {plan.checkpoint[:12]}; {settings}.{_used(plan)} Scores are mteb's, times 100.",
-        _markdown(head, lines, right=set(range(3, len(head)))),
+        f"{described(plan)} Scores are mteb's, times 100.",
+        table(head, lines, right=set(range(3, len(head)))),
+        *_beside_published(plan, rows),
     ]
     for name, failure in failures.items():
         log = f"\n\n```\n{failure.log}\n```" if failure.log else ""
@@ -163,8 +184,14 @@ def markdown(plan: Plan, rows: Sequence[Row], failures: Mapping[str, Any]) -> st
     return "\n\n".join(parts) + "\n"
 
 
-def _used(plan: Plan) -> str:
-    """What settings that were left open came to; more than one answer is a reason to look twice."""
+def described(plan: Plan) -> str:
+    """The checkpoint and its settings.
+
+    Also what settings that were left open came to: more than one answer is a reason to look twice.
+    """
+    settings = ", ".join(
+        f"{key} {value}" for key, value in plan.settings.items() if value is not None
+    )
     results = [result for task in plan.tasks if (result := plan.result(task)) is not None]
     used = [result["kalm_min"]["used"] for result in results]
     answers = sorted(
@@ -172,18 +199,94 @@ def _used(plan: Plan) -> str:
         f"{one['max_length']} tokens at most"
         for one in used
     )
-    return f" Computed in {' and in '.join(dict.fromkeys(answers))}." if answers else ""
+    computed = f" Computed in {' and in '.join(dict.fromkeys(answers))}." if answers else ""
+    return f"Checkpoint {plan.checkpoint[:12]}; {settings}.{computed}"
+
+
+def _beside_published(plan: Plan, rows: Sequence[Row]) -> list[str]:
+    """Our largest dimension beside KaLM's releases, if they have a task in common."""
+    ours = f"ours ({plan.dims[0]})"
+    columns: dict[str, dict[str, float]] = {version: {} for version in _published()["models"]}
+    columns[ours] = {}
+    for row in rows:
+        if row.published and (score := row.scores[plan.dims[0]]) is not None:
+            columns[ours][row.name] = score
+            for version, known in row.published.items():
+                columns[version][row.name] = known
+    if not columns[ours]:
+        return []
+    types = {row.name: row.type for row in rows}
+    pairs = [(ours, version) for version in _published()["models"]]
+    return [
+        "## Beside KaLM's releases",
+        f"Source: {_published()['source']}.",
+        side_by_side(columns, types, pairs),
+    ]
+
+
+def side_by_side(
+    columns: Mapping[str, Mapping[str, float]],
+    types: Mapping[str, str],
+    differences: Sequence[tuple[str, str]],
+) -> str:
+    """Scores of several runs as a table, with differences; means over the tasks of all columns only.
+
+    Args:
+        columns: name -> task -> score.
+        types: of the tasks.
+        differences: (a, b) is a column "a - b".
+    """
+    names = {name for scores in columns.values() for name in scores}
+    order = sorted(names, key=lambda name: (types[name], name))
+    common = [name for name in order if all(name in scores for scores in columns.values())]
+    groups = {
+        kind: [name for name in common if types[name] == kind]
+        for kind in dict.fromkeys(types[name] for name in common)
+    }
+
+    def line(name: str, kind: str, scores: Mapping[str, float | None]) -> list[str]:
+        cells = [_number(scores[column]) for column in columns]
+        for a, b in differences:
+            x, y = scores[a], scores[b]
+            cells.append(_MISSING if x is None or y is None else f"{x - y:+.2f}")
+        return [name, kind, *cells]
+
+    def mean(names: Sequence[str]) -> dict[str, float]:
+        return {c: sum(scores[n] for n in names) / len(names) for c, scores in columns.items()}
+
+    means = {kind: mean(group) for kind, group in groups.items()}
+    lines = [
+        line(name, types[name], {c: scores.get(name) for c, scores in columns.items()})
+        for name in order
+    ]
+    lines += [line(f"mean of {len(groups[kind])} {kind}", "", means[kind]) for kind in groups]
+    if common:
+        over_types = {c: sum(one[c] for one in means.values()) / len(means) for c in columns}
+        lines.append(line(f"mean of {len(common)} tasks", "", mean(common)))
+        lines.append(line(f"mean of {len(means)} types", "", over_types))
+    head = ["task", "type", *columns, *(f"{a} - {b}" for a, b in differences)]
+    return table(head, lines, right=set(range(2, len(head))))
 
 
 def comma_separated(plan: Plan, rows: Sequence[Row]) -> str:
-    """The same rows for programs: kind, name, type, score, a column per dimension, seconds."""
+    """The same rows for programs: kind, name, type, score, a column per dimension, seconds.
+
+    Where a task was published, also each release's score and ours at the largest dimension less it.
+    """
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["kind", "name", "type", "score", *plan.dims, "seconds"])
+    versions = list(_published()["models"]) if any(row.published for row in rows) else []
+    more = [name for version in versions for name in (version, f"ours - {version}")]
+    writer.writerow(["kind", "name", "type", "score", *plan.dims, "seconds", *more])
     for row in rows:
-        scores = [_number(row.scores[dim]).replace(_MISSING, "") for dim in plan.dims]
+        cells = [row.scores[dim] for dim in plan.dims]
         seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
-        writer.writerow([row.kind, row.name, row.type, row.metric, *scores, seconds])
+        beside: list[float | None] = []
+        for version in versions:
+            known = row.published.get(version)
+            beside += [known, None if known is None or cells[0] is None else cells[0] - known]
+        shown = [[_number(cell).replace(_MISSING, "") for cell in part] for part in (cells, beside)]
+        writer.writerow([row.kind, row.name, row.type, row.metric, *shown[0], seconds, *shown[1]])
     return stream.getvalue()
 
 
@@ -191,7 +294,7 @@ def _number(score: float | None) -> str:
     return _MISSING if score is None else f"{score:.2f}"
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]], right: set[int]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: set[int]) -> str:
     """A Markdown table whose columns line up when printed; `right` are the numbers' columns."""
     table = [
         [cell.replace("|", "\\|").replace("\n", "\\n") for cell in row] for row in [head, *rows]

@@ -6,6 +6,9 @@ import warnings
 
 import pytest
 
+from kalm_min.evaluation.plan import Instruction, Plan, PlannedTask
+from kalm_min.files import write_json
+
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "one", "dog", "ran", "far", "to", "see", "birds"]
 
 
@@ -85,3 +88,46 @@ def eight(tmp_path_factory):
 def datasets(tmp_path):
     """The same, to be broken."""
     return write_datasets(tmp_path / "data")
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """finished("a", {task: {dim: score}}, types): a plan whose results below tmp_path / "a" are there.
+
+    A task without scores is planned and has no result.
+    """
+
+    def make(output, scores, types=None, revision="1", **changes):
+        parts = {"STS17": ("en-en",)}
+        tasks = tuple(
+            PlannedTask(
+                name,
+                (types or {}).get(name, "STS"),
+                "cosine_spearman",
+                revision,
+                1000,
+                Instruction(),
+                subsets=parts.get(name, ("default",)),
+            )
+            for name in scores
+        )
+        settings = {"dtype": "auto", "causal": None, "pooling": None, "max_length": None}
+        options = {
+            "model": "a/model",
+            "checkpoint": "c" * 64,
+            "dims": tuple(sorted(next(iter(scores.values())), reverse=True)),
+            "settings": settings | {"instructions": "v2"},
+            "tasks": tasks,
+            "results": tmp_path / output / "results" / "a__model" / f"{'c' * 12}-{'5' * 8}",
+        }
+        plan = Plan(**options | changes)
+        used = {"dtype": "float32", "causal": True, "pooling": "mean", "max_length": 512}
+        for task in tasks:
+            dims = {str(dim): {"main_score": score} for dim, score in scores[task.name].items()}
+            record = {"key": plan.key(task), "dims": dims, "seconds": 2.0}
+            record |= {"used": used, "type": task.type}
+            if dims:
+                write_json(plan.result_path(task), {"kalm_min": record})
+        return plan
+
+    return make

@@ -17,8 +17,9 @@ def evaluate(tiny_model_dir, tmp_path_factory):
     """Runs evaluate.py in an empty folder; returns the finished process."""
     folder = tmp_path_factory.mktemp("cli")
 
-    def run(*arguments):
-        command = [sys.executable, str(ROOT / "evaluate.py"), "--model", str(tiny_model_dir)]
+    def run(*arguments, has_model=True):
+        command = [sys.executable, str(ROOT / "evaluate.py")]
+        command += ["--model", str(tiny_model_dir)] * has_model
         environment = {
             "PATH": os.environ["PATH"],
             "HF_HUB_OFFLINE": "1",
@@ -63,6 +64,38 @@ def test_a_run_and_its_repetition(mteb, evaluate, eight, datasets):
     assert "cosine_spearman" in again.stdout
     assert "[1/1]" not in again.stdout  # no task was run
     assert result.stat().st_mtime_ns == before
+
+
+def test_a_folder_is_tabulated_and_compared_without_running(mteb, evaluate, eight, tmp_path):
+    """Promise: --report-only gives the run's own tables; nothing is needed but the folder."""
+    wanted = ("--data", eight / "sts", eight / "pair", "--output", "tables", *PLAIN)
+    assert evaluate(*wanted).returncode == 0
+    folder = evaluate.folder / "tables"
+    tables = {path: path.read_text() for path in folder.glob("summary.*")}
+    assert len(tables) == 2
+    for more in (("--report-only",), (*wanted, "--report-only")):
+        for path in tables:
+            path.unlink()
+        again = evaluate("--output", "tables", *more, has_model=len(more) > 1)
+        assert again.returncode == 0, again.stderr
+        titles = {path: path.read_text().replace("local/model", "M") for path in tables}
+        assert {p: t.partition("\n")[2] for p, t in titles.items()} == {
+            p: t.partition("\n")[2] for p, t in tables.items()
+        }
+    compared = evaluate("--compare", "tables", folder, has_model=False)
+    assert compared.returncode == 0, compared.stderr
+    assert "mean of 2 tasks" in compared.stdout
+    for arguments, found in (
+        (("--output", "nothing", "--report-only"), "nothing: expected a folder"),
+        (("--compare", "tables"), "--compare: expected two folders"),
+        (("--compare", "tables", "nothing"), "nothing: expected a folder"),
+    ):
+        wrong = evaluate(*arguments, has_model=False)
+        assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+        assert found in wrong.stderr
+    other = evaluate(*wanted, "--max-length", "16", "--report-only")
+    assert other.returncode == 2
+    assert "found only tables/results/local__model/" in other.stderr
 
 
 def test_dry_run_shows_the_plan_and_runs_nothing(mteb, evaluate, eight):

@@ -14,7 +14,7 @@ import pytest
 
 from kalm_min.evaluation.child import Child
 from kalm_min.evaluation.plan import Instruction, Plan, PlannedTask
-from kalm_min.evaluation.report import comma_separated, markdown, plan_table, score_rows
+from kalm_min.evaluation.report import markdown, score_rows
 from kalm_min.evaluation.runner import Runner
 from kalm_min.files import read_jsonl
 
@@ -204,23 +204,6 @@ def test_the_timeline_tells_every_attempt(plan, tmp_path):
         ("error-2", "STS", "cpu", "failed"),
     ]
     assert time.time() - 60 < spans[0]["start"] <= spans[0]["end"] <= spans[1]["start"] + 0.01
-
-
-def test_tables(plan):
-    """Markdown lines up and is complete without scores; CSV holds the same rows."""
-    every = plan("ok|1", "ok-2")
-    assert "to do" in plan_table(every)
-    rows = score_rows(every)
-    assert [row.kind for row in rows] == ["task", "task"]
-    lines = markdown(every, rows, {}).splitlines()
-    table = [line for line in lines if line.startswith("|")]
-    assert len({len(line) for line in table}) == 1
-    assert "ok\\|1" in table[3]
-    assert comma_separated(every, rows).splitlines() == [
-        "kind,name,type,score,32,8,seconds",
-        "task,ok-2,STS,cosine_spearman,,,",
-        "task,ok|1,STS,cosine_spearman,,,",
-    ]
 
 
 @pytest.fixture
