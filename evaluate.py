@@ -98,6 +98,7 @@ def _evaluate(config: EvaluationConfig) -> int:
         environment=environment,
         logs=config.output / "logs",
         timeout=config.timeout,
+        store=config.store,
         stream=sys.stdout,
     )
     failures = runner.run()

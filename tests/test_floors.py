@@ -26,6 +26,7 @@ FLOORS = {
     "kalm_min.sampling": 0,
     "kalm_min.losses": 0,
     "kalm_min.model": 0,
+    "kalm_min.shards": 1,
     "kalm_min.data": 1,
     "kalm_min.embedder": 1,
     "kalm_min.training.distributed": 1,

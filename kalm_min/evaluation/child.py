@@ -13,7 +13,8 @@ from typing import Any, Self
 
 _EVENTS = {
     "ready": (),
-    "progress": ("texts",),
+    "alive": (),
+    "progress": ("texts", "characters"),
     "done": ("task",),
     "failed": ("task", "error", "memory"),
     "unusable": ("error",),

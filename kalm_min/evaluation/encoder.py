@@ -1,15 +1,18 @@
 """An `Embedder` in the shape mteb asks for: an encoder and a search in one object.
 
 Every text of a task is encoded once, at full width; each Matryoshka dimension is cut from that and
-scaled back to unit length. Corpora are never held whole: a search walks slices and keeps, on the
+scaled back to unit length. Corpora are never held whole: a search walks blocks and keeps, on the
 device and for all dimensions at once, the best so far. mteb's own search would do it with a Python
-heap per query; the rankings are the same.
+heap per query; the rankings are the same. With a store, vectors outlive the task, and other processes
+may encode parts of the corpus beforehand.
 
-Not here: scores (mteb), and any memory that outlives its task: one adapter serves one task.
+Not here: scores (`scoring`, mteb). One adapter serves one task.
 """
 
-import time
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,13 +21,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kalm_min import shards
 from kalm_min.embedder import Embedder
+from kalm_min.evaluation.schedule import BLOCK
 from kalm_min.evaluation.scoring import Ranking, rows_of
 
-_SLICE = 50_000  # documents of a corpus encoded and searched at a time; mteb's own number
 _QUERIES = 1024  # queries compared with a slice at a time: 0.2 GB of scores
 _PAIRS = 65_536  # queries compared with a candidate each at a time
-_FIRST_CHUNK = 256  # texts between two reports of progress, doubled until it takes a second
 
 Vectors = NDArray[np.float32]
 
@@ -39,7 +42,8 @@ class Adapter:
         query_prompt: str = "",
         document_prompt: str = "",
         dims: Sequence[int] = (),
-        report: Callable[[int], None] = lambda texts: None,
+        store: Path | None = None,
+        report: Callable[[int, int], None] = lambda texts, characters: None,
     ) -> None:
         """Wrap a model for one task.
 
@@ -48,7 +52,9 @@ class Adapter:
             query_prompt: put before queries, and before every text of tasks without two sides.
             document_prompt: put before the documents of retrieval and reranking.
             dims: the dimensions that will be asked for; the full one if none is given.
-            report: called with the number of texts encoded since the last call.
+            store: folder of shards of this model with these settings; vectors are taken from there
+                and put there.
+            report: called with the texts and characters done since the last call.
         """
         from mteb.models import ModelMeta
 
@@ -59,7 +65,7 @@ class Adapter:
         self.dim = self.dims[0]
         self._embedder = embedder
         self._prompts = {"query": query_prompt, "document": document_prompt}
-        self._report = report
+        self._store, self._report = store, report
         self._vectors: dict[str, dict[str, Vectors]] = {"query": {}, "document": {}}
         self._corpus: Any = None
         # By place in the task, queries and corpus (held, so that its id stays its own).
@@ -148,13 +154,18 @@ class Adapter:
                 self._rankings[key] = self._rerank(full, corpus, lists, top_k)
         return self._rankings[key][self.dim]
 
+    def encode_slice(self, corpus: Any, number: int, count: int) -> None:
+        """Put the vectors of one of `count` slices of a corpus into the store: every so many blocks."""
+        for start in range(number * BLOCK, len(corpus), count * BLOCK):
+            self._embed(_document_texts(corpus[start : start + BLOCK]), "document")
+
     def _search(self, full: Tensor, corpus: Any, top_k: int) -> dict[int, Ranking]:
         """Per dimension the best `top_k` documents of each query."""
         device = self._embedder.device
         queries = {dim: _cut(full.to(device), dim).split(_QUERIES) for dim in self.dims}
         best: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        for start in range(0, len(corpus), _SLICE):
-            texts = _document_texts(corpus[start : start + _SLICE])
+        for start in range(0, len(corpus), BLOCK):
+            texts = _document_texts(corpus[start : start + BLOCK])
             documents = torch.from_numpy(self._embed(texts, "document")).to(device)  # (S, D)
             for dim in self.dims:
                 slice_ = _cut(documents, dim)  # (S, dim)
@@ -203,22 +214,33 @@ class Adapter:
         return np.stack([known[text] for text in texts]) if texts else self._embed([], side)
 
     def _embed(self, texts: list[str], side: str) -> Vectors:
-        """(n, D) unit vectors, the longest texts first and with a sign of life about every second."""
-        order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
+        """(n, D) unit vectors, shard by shard: found in the store, or encoded.
+
+        The same shards with a store and without: what is encoded together decides the last bits.
+        """
         vectors = np.empty((len(texts), self._embedder.dimension), np.float32)
-        start, size = 0, _FIRST_CHUNK
-        while start < len(order):
-            begun = time.monotonic()
-            rows = order[start : start + size]
-            vectors[rows] = self._embedder.encode([texts[r] for r in rows], self._prompts[side])
-            self._report(len(rows))
-            start += size
-            size *= 2 if time.monotonic() - begun < 1 else 1
+        for place, name in shards.split(texts, self._prompts[side]):
+            part = texts[place]
+            vectors[place] = self._shard(part, side, name)
+            self._report(len(part), sum(map(len, part)))
+        return vectors
+
+    def _shard(self, texts: list[str], side: str, name: str) -> Vectors:
+        path = self._store / name if self._store else None
+        if path:
+            with suppress(OSError, ValueError):  # absent, or damaged: encode it (again)
+                return shards.read(path, (len(texts), self._embedder.dimension))
+        vectors = self._embedder.encode(texts, self._prompts[side])
         if not np.isfinite(vectors).all():
             raise ValueError(
                 f"the model gives vectors with NaN or infinity in {self._embedder.dtype}; "
                 "try --dtype float32"
             )
+        if path:
+            try:
+                shards.write(path, vectors)
+            except OSError as error:  # a full disk: they are encoded again where they are needed
+                sys.stderr.write(f"{path} was not kept: {error}\n")
         return vectors
 
 

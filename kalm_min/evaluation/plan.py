@@ -17,12 +17,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from kalm_min.evaluation.cost import Cost, from_statistics
 from kalm_min.evaluation.local_data import KINDS, LocalDataset, find_datasets
+from kalm_min.evaluation.schedule import BLOCK, Work, deal
 from kalm_min.files import read_json
 
 _TABLES = Path(__file__).with_name("instructions.json")
 _NEEDS_MTEB = 'evaluation needs mteb: pip install "kalm-min[eval]"'
 _HASHED = {".safetensors", ".json", ".txt"}  # the files of a checkpoint that change its vectors
+_NO_COST = Cost()
+_SAME_CORPUS = {"FEVER": "fever", "ClimateFEVER": "fever"}  # to within 25 documents
 _HUB_FILES = ["*.json", "*.safetensors"]
 
 
@@ -54,8 +58,12 @@ class EvaluationConfig:
     """Attention mode; the checkpoint's own if none."""
     pooling: Literal["mean", "lasttoken"] | None = None
     """Pooling; the checkpoint's own if none."""
-    timeout: float = 3600.0
-    """Seconds without a sign of progress after which a worker is replaced."""
+    store: Path | None = None
+    """Folder in which vectors are kept, to be found again by any later run of the same checkpoint."""
+    shard: str = ""
+    """This machine's part of the plan, e.g. 2/4; the parts meet in the same --output."""
+    timeout: float = 1800.0
+    """Seconds without progress after which a worker is replaced; longer for tasks estimated longer."""
     dry_run: bool = False
     """Print the plan and stop."""
     datasets: Path | None = None
@@ -85,6 +93,9 @@ class EvaluationConfig:
                 raise ValueError(f"--devices: expected cpu, cuda:0, ..., found {device!r}")
         if any(dim < 1 for dim in self.dims) or len(set(self.dims)) < len(self.dims):
             raise ValueError(f"--dims: expected different numbers above 0, found {self.dims}")
+        part = re.fullmatch(r"(\d+)/(\d+)", self.shard or "1/1")
+        if not part or not 1 <= int(part[1]) <= int(part[2]):
+            raise ValueError(f"--shard: expected k/n with k from 1 to n, found {self.shard!r}")
         if self.timeout <= 0:
             raise ValueError(f"--timeout: expected seconds above 0, found {self.timeout}")
 
@@ -119,6 +130,23 @@ class PlannedTask:
     """The copy of the repository to read instead."""
     splits: tuple[str, ...] = ("test",)
     subsets: tuple[str, ...] = ()
+    cost: Cost = _NO_COST
+
+    @property
+    def seconds(self) -> float:
+        """Estimated, on one device."""
+        return self.cost.seconds(self.type)
+
+    def work(self) -> Work:
+        """The task as the schedule sees it."""
+        shared = _SAME_CORPUS.get(self.name, "")
+        return Work(
+            self.name,
+            self.seconds,
+            self.cost.corpus_seconds(),
+            blocks=self.cost.documents // BLOCK,
+            corpus=f"{shared} {self.instruction.document}" if shared else "",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +160,15 @@ class Plan:
     """Largest first."""
     settings: dict[str, Any]
     tasks: tuple[PlannedTask, ...]
+    """The longest first."""
     results: Path
     """Folder of the result files."""
     benchmarks: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Benchmark -> its tasks, aggregates among them."""
     aggregates: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Aggregate task -> the leaf tasks it is the mean of."""
+    elsewhere: frozenset[str] = frozenset()
+    """Tasks that are another machine's."""
 
     def result_path(self, task: PlannedTask) -> Path:
         """Where a task's result file belongs."""
@@ -190,11 +221,20 @@ def make_plan(config: EvaluationConfig) -> Plan:
         checkpoint=checkpoint,
         dims=_check_dims(folders[-1], config.dims),
         settings=settings,
-        tasks=tuple(sorted(tasks, key=lambda task: -task.characters)),
+        tasks=tuple(sorted(tasks, key=lambda task: -task.seconds)),
+        elsewhere=_elsewhere(tasks, config.shard),
         results=config.output / "results" / owner.replace("/", "__") / revision,
         benchmarks=benchmarks,
         aggregates=aggregates,
     )
+
+
+def _elsewhere(tasks: Sequence[PlannedTask], shard: str) -> frozenset[str]:
+    """The tasks that part `shard` ("2/4") leaves to the other machines."""
+    number, count = map(int, (shard or "1/1").split("/"))
+    shares = deal([task.work() for task in tasks], count)
+    del shares[number - 1]
+    return frozenset(work.name for share in shares for work in share)
 
 
 def find_tasks(
@@ -212,7 +252,7 @@ def find_tasks(
     benchmarks: dict[str, tuple[str, ...]] = {}
     aggregates: dict[str, tuple[str, ...]] = {}
     if config.benchmark or config.tasks:
-        benchmarks, aggregates, found = _plan_mteb(config.benchmark, config.tasks, table)
+        benchmarks, aggregates, found = _plan_mteb(config, table)
         tasks += found
     names = [task.name for task in tasks]
     for name in sorted({name for name in names if names.count(name) > 1}):
@@ -330,14 +370,21 @@ def _plan_local(dataset: LocalDataset, table: dict[str, Any], *, silent: bool) -
         characters=dataset.characters,
         instruction=instruction,
         folder=dataset.path,
+        cost=_local_cost(dataset),
     )
+
+
+def _local_cost(dataset: LocalDataset) -> Cost:
+    """Of retrieval nearly all texts are the corpus."""
+    size = (dataset.characters, dataset.texts)
+    return Cost(*size, *size) if dataset.kind == "retrieval" else Cost(*size)
 
 
 # From here on: mteb.
 
 
 def _plan_mteb(
-    benchmarks: Sequence[str], names: Sequence[str], table: dict[str, Any]
+    config: EvaluationConfig, table: dict[str, Any]
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]], list[PlannedTask]]:
     """Benchmarks and task names -> (benchmark: tasks), (aggregate: leaves), leaf tasks.
 
@@ -347,13 +394,13 @@ def _plan_mteb(
     from mteb.abstasks.aggregated_task import AbsTaskAggregate
 
     members: dict[str, list[Any]] = {}
-    for name in benchmarks:
+    for name in config.benchmark:
         try:
             members[name] = list(mteb.get_benchmark(name).tasks)
         except KeyError as error:
             raise ValueError(f"--benchmark: {error.args[0]}") from error
     try:
-        single: list[Any] = [mteb.get_task(name) for name in names]
+        single: list[Any] = [mteb.get_task(name) for name in config.tasks]
     except KeyError as error:
         raise ValueError(f"--tasks: {error.args[0]}") from error
     aggregates: dict[str, tuple[str, ...]] = {}
@@ -364,14 +411,14 @@ def _plan_mteb(
             aggregates[task.metadata.name] = tuple(t.metadata.name for t in task.metadata.tasks)
             queue += task.metadata.tasks
         else:
-            planned = _plan_leaf(task, table)
+            planned = _plan_leaf(task, table, config.max_length)
             leaves[planned.name] = _join(leaves.get(planned.name), planned)
     groups = {name: tuple(task.metadata.name for task in group) for name, group in members.items()}
     return groups, aggregates, list(leaves.values())
 
 
-def _plan_leaf(task: Any, table: dict[str, Any]) -> PlannedTask:
-    metadata = task.metadata
+def _plan_leaf(task: Any, table: dict[str, Any], max_length: int | None) -> PlannedTask:
+    metadata, cost = task.metadata, _cost(task, max_length)
     if list(metadata.modalities) != ["text"]:
         raise ValueError(
             f"{metadata.name} is about {', '.join(metadata.modalities)}, not only text"
@@ -381,11 +428,12 @@ def _plan_leaf(task: Any, table: dict[str, Any]) -> PlannedTask:
         type=metadata.type,
         main_score=metadata.main_score,
         revision=metadata.revision,
-        characters=_count_characters(task),
+        characters=cost.characters,
         instruction=resolve_instruction(table, metadata.name, metadata.type),
         splits=tuple(task.eval_splits),
         subsets=tuple(task.hf_subsets),
         repository=metadata.dataset["path"],
+        cost=cost,
     )
 
 
@@ -398,21 +446,20 @@ def _join(a: PlannedTask | None, b: PlannedTask) -> PlannedTask:
     )
 
 
-def _count_characters(task: Any) -> int:
-    """Characters of the evaluated splits and subsets, from the statistics that mteb ships."""
-    total = 0
+def _cost(task: Any, max_length: int | None) -> Cost:
+    """Of the evaluated splits and subsets, from the statistics that mteb ships."""
+    parts: list[Any] = []
     statistics: dict[str, Any] = task.metadata.descriptive_stats or {}
     for split, whole in statistics.items():
-        parts = whole.get("hf_subset_descriptive_stats") or {}
-        chosen = [parts[name] for name in task.hf_subsets if name in parts] or [whole]
         if split in task.eval_splits:
-            total += sum(
-                column.get("total_text_length") or 0
-                for part in chosen
-                for column in part.values()
-                if isinstance(column, dict)
-            )
-    return total
+            by_subset = whole.get("hf_subset_descriptive_stats") or {}
+            parts += [by_subset[name] for name in task.hf_subsets if name in by_subset] or [whole]
+    return from_statistics(
+        parts,
+        max_length=max_length,
+        languages=task.metadata.languages,
+        most_texts=getattr(task, "max_document_to_embed", None),
+    )
 
 
 def official_results(name: str, leaves: dict[str, dict[str, Any]]) -> Any:

@@ -3,16 +3,19 @@
 Lines of JSON: settings and tasks come in on stdin, events go out on stdout.
 
     in   {"model", "device", "dtype", "causal", "pooling", "max_length", "dims"}, then tasks
-    out  {"event": "ready", ...} | {"event": "progress", "texts"} | {"event": "done", "task"}
-         {"event": "failed", "task", "error", "memory"} | {"event": "unusable", "error"}
+    out  {"event": "ready", ...} | {"event": "alive"} | {"event": "progress", "texts", "characters"}
+         {"event": "done", "task"} | {"event": "failed", "task", "error", "memory"}
+         {"event": "unusable", "error"}
 
-A result is one file, complete or absent, before "done" is said. Whatever a library prints goes to
+A task with a "slice" is only the encoding of a part of its corpus into the store. Otherwise the
+result is one file, complete or absent, before "done" is said. Whatever a library prints goes to
 stderr (the log). When stdin closes the parent is gone or finished, and the worker ends at once.
 Run as `python -m kalm_min.evaluation.worker`; evaluate.py does that.
 """
 
 import copy
 import faulthandler
+import hashlib
 import json
 import math
 import os
@@ -22,7 +25,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
@@ -36,7 +39,11 @@ from kalm_min.evaluation.scoring import score_on_arrays
 from kalm_min.files import write_json
 
 _SECONDS_BETWEEN_REPORTS = 1.0
+_SECONDS_BETWEEN_BEATS = 10.0
 _SIDES = ("query", "document")
+
+Report = Callable[[int, int], None]
+"""Called with the texts and characters done since the last call."""
 
 
 @dataclass(slots=True)
@@ -45,17 +52,27 @@ class _Pipe:
 
     stream: TextIO
     texts: int = 0
+    characters: int = 0
     last: float = 0.0
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def send(self, event: str, **fields: Any) -> None:
-        self.stream.write(json.dumps({"event": event} | fields) + "\n")
-        self.stream.flush()
+        with self.lock:
+            self.stream.write(json.dumps({"event": event} | fields) + "\n")
+            self.stream.flush()
 
-    def progress(self, texts: int) -> None:
+    def progress(self, texts: int, characters: int) -> None:
         self.texts += texts
+        self.characters += characters
         if time.monotonic() - self.last > _SECONDS_BETWEEN_REPORTS:
             self.last = time.monotonic()
-            self.send("progress", texts=self.texts)
+            self.send("progress", texts=self.texts, characters=self.characters)
+
+    def beat(self) -> None:
+        """Say for ever that the process is not stuck; whether it gets on is another question."""
+        while True:
+            time.sleep(_SECONDS_BETWEEN_BEATS)
+            self.send("alive")
 
 
 def main() -> None:
@@ -65,6 +82,7 @@ def main() -> None:
     orders: queue.Queue[dict[str, Any]] = queue.Queue()
     settings = json.loads(sys.stdin.readline())
     threading.Thread(target=_listen, args=(orders,), daemon=True).start()
+    threading.Thread(target=pipe.beat, daemon=True).start()
     try:
         embedder = load_model(settings)
     except Exception as error:
@@ -77,10 +95,13 @@ def main() -> None:
         order = orders.get()
         # A task that broke a worker before gets half the batch each time.
         embedder.tokens_per_batch = max(1, tokens_per_batch >> order["attempt"])
-        pipe.texts = 0
+        pipe.texts = pipe.characters = 0
         try:
-            result = evaluate_task(embedder, order, settings["dims"], report=pipe.progress)
-            write_json(order["result"], result)
+            if order["slice"]:
+                encode_slice(embedder, order, report=pipe.progress)
+            else:
+                result = evaluate_task(embedder, order, settings["dims"], report=pipe.progress)
+                write_json(order["result"], result)
         except Exception as error:
             traceback.print_exc()
             memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
@@ -139,11 +160,51 @@ def _describe(embedder: Embedder) -> dict[str, Any]:
     }
 
 
+def _adapt(
+    embedder: Embedder, order: dict[str, Any], dims: list[int], report: Report
+) -> tuple[Adapter, dict[str, str]]:
+    """The model in the shape of a task, and the prompts that it puts before texts."""
+    key = order["key"]
+    prompts = {side: _prompt(embedder, key[f"{side}_instruction"]) for side in _SIDES}
+    store = order.get("store")
+    adapter = Adapter(
+        embedder,
+        query_prompt=prompts["query"],
+        document_prompt=prompts["document"],
+        dims=dims,
+        store=_open_store(Path(store), embedder, key["checkpoint"]) if store else None,
+        report=report,
+    )
+    return adapter, prompts
+
+
+def _open_store(store: Path, embedder: Embedder, checkpoint: str) -> Path:
+    """The folder of this model with these settings in a store, with a manifest for people."""
+    manifest = {"checkpoint": checkpoint} | _describe(embedder)
+    del manifest["device"]
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    folder = store / digest[:16]
+    if not (folder / "manifest.json").is_file():
+        write_json(folder / "manifest.json", manifest)
+    return folder
+
+
+def encode_slice(
+    embedder: Embedder, order: dict[str, Any], report: Report = lambda texts, characters: None
+) -> None:
+    """Put the vectors of a slice of a task's corpora into its store."""
+    adapter, _ = _adapt(embedder, order, [], report)
+    task = _load_task(order)
+    for subset in order["key"]["subsets"] or task.dataset:
+        for split in order["key"]["splits"]:
+            adapter.encode_slice(task.dataset[subset][split]["corpus"], *order["slice"])
+
+
 def evaluate_task(
     embedder: Embedder,
     order: dict[str, Any],
     dims: list[int],
-    report: Callable[[int], None] = lambda texts: None,
+    report: Report = lambda texts, characters: None,
 ) -> dict[str, Any]:
     """Run one task at every dimension and return the content of its result file.
 
@@ -155,14 +216,7 @@ def evaluate_task(
 
     disable_progress_bars()
     begun = time.monotonic()
-    prompts = {side: _prompt(embedder, order["key"][f"{side}_instruction"]) for side in _SIDES}
-    adapter = Adapter(
-        embedder,
-        query_prompt=prompts["query"],
-        document_prompt=prompts["document"],
-        dims=dims,
-        report=report,
-    )
+    adapter, prompts = _adapt(embedder, order, dims, report)
     loaded = _load_task(order)
     score_on_arrays(loaded)
     results: dict[str, dict[str, Any]] = {}

@@ -103,7 +103,7 @@ def test_search_in_slices_ranks_as_brute_force(embedder, library, monkeypatch, t
         f"{title or ''} {text}".strip()
         for title, text in zip(corpus["title"], corpus["text"], strict=True)
     ]
-    monkeypatch.setattr(encoder, "_SLICE", 64)
+    monkeypatch.setattr(encoder, "BLOCK", 64)
     monkeypatch.setattr(encoder, "_QUERIES", 10)
     adapter = Adapter(embedder, query_prompt=QUERY, document_prompt=DOCUMENT, dims=(32, 8))
     for dim in (32, 8):
@@ -151,7 +151,7 @@ def test_every_text_is_encoded_once_for_all_dimensions(embedder, library):
     """Promise: further dimensions cost no encoding, duplicates neither; progress adds up."""
     corpus, queries = library
     counting, reported = Counting(embedder), []
-    adapter = Adapter(counting, dims=(32, 16, 8), report=reported.append)
+    adapter = Adapter(counting, dims=(32, 16, 8), report=lambda texts, _: reported.append(texts))
     loader = SimpleNamespace(dataset={"text": ["a cat", "a dog", "a cat", ""]})
     for dim in adapter.dims:
         adapter.dim = dim
@@ -184,3 +184,40 @@ def test_vectors_that_are_no_numbers_are_refused(embedder):
 
     with pytest.raises(ValueError, match=r"NaN or infinity .* try --dtype float32"):
         Adapter(Broken(embedder)).encode(SimpleNamespace(dataset={"text": ["a"]}))
+
+
+@pytest.mark.parametrize("slices", [0, 1, 3])
+def test_a_corpus_in_slices_ranks_as_a_whole(embedder, library, monkeypatch, tmp_path, slices):
+    """Promise: the same scores and ranks, to the bit, whoever encoded the corpus into the store."""
+    corpus, queries = library
+    monkeypatch.setattr(encoder, "BLOCK", 64)
+    options = {"query_prompt": QUERY, "document_prompt": DOCUMENT, "dims": (32, 8)}
+    whole = Adapter(embedder, **options)
+    for number in range(slices):
+        Adapter(embedder, store=tmp_path, **options).encode_slice(corpus, number, slices)
+    counting = Counting(embedder)
+    adapter = Adapter(counting, store=tmp_path, **options)
+    for dim in (32, 8):
+        whole.dim = adapter.dim = dim
+        expected = search(whole, corpus, queries, 20)
+        found = search(adapter, corpus, queries, 20)
+        assert {q: list(docs.items()) for q, docs in found.items()} == {
+            q: list(docs.items()) for q, docs in expected.items()
+        }
+    asked = len(set(queries["text"][:]))
+    assert counting.texts == (asked if slices else asked + len(corpus))
+
+
+def test_a_damaged_or_full_store_costs_time_only(embedder, library, tmp_path, monkeypatch):
+    """Bug to avoid: a task failing because vectors that can be made again could not be kept."""
+    corpus, queries = library
+    expected = search(Adapter(embedder), corpus, queries, 5)
+    assert search(Adapter(embedder, store=tmp_path), corpus, queries, 5) == expected
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+
+    def full(path, vectors):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(encoder.shards, "write", full)
+    assert search(Adapter(embedder, store=tmp_path), corpus, queries, 5) == expected
