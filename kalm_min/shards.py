@@ -9,13 +9,13 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kalm_min.files import atomic_write, text_hash
 
-Vectors = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 # A shard ends after a text whose hash is divisible by _MEAN, so that an added or removed text moves
@@ -53,20 +53,24 @@ def split(texts: Sequence[str], prompt: str) -> Iterator[tuple[slice, str]]:
         yield slice(start, end), hashlib.blake2b(content, digest_size=16).hexdigest() + ".npy"
 
 
-def write(path: Path, vectors: Vectors) -> None:
-    """Write (n, D) vectors, complete or not at all."""
+def write(path: Path, array: npt.NDArray[Any]) -> None:
+    """Write an .npy file, complete or not at all."""
     with atomic_write(path) as file:
-        np.save(file, vectors, allow_pickle=False)
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array)  # np.save would report a full disk as so many items not written
 
 
-def read(path: Path, shape: tuple[int, int]) -> Vectors:
-    """(n, D) vectors, mapped from the file. Raises OSError, or ValueError for anything else there."""
+def read(path: Path, shape: tuple[int, ...], dtype: Any = np.float32) -> npt.NDArray[Any]:
+    """An .npy file, mapped for the moment only: what stays mapped counts as memory.
+
+    Raises OSError if it is not there, ValueError for anything but such an array.
+    """
     try:
-        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-    except EOFError as error:
-        raise ValueError(f"{path}: expected vectors, found an empty file") from error
-    if vectors.shape != shape or vectors.dtype != np.float32:
-        raise ValueError(
-            f"{path}: expected {shape} float32, found {vectors.shape} {vectors.dtype}; delete it"
-        )
-    return vectors
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        found = f"{array.shape} {array.dtype}"
+    except (ValueError, EOFError) as error:
+        array, found = None, str(error)
+    if array is None or array.shape != shape or array.dtype != dtype:
+        expected = f"{shape} {np.dtype(dtype)}"
+        raise ValueError(f"{path}: expected {expected}, found {found}; delete it and run again")
+    return array

@@ -47,7 +47,10 @@ def test_evaluation_commands(arguments):
 
 def test_its_files_exist():
     """Every path of the project that it names is there."""
-    named = set(re.findall(r"[\w./]+\.(?:py|toml|md|txt)\b", README)) - {"config.toml", "summary.md"}
+    named = set(re.findall(r"[\w./]+\.(?:py|toml|md|txt)\b", README)) - {
+        "config.toml",
+        "summary.md",
+    }
     places = [ROOT, ROOT / "kalm_min", ROOT / "kalm_min/model", ROOT / "kalm_min/losses"]
     places.append(ROOT / "kalm_min/training")
     missing = [name for name in named if not any((place / name).exists() for place in places)]

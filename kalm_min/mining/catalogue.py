@@ -26,16 +26,11 @@ import numpy.typing as npt
 
 from kalm_min.data import JsonlFile, TrainingData
 from kalm_min.files import atomic_write, text_hash
+from kalm_min.shards import cuts
 
 Ints = npt.NDArray[np.int64]
 Read = Callable[[int, int], str]
 """(row, slot) -> the text that stands there."""
-
-# A shard ends after a text whose hash is divisible by _MEAN, so that an added or removed text moves
-# the bounds of its own shard only; and before it gets larger than what a kill may cost.
-_MEAN = 1024
-_LONGEST = 4096  # texts
-_LARGEST = 1 << 20  # characters
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -72,15 +67,7 @@ class Texts:
 
     def cuts(self) -> Ints:
         """(shards + 1,) bounds of the shards: texts cuts[i] to cuts[i + 1] are shard i."""
-        natural = [*(np.flatnonzero(self.hashes % _MEAN == 0) + 1).tolist(), len(self)]
-        total = np.concatenate([[0], np.cumsum(self.table["size"])])
-        cuts = [0]
-        for end in natural:
-            while cuts[-1] < end:
-                start = cuts[-1]
-                fits = int(np.searchsorted(total, total[start] + _LARGEST, side="right")) - 1
-                cuts.append(min(end, start + _LONGEST, max(fits, start + 1)))
-        return np.array(cuts, np.int64)
+        return cuts(self.hashes, self.table["size"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
+from kalm_min import shards
 from kalm_min.embedder import Embedder
-from kalm_min.files import atomic_write, read_json, text_hash, write_json
+from kalm_min.files import read_json, text_hash, write_json
 from kalm_min.mining.catalogue import Ints, Read, Texts
 from kalm_min.mining.search import Neighbours, Vectors, on_grid
 
@@ -152,7 +152,7 @@ class Side:
         numbers = range(int(self.cuts[shard]), int(self.cuts[shard + 1]))
         prompts = self.texts.table["prompt"]
         texts = [self._prompts[prompts[number]] + self.text(number) for number in numbers]
-        _save(self.path(shard), on_grid(embedder.encode(texts)))
+        shards.write(self.path(shard), on_grid(embedder.encode(texts)))
 
     def describe(self) -> None:
         """Write, for people, which instructions and shards the side has."""
@@ -191,7 +191,7 @@ class StoredVectors:
         for shard in np.flatnonzero(np.diff(bounds)).tolist():
             part = slice(bounds[shard], bounds[shard + 1])
             shape = (int(self._cuts[shard + 1] - self._cuts[shard]), self.shape[1])
-            vectors = _map(self._paths[shard], shape, np.dtype(np.float32))
+            vectors = shards.read(self._paths[shard], shape, np.dtype(np.float32))
             rows[order[part]] = vectors[ordered[part] - self._cuts[shard]]
         return rows
 
@@ -218,7 +218,7 @@ class StoredNeighbours:
         """Write the neighbours of a block."""
         pairs = np.empty(found.ids.shape, _NEIGHBOUR)
         pairs["id"], pairs["score"] = found
-        _save(self._path(block), pairs)
+        shards.write(self._path(block), pairs)
 
     def __getitem__(self, numbers: Ints) -> tuple[Ints, Vectors]:
         """(len(numbers), depth) ids, -1 for none, and scores of some queries."""
@@ -227,33 +227,12 @@ class StoredNeighbours:
         for block in np.unique(blocks).tolist():
             here, bounds = blocks == block, self.bounds(block)
             shape = (bounds.stop - bounds.start, int(self.folder.name))
-            there = _map(self._path(block), shape, _NEIGHBOUR)[:, : self.depth]
+            there = shards.read(self._path(block), shape, _NEIGHBOUR)[:, : self.depth]
             pairs[here] = there[numbers[here] - bounds.start]
         return np.ascontiguousarray(pairs["id"]), np.ascontiguousarray(pairs["score"])
 
     def _path(self, block: int) -> Path:
         return self.folder / f"{block:06d}.npy"
-
-
-def _save(path: Path, array: npt.NDArray[Any]) -> None:
-    """Write an .npy file, complete or not at all."""
-    with atomic_write(path) as file:
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-        file.write(array)  # np.save would report a full disk as so many items not written
-
-
-def _map(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """An .npy file, mapped for the moment only: what stays mapped counts as memory."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        found = f"{array.shape} {array.dtype}"
-    except (ValueError, EOFError) as error:
-        array, found = None, str(error)
-    if array is None or array.shape != shape or array.dtype != dtype:
-        raise ValueError(
-            f"{path}: expected {shape} {dtype}, found {found}; delete it and run again"
-        )
-    return array
 
 
 def _digest(content: bytes) -> str:
