@@ -11,9 +11,11 @@ Not here: other model modules (a Dense layer after pooling, say) are refused, re
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -55,12 +57,17 @@ _BIDIRECTIONAL = {
     "HIT-TMG/KaLM-embedding-multilingual-mini-instruct-v2.5",
 }
 _HUB_FILES = ["*.json", "*.safetensors"]
-_WINDOW = 16_384  # texts tokenised at a time: bounds the memory of token lists, not the batches
+_WINDOW = 4096  # texts tokenised at a time, while the ones before are embedded
 # Tokens of one forward. On a CPU about a cache-full is fastest (1024 to 2048 were, measured on two
 # cores); a GPU wants enough rows to fill its products.
 _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32_768}
+# A text shares a prompt's tokens where its own are at most so many times as many: beyond that the
+# attention, which must mask instead of skip, costs more than the rest saves.
+_WORTH_SHARING = 8
 
 Vectors = NDArray[np.float32]
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 class Embedder:
@@ -236,25 +243,39 @@ class Embedder:
         Longest first: what does not fit in memory fails at once, not after an hour.
         """
         order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
-        for start in range(0, len(order), _WINDOW):
-            window = order[start : start + _WINDOW]
-            sequences = self.tokenizer.encode(
-                [texts[row] for row in window], prompt, max_length=self.max_length
-            )
-            filled = [place for place, ids in enumerate(sequences) if ids]
-            lengths = [len(sequences[place]) for place in filled]
-            for batch in token_budget_batches(lengths, self.tokens_per_batch):
-                places = [filled[i] for i in batch]
-                yield [window[i] for i in places], self._embed([sequences[i] for i in places])
+        windows = [order[start : start + _WINDOW] for start in range(0, len(order), _WINDOW)]
+        shared = self._shared_prefix(prompt)
+
+        def tokenized(window: list[int]) -> list[list[int]]:
+            chosen = [texts[row] for row in window]
+            return self.tokenizer.encode(chosen, prompt, max_length=self.max_length)
+
+        for window, sequences in zip(windows, _one_ahead(tokenized, windows), strict=True):
+            for prefix, places in _by_prefix(sequences, shared):
+                own = [sequences[place][len(prefix) :] for place in places]
+                for batch in token_budget_batches([*map(len, own)], self.tokens_per_batch):
+                    rows = [window[places[i]] for i in batch]
+                    yield rows, self._embed([own[i] for i in batch], prefix)
+
+    def _shared_prefix(self, prompt: str) -> list[int]:
+        """The tokens that a causal model needs to read once for all texts under `prompt`.
+
+        The last tokens of a prompt may join with what follows; those that do not with one letter
+        are taken, and a text that still begins otherwise does not share.
+        """
+        if not (self.causal and prompt):
+            return []
+        alone, followed = self.tokenizer.encode(["", "a"], prompt, max_length=self.max_length)
+        pairs = zip(alone, followed, strict=False)
+        return [token for token, other in takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
     @torch.no_grad()  # not inference_mode: sharded parameters gathered in it could not train on
-    def _embed(self, sequences: list[list[int]]) -> Tensor:
+    def _embed(self, sequences: list[list[int]], prefix: list[int]) -> Tensor:
         """(B, D) raw float32 vectors on the CPU; halves the batch when the device's memory is full."""
         try:
-            packed = Packed.from_sequences(sequences, self.device)
-            return pool(
-                self.model(packed, causal=self.causal), packed.cu_seqlens, self.pooling
-            ).cpu()
+            packed = Packed.from_sequences(sequences, self.device, prefix)
+            hidden = self.model(packed, causal=self.causal)  # (T, D)
+            return pool(hidden, packed.cu_seqlens, self.pooling, len(prefix)).cpu()
         except torch.OutOfMemoryError:
             if len(sequences) == 1:
                 raise
@@ -262,7 +283,8 @@ class Embedder:
         torch.cuda.empty_cache()
         self.tokens_per_batch = max(1, self.tokens_per_batch // 2)
         half = len(sequences) // 2
-        return torch.cat([self._embed(sequences[:half]), self._embed(sequences[half:])])
+        parts = sequences[:half], sequences[half:]
+        return torch.cat([self._embed(part, prefix) for part in parts])
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write a folder that this package, transformers and sentence-transformers open alike.
@@ -295,6 +317,34 @@ class Embedder:
             save_model(self.model, folder, causal=self.causal, state=state)
         self.tokenizer.save(folder, max_length=self.max_length)
         _write_side_files(folder, self, apart=apart)
+
+
+def _by_prefix(
+    sequences: list[list[int]], shared: list[int]
+) -> Iterator[tuple[list[int], list[int]]]:
+    """(prefix, places of the sequences that have something after it), first those that share one.
+
+    Which it is depends on a text alone, so that its vector does not depend on its company.
+    """
+    size, worth = len(shared), len(shared) * (1 + _WORTH_SHARING)
+    shares = [size < len(ids) <= worth and ids[:size] == shared for ids in sequences]
+    for prefix, wanted in ((shared, True), ([], False)):
+        places = [i for i, ids in enumerate(sequences) if ids and shares[i] == wanted]
+        if places:
+            yield prefix, places
+
+
+def _one_ahead(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
+    """`function` of every item in turn, the next one computed in a thread meanwhile."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting: Future[_Result] | None = None
+        for item in items:
+            upcoming = thread.submit(function, item)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = upcoming
+        if waiting is not None:
+            yield waiting.result()
 
 
 def _resolve(path_or_hub_id: str | Path) -> Path:

@@ -78,6 +78,52 @@ def test_company_and_budget_do_not_matter(tiny, texts, budget):
         assert np.abs(vector - tiny.encode(text)).max() <= 1e-6
 
 
+PROMPTS = ["the cat sat on a mat: ", "the cat sat on a", "query:", "the ", " \n Query: "]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "lasttoken"])
+@pytest.mark.parametrize("closing", [False, True], ids=["", "closed"])
+@given(
+    texts=st.lists(st.sampled_from([*TEXTS, " mat", "t", ": x", "\n"]), max_size=9),
+    prompt=st.sampled_from(PROMPTS),
+    max_length=st.integers(1, 32),
+)
+def test_a_shared_prompt_is_invisible(
+    make_model, tmp_path_factory, pooling, closing, texts, prompt, max_length
+):
+    """fp32: under a prompt a text's vector is that of prompt and text joined by hand, whatever
+    its tokens do at the seam and wherever it is cut; and it does not depend on its company."""
+    folder = tmp_path_factory.getbasetemp() / f"prompted-{pooling}-{closing}"
+    if not folder.exists():
+        make_model(folder, pooling=pooling)
+        edit(folder, "tokenizer_config.json", add_eos_token=closing)
+    model = Embedder.from_pretrained(folder, dtype="float32", max_length=max_length)
+    found = model.encode(texts, prompt)
+    joined = model.encode([prompt + text for text in texts])
+    np.testing.assert_allclose(found, joined, atol=1e-6)
+    for text, vector in zip(texts, found, strict=True):
+        assert np.abs(model.encode(text, prompt) - vector).max() <= 1e-6
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_shared_prompt_is_read_once(make_model, tmp_path, monkeypatch, causal):
+    """Tokens that reach a causal decoder: the prompt's once, then each text's own. A text that
+    takes another path to its tokens, and a bidirectional model, read all of theirs."""
+    model = make_model(tmp_path / "model", causal=causal)
+    seen, forward = [], model.model.forward
+
+    def counted(packed, *, causal):
+        seen.append(len(packed.input_ids))
+        return forward(packed, causal=causal)
+
+    monkeypatch.setattr(model.model, "forward", counted)
+    prompt, texts = "the cat sat on a mat:", [" dog", " house", " bird", " far"]
+    whole = [len(ids) for ids in model.tokenizer.encode(texts, prompt, max_length=32)]
+    length = len(model.tokenizer.encode([prompt], max_length=32)[0])
+    model.encode(texts, prompt)
+    assert seen == [sum(whole) - (3 * length if causal else 0)]
+
+
 def test_edges_of_input(tiny):
     """One text gives (d,); none gives (0, d); an empty one gives zeros; bad ones are named."""
     assert tiny.encode("a").shape == (tiny.dimension,)

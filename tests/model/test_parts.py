@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kalm_min.model import Packed, pool, truncate
-from kalm_min.model.attention import packed_attention, per_sequence_attention
+from kalm_min.model.attention import packed_attention, per_sequence_attention, rows_with_prefix
 from kalm_min.model.rotary import rotary_tables, rotate
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=8)
@@ -24,6 +24,11 @@ def test_packed_layout():
     assert packed.cu_seqlens.tolist() == [0, 3, 5]
     assert packed.cu_seqlens.dtype == torch.int32
     assert packed.max_seqlen == 3
+    packed = Packed.from_sequences([[5, 6, 7], [8, 9]], prefix=[3, 4])
+    assert packed.input_ids.tolist() == [3, 4, 5, 6, 7, 8, 9]
+    assert packed.positions.tolist() == [0, 1, 2, 3, 4, 2, 3]
+    assert packed.cu_seqlens.tolist() == [2, 5, 7]
+    assert (packed.max_seqlen, packed.prefix) == (3, 2)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -47,6 +52,52 @@ def test_attention_is_softmax_within_each_sequence(causal, lengths, heads, seed)
     torch.testing.assert_close(
         found, torch.einsum("hts,she->the", weights, value), atol=1e-12, rtol=0
     )
+
+
+def written_out(x, lengths, prefix):
+    """The rows of every text's tokens, the prefix repeated before each sequence; (T + B * P, ...)."""
+    shared, *own = x.split([prefix, *lengths])
+    return torch.cat([part for rest in own for part in (shared, rest)])
+
+
+@given(lengths=LENGTHS, prefix=st.integers(1, 5), seed=st.integers(0, 99))
+def test_attention_under_a_shared_prefix_is_that_of_the_whole_texts(lengths, prefix, seed):
+    """What follows the prefix, and the prefix itself, as if it stood in every text, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    total, e = prefix + sum(lengths), 8
+    tensors = [
+        torch.randn(total, n, e, generator=generator, dtype=torch.float64) for n in (4, 2, 2)
+    ]
+    packed = Packed.from_sequences([[0] * n for n in lengths], prefix=[0] * prefix)
+    found = packed_attention(*tensors, *packed[2:], causal=True)
+    whole = pack([prefix + n for n in lengths])
+    written = [written_out(x, lengths, prefix) for x in tensors]
+    expected = packed_attention(*written, *whole[2:], causal=True)
+    torch.testing.assert_close(written_out(found, lengths, prefix), expected, atol=1e-12, rtol=0)
+
+
+@given(lengths=LENGTHS, prefix=st.integers(1, 5))
+def test_rows_given_to_the_kernel(lengths, prefix):
+    """The keys of the prefix, then of each text with the prefix before it."""
+    packed = Packed.from_sequences([[0] * n for n in lengths], prefix=[0] * prefix)
+    tokens = torch.arange(len(packed.input_ids))
+    rows, bounds = rows_with_prefix(packed.cu_seqlens, prefix, len(tokens))
+    texts = [tokens[:prefix], written_out(tokens, lengths, prefix)]
+    assert rows.tolist() == torch.cat(texts).tolist()
+    assert bounds.diff().tolist() == [prefix, *(prefix + n for n in lengths)]
+    assert bounds[0] == 0
+    assert bounds.dtype == torch.int32
+
+
+@pytest.mark.gpu
+def test_kernel_under_a_shared_prefix():
+    """The packed kernel agrees with its twin to the rounding of bfloat16."""
+    lengths, prefix = [1, 2, 33, 700, 64, 64], 24
+    packed = Packed.from_sequences([[0] * n for n in lengths], "cuda", [0] * prefix)
+    exact = [torch.randn(len(packed.input_ids), n, 64, device="cuda") for n in (14, 2, 2)]
+    expected = per_sequence_attention(*exact, packed.cu_seqlens, prefix, causal=True)
+    found = packed_attention(*(x.bfloat16() for x in exact), *packed[2:], causal=True)
+    assert (found.float() - expected).norm() <= 0.01 * expected.norm()
 
 
 @pytest.mark.gpu
@@ -104,6 +155,18 @@ def test_pooling_is_per_sequence(lengths):
     torch.testing.assert_close(mean, torch.stack([part.mean(0) for part in parts]))
     last = pool(hidden, packed.cu_seqlens, "lasttoken")
     assert torch.equal(last, torch.stack([part[-1] for part in parts]))
+
+
+@pytest.mark.parametrize("mode", ["mean", "lasttoken"])
+@given(lengths=LENGTHS, prefix=st.integers(1, 5))
+def test_pooling_counts_a_shared_prefix(mode, lengths, prefix):
+    """As if the prefix stood in every text."""
+    hidden = torch.randn(prefix + sum(lengths), 5, dtype=torch.float64)
+    packed = Packed.from_sequences([[0] * n for n in lengths], prefix=[0] * prefix)
+    whole = pack([prefix + n for n in lengths])
+    found = pool(hidden, packed.cu_seqlens, mode, prefix)
+    expected = pool(written_out(hidden, lengths, prefix), whole.cu_seqlens, mode)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
 
 
 def test_truncate_keeps_zero_vectors():

@@ -92,6 +92,36 @@ def test_packing_is_invisible(causal, tmp_path):
         torch.testing.assert_close(packed, torch.cat([alone[i] for i in order]), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("case", ["grouped", "qwen3"])
+def test_a_shared_prefix_is_invisible(case, tmp_path):
+    """Hidden states after the prefix are those of the whole texts; so are all gradients; float64."""
+    tiny(**CASES[case]).save_pretrained(tmp_path)
+    model = load_model(tmp_path, dtype=torch.float64)
+    prefix, *own = sequences(lengths=(4, 5, 9, 9, 1, 2))
+    shared = model(Packed.from_sequences(own, prefix=prefix), causal=True)
+    whole = model(Packed.from_sequences([prefix + ids for ids in own]), causal=True)
+    parts = whole.split([n for ids in own for n in (4, len(ids))])
+    torch.testing.assert_close(shared[:4], parts[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(shared[4:], torch.cat(parts[1::2]), rtol=0, atol=1e-12)
+    gradients = []
+    for found in (shared[4:], torch.cat(parts[1::2])):
+        model.zero_grad()
+        found.square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_the_way_without_a_graph_changes_nothing(tmp_path):
+    """Without gradients the feed-forward goes by parts and in place: the same bits, also over parts."""
+    tiny().save_pretrained(tmp_path)
+    model = load_model(tmp_path, dtype=torch.float32)
+    packed = Packed.from_sequences(sequences(lengths=(700, 400, 9)))
+    with torch.no_grad():
+        found = model(packed, causal=True)
+    torch.testing.assert_close(found, model(packed, causal=True), rtol=0, atol=1e-5)
+
+
 def test_gradients_equal_transformers(tmp_path):
     """Backward, too: every parameter's gradient of a sum of squares, float64."""
     theirs = tiny().double()
