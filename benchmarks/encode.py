@@ -1,0 +1,124 @@
+"""Encoding: ours, sentence-transformers, and the matrix products they cannot beat.
+
+    python benchmarks/encode.py --data DIR --tokenizer DIR [--layers 6] [--texts 256] [--dtypes bfloat16]
+
+sentence-transformers runs as its users run it (loaded from a float32 folder, its defaults) and tuned as
+its documentation tells (the dtype set, it sorts by length itself, the best of several batch sizes).
+Every program gets the texts as strings and returns an array.
+"""
+
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from measuring import Common, Report, alternate, device, product_flops, products, ratio, texts
+from random_model import build
+from sentence_transformers import SentenceTransformer
+
+from kalm_min import Embedder
+from kalm_min.config import parse
+from kalm_min.sampling import token_budget_batches
+
+_BATCH_SIZES = (16, 32, 64)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options(Common):
+    """What is encoded."""
+
+    texts: int = 192
+    """Texts, of every task alike."""
+    max_length: int = 512
+    """Tokens kept of a text."""
+    dtypes: tuple[str, ...] = ("bfloat16", "float32")
+    """In which all are measured."""
+
+
+def main(argv: list[str]) -> None:
+    """Measure and print."""
+    options = parse(Options, argv, program="encode.py", description="Encoding, measured.")
+    report = Report("encode", options)
+    chosen = texts(options.data, options.texts)
+    with tempfile.TemporaryDirectory() as folder:
+        build(
+            options.tokenizer, layers=options.layers, max_length=options.max_length
+        ).save_pretrained(folder)
+        for dtype in options.dtypes:
+            measure(folder, dtype, chosen, options, report)
+    report.close()
+
+
+def measure(folder: str, dtype: str, chosen: list[str], options: Options, report: Report) -> None:
+    """All programs in one dtype; the peer as it is loaded is always float32."""
+    ours = Embedder.from_pretrained(folder, device(), dtype)
+    start = time.perf_counter()
+    lengths = [len(ids) for ids in ours.tokenizer.encode(chosen, max_length=options.max_length)]
+    tokenizing, total = time.perf_counter() - start, sum(lengths)
+    batches = token_budget_batches(lengths, ours.tokens_per_batch)
+    plain = SentenceTransformer(folder, device=str(device()))
+    tuned = SentenceTransformer(
+        folder, device=str(device()), model_kwargs={"dtype": getattr(torch, dtype)}
+    )
+    size, waste = best_batch_size(tuned, chosen, lengths)
+    names = {
+        "ours": f"kalm_min, {dtype}",
+        "tuned": f"sentence-transformers, {dtype}, batches of {size}",
+        "plain": "sentence-transformers, as loaded (float32)",
+        "limit": f"matrix products alone, {dtype}",
+    }
+    programs = {
+        names["ours"]: lambda: ours.encode(chosen),
+        names["tuned"]: lambda: tuned.encode(chosen, batch_size=size),
+        names["limit"]: products(ours.model, [sum(lengths[i] for i in b) for b in batches]),
+    }
+    if dtype != "float32" or len(options.dtypes) == 1:
+        programs[names["plain"]] = lambda: plain.encode(chosen)
+    seconds = alternate(programs, options.rounds)
+    report.note(
+        f"\n{dtype}, {options.layers} layers, {len(chosen)} texts of {min(lengths)} to {max(lengths)} "
+        f"tokens, mean {np.mean(lengths):.0f}; padding is {waste:.0%} of what sentence-transformers "
+        f"computes at {size} a batch; tokenizing alone is {tokenizing / min(seconds[names['ours']]):.1%} of ours"
+    )
+    for name, values in seconds.items():
+        middle = sorted(values)[len(values) // 2]
+        report.row(
+            program=name,
+            seconds=middle,
+            **{
+                "real tokens/s": round(total / middle),
+                "GFLOP/s": round(product_flops(ours, total) / middle / 1e9),
+                "of the limit": ratio(seconds, names["limit"], name),
+                "ours is faster": ratio(seconds, name, names["ours"]),
+            },
+        )
+    report.ratio(f"{dtype}: share of the limit", ratio(seconds, names["limit"], names["ours"]))
+    report.ratio(f"{dtype}: against the peer tuned", ratio(seconds, names["tuned"], names["ours"]))
+    if names["plain"] in seconds:
+        report.ratio(
+            f"{dtype}: against the peer as loaded", ratio(seconds, names["plain"], names["ours"])
+        )
+
+
+def best_batch_size(
+    peer: SentenceTransformer, chosen: list[str], lengths: list[int]
+) -> tuple[int, float]:
+    """(the size at which the peer is fastest, its share of padding there); one pass each."""
+    seconds = {}
+    for size in _BATCH_SIZES:
+        start = time.perf_counter()
+        peer.encode(chosen, batch_size=size)
+        seconds[size] = time.perf_counter() - start
+    best = min(seconds, key=lambda size: seconds[size])
+    order = sorted(range(len(chosen)), key=lambda i: -len(chosen[i]))  # as the peer does
+    padded = [lengths[i] for i in order]
+    computed = sum(
+        max(padded[s : s + best]) * len(padded[s : s + best]) for s in range(0, len(padded), best)
+    )
+    return best, 1 - sum(lengths) / computed
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,94 @@
+"""Queries under one instruction: read once for all of them, or with every query.
+
+    python benchmarks/prefix.py --data DIR --tokenizer DIR [--layers 6] [--queries 512]
+
+A causal decoder, the same queries in all rows. "joined by hand" is our own packed path without
+sharing. Queries have exactly 12 tokens under an instruction of 24, or the lengths of the data.
+"""
+
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from measuring import Common, Report, alternate, device, lines, ratio
+from random_model import build
+
+from kalm_min import Embedder
+from kalm_min.config import parse
+from kalm_min.embedder import KALM_TEMPLATE
+
+_PROMPT = KALM_TEMPLATE.format(
+    instruction="Given a question of a user, retrieve the passages and documents that answer it in "
+    "every language"
+)
+_SHARED = 24  # its tokens; the last space joins with what follows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options(Common):
+    """What is encoded."""
+
+    queries: int = 512
+    """Queries of each set."""
+    dtypes: tuple[str, ...] = ("bfloat16", "float32")
+    """In which all are measured."""
+
+
+def main(argv: list[str]) -> None:
+    """Measure and print."""
+    options = parse(Options, argv, program="prefix.py", description="A shared prefix, measured.")
+    report = Report("prefix", options)
+    model = build(options.tokenizer, layers=options.layers)
+    model.model.to(device())
+    words = " ".join(line["query"] for line in lines(options.data, 8 * options.queries))
+    short = cut(model, words, 12, options.queries)
+    mixed = [line["query"] for line in lines(options.data, options.queries)]
+    for dtype in sorted(options.dtypes, reverse=True):  # float32 first: rounding cannot be undone
+        model.model.to(dtype=getattr(torch, dtype))
+        for name, queries in (("12 tokens", short), ("as in the data", mixed)):
+            compare(model, queries, f"{dtype}, queries {name}", options, report)
+    report.close()
+
+
+def cut(model: Embedder, words: str, tokens: int, count: int) -> list[str]:
+    """Texts of exactly so many tokens after the instruction, cut from running words."""
+    found: dict[str, None] = {}
+    parts = words.split()
+    for start in range(len(parts)):
+        for end in range(start + 1, min(start + tokens + 1, len(parts))):
+            text = " ".join(parts[start:end])
+            length = len(model.tokenizer.encode([text], _PROMPT, max_length=512)[0]) - _SHARED
+            if length == tokens:
+                found[text] = None
+            if length >= tokens:
+                break
+        if len(found) == count:
+            break
+    return list(found)
+
+
+def compare(
+    model: Embedder, queries: list[str], name: str, options: Options, report: Report
+) -> None:
+    """One pair of rows."""
+    joined = [_PROMPT + query for query in queries]
+    programs = {
+        "joined by hand": lambda: model.encode(joined),
+        "read once": lambda: model.encode(queries, _PROMPT),
+    }
+    apart = np.abs(programs["joined by hand"]() - programs["read once"]()).max()
+    seconds = alternate(programs, options.rounds)
+    faster = ratio(seconds, "joined by hand", "read once")
+    report.row(
+        what=name,
+        queries=len(queries),
+        **{key: sorted(values)[len(values) // 2] for key, values in seconds.items()},
+        faster=faster,
+        **{"max |difference|": float(apart)},
+    )
+    report.ratio(name, faster)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
