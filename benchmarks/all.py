@@ -1,0 +1,83 @@
+"""All speed benchmarks in turn, and their ratios beside the last recorded ones.
+
+    python benchmarks/all.py --data DIR --tokenizer DIR --output runs/benchmarks [--record true]
+
+Ratios (ours to a peer, ours to the machine's limit) say what a change of the code did where seconds
+would only say which machine it was. To be run by hand before a release, on a machine at rest. Exit code 1 where a ratio fell
+by more than a sixth; --record true keeps the new ones for this kind of device instead.
+"""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from kalm_min.config import parse
+from kalm_min.files import read_json, write_json
+
+HERE = Path(__file__).parent
+RECORDED = HERE / "recorded.json"
+_FALL = 1 / 6
+SETS: dict[str, dict[str, list[str]]] = {
+    "cpu": {
+        "encode": ["--layers", "4", "--texts", "128", "--rounds", "2"],
+        "prefix": ["--layers", "4", "--queries", "256", "--rounds", "2"],
+        "train_step": ["--layers", "3", "--queries", "4", "--rounds", "2"],
+        "batch_growth": [],
+    },
+    "cuda": {
+        "encode": ["--layers", "24", "--texts", "16384", "--dtypes", "bfloat16"],
+        "prefix": ["--layers", "24", "--queries", "8192", "--dtypes", "bfloat16"],
+        "train_step": ["--layers", "24", "--queries", "32"],
+        "batch_growth": ["--width", "256", "--queries", "64", "512", "8192"],
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """Where texts come from and results go."""
+
+    data: Path
+    """Folder of training files (.jsonl, .jsonl.gz), a task each."""
+    tokenizer: Path
+    """Folder of the Qwen2 tokenizer."""
+    output: Path
+    """Folder of the results, a .json file each."""
+    device: str = "cpu"
+    """cpu or cuda: which set, the scripts find the device themselves."""
+    record: bool = False
+    """Keep the ratios as those to compare with."""
+
+
+def main(argv: list[str]) -> int:
+    """Run, compare; 1 where something has become slower."""
+    options = parse(Options, argv, program="all.py", description="All speed benchmarks.")
+    found: dict[str, float] = {}
+    for name, sizes in SETS[options.device].items():
+        result = options.output.absolute() / f"{name}.json"
+        given = ["--data", str(options.data), "--tokenizer", str(options.tokenizer)]
+        script = [sys.executable, "-W", "ignore", str(HERE / f"{name}.py")]
+        subprocess.run([*script, *given, *sizes, "--output", str(result)], check=True)
+        found |= {f"{name}, {what}": value for what, value in read_json(result)["ratios"].items()}
+    recorded = read_json(RECORDED) if RECORDED.is_file() else {}
+    if options.record:
+        write_json(RECORDED, recorded | {options.device: found})
+        return 0
+    return compare(recorded.get(options.device, {}), found)
+
+
+def compare(recorded: dict[str, float], found: dict[str, float]) -> int:
+    """A table; 1 where a ratio fell."""
+    fallen = 0
+    print("\n| ratio, larger is better | recorded | now | |\n|---|---|---|---|")
+    for what, now in found.items():
+        before = recorded.get(what)
+        fell = before is not None and now < before * (1 - _FALL)
+        fallen += fell
+        print(f"| {what} | {before or ''} | {now} | {'SLOWER' if fell else ''} |")
+    return int(fallen > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

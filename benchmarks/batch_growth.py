@@ -1,0 +1,174 @@
+"""A global batch that grows: peak memory and cost per example of a whole training step.
+
+    python benchmarks/batch_growth.py --data DIR --tokenizer DIR [--queries 64 512 8192] [--documents 8]
+
+A small decoder over the real tokenizer's table, texts of the data, InfoNCE in two Matryoshka widths over all documents
+of the batch, chunks of a bounded number of tokens. Every example brings its own texts, so nothing is
+embedded once for two. The seconds inside the loss are given by themselves: there every query meets
+every document, so its share of an example grows with the batch, as that of no other part does.
+"""
+
+import ctypes
+import random
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from loss_memory import peak
+from measuring import Common, Report, device, texts
+from torch import Tensor
+
+from kalm_min.config import parse
+from kalm_min.data.batches import collate
+from kalm_min.data.examples import Example
+from kalm_min.model import ModelConfig, Packed, Qwen2, initialise, pool
+from kalm_min.tokenizer import Tokenizer
+from kalm_min.training.step import LossConfig, TokenBatch, contrastive_step, tokenize
+
+_MMAP_THRESHOLD = -3  # of glibc's mallopt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options(Common):
+    """Sizes."""
+
+    queries: tuple[int, ...] = (64, 512, 8192)
+    """Queries of the global batch."""
+    documents: int = 8
+    """Of each query."""
+    width: int = 64
+    """Of the decoder, which has two layers."""
+    max_length: int = 32
+    """Tokens kept of a text."""
+    tokens_per_batch: int = 4096
+    """Of one chunk; the smallest batch must have several."""
+    memory_gib: float = 0.25
+    """That the scores of a block of queries may take."""
+
+
+def main(argv: list[str]) -> None:
+    """Measure and print."""
+    # Freed blocks go back to the system, so that the peak is that of live tensors.
+    if not torch.cuda.is_available():
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**20)
+    options = parse(Options, argv, program="batch_growth.py", description="A growing batch.")
+    report = Report("batch_growth", options)
+    model, tokenizer = decoder(options)
+    words = [text.split() or [text] for text in texts(options.data, 4096)]
+    measured = {}
+    for size in (options.queries[0], *options.queries):  # the first one is done twice
+        measured[size] = step(model, batch(words, tokenizer, size, options), options)
+    for size, (seconds, in_loss, gib, tokens) in measured.items():
+        report.row(
+            queries=size,
+            documents=size * options.documents,
+            tokens=tokens,
+            seconds=seconds,
+            **{
+                "in the loss": in_loss,
+                "ms an example without the loss": 1e3 * (seconds - in_loss) / size,
+                "us a token without the loss": 1e6 * (seconds - in_loss) / tokens,
+                "peak GiB": gib,
+            },
+        )
+    first, last = (measured[size] for size in (options.queries[1], options.queries[-1]))
+    report.ratio("peak memory, second size over last", first[2] / last[2])
+    cost = [(seconds - in_loss) / tokens for seconds, in_loss, _, tokens in (first, last)]
+    report.ratio("cost of a token, second size over last", cost[0] / cost[1])
+    report.close()
+
+
+def decoder(options: Options) -> tuple[Qwen2, Tokenizer]:
+    """Two layers over the tokenizer's whole table."""
+    tokenizer = Tokenizer.from_folder(options.tokenizer)
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=options.width,
+        intermediate_size=4 * options.width,
+        num_hidden_layers=2,
+        num_attention_heads=options.width // 32,
+        num_key_value_heads=options.width // 32,
+        head_dim=32,
+    )
+    model = Qwen2(config)
+    initialise(model, seed=0)
+    return model.to(device()), tokenizer
+
+
+def batch(words: list[list[str]], tokenizer: Tokenizer, size: int, options: Options) -> TokenBatch:
+    """`size` examples of new texts: words of two texts of the data, in turn."""
+    rng = random.Random(size)
+
+    def text() -> str:
+        one, other = rng.sample(words, 2)
+        return " ".join(
+            rng.sample(one, (len(one) + 1) // 2) + rng.sample(other, (len(other) + 1) // 2)
+        )
+
+    examples = [
+        Example(
+            query=text(),
+            positives=(text(),),
+            negatives=tuple(text() for _ in range(options.documents - 1)),
+            task=0,
+            index=number,
+        )
+        for number in range(size)
+    ]
+    drawn = collate(examples, num_negatives=options.documents - 1, template="", epoch=0, seed=0)
+    return tokenize(drawn, tokenizer, max_length=options.max_length)
+
+
+def step(model: Qwen2, tokens: TokenBatch, options: Options) -> tuple[float, float, float, int]:
+    """(seconds, of them in the loss, peak GiB above the start, tokens)."""
+    ends: list[float] = []  # of the embeddings without a graph
+    starts: list[float] = []  # of those with one, after the loss
+
+    def embed(packed: Packed) -> Tensor:
+        if torch.is_grad_enabled():
+            starts.append(clock())
+        vectors = pool(model(packed, causal=False), packed.cu_seqlens, "mean")
+        if not torch.is_grad_enabled():
+            ends.append(clock())
+        return vectors
+
+    config = LossConfig(
+        temperature=0.05,
+        matryoshka_dims=(options.width, options.width // 2),
+        matryoshka_weights=(1.0, 0.3),
+        memory_gib=options.memory_gib,
+    )
+    model.zero_grad()
+    before, start = used(reset=True), clock()
+    contrastive_step(
+        tokens,
+        embed,
+        config,
+        device=device(),
+        tokens_per_batch=options.tokens_per_batch,
+        no_sync=nullcontext,
+    )
+    seconds = clock() - start
+    return seconds, starts[0] - ends[-1], used() - before, sum(map(len, tokens.sequences))
+
+
+def clock() -> float:
+    """Seconds, when the device has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def used(reset: bool = False) -> float:
+    """Peak memory in GiB since the last reset: of the GPU, else of this process."""
+    if not torch.cuda.is_available():
+        return peak(reset)
+    if reset:
+        torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
