@@ -46,7 +46,7 @@ def main() -> int:
         if config.prefetch:
             return _prefetch(config)
         return _tabulate(config) if config.report_only else _evaluate(config)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.stderr.write(f"evaluate.py: {error}\n")
         return 2
     except KeyboardInterrupt:

@@ -13,13 +13,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
 _FOLDER_MODE = 0o777
 _FILE_MODE = 0o666
+_CHECKPOINT = {".safetensors", ".json", ".txt"}  # the files of a model that change its vectors
 
 
 @contextmanager
@@ -147,6 +148,28 @@ def parse_object(line: bytes, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(value).__name__}")
     return cast("dict[str, Any]", value)
+
+
+def hash_files(files: Iterable[tuple[str, Path]]) -> str:
+    """A SHA-256 digest of (name, file): of the names and of the files' bytes, in the order given."""
+    digest = hashlib.sha256()
+    for name, path in files:
+        with path.open("rb") as file:
+            digest.update(name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def hash_checkpoint(*folders: Path) -> str:
+    """A digest of weights, tokenizer and settings of a model folder (an adapter's, and its base's).
+
+    Only the folders themselves and their module folders (1_Pooling): results may be kept beside them.
+    """
+    return hash_files(
+        (path.relative_to(folder).as_posix(), path)
+        for folder in folders
+        for path in sorted([*folder.glob("*"), *folder.glob("[0-9]_*/*")])
+        if path.suffix in _CHECKPOINT and path.is_file()
+    )
 
 
 def text_hash(text: str) -> int:

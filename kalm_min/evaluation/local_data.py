@@ -16,7 +16,6 @@ is checked while planning, before a model is loaded. Not here: mteb (`local_task
 
 import difflib
 import gzip
-import hashlib
 import math
 import re
 import tomllib
@@ -25,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kalm_min.files import parse_object
+from kalm_min.files import hash_files, parse_object
 
 _MOST_PROBLEMS = 20
 _UNKNOWN_LANGUAGE = "und-Zyyy"  # ISO 639-3 and 15924 for "not said"
@@ -175,13 +174,14 @@ def read_dataset(folder: Path, problems: list[str]) -> tuple[LocalDataset, dict[
             f"{KINDS[kind].main_score}, found {main_score!r}"
         )
     files = _files(folder, kind)
+    counted = [*files.values(), folder / "task.toml"]
     rows = _read_rows(files, kind, problems)
     lengths = [len(text) for part in rows.values() for row in part for text in _encoded(row)]
     dataset = LocalDataset(
         name=folder.resolve().name,
         path=folder.resolve(),
         kind=kind,
-        revision=_hash([*files.values(), folder / "task.toml"]),
+        revision=hash_files((path.name, path) for path in counted if path.is_file()),
         texts=len(lengths),
         characters=sum(lengths),
         main_score=main_score,
@@ -366,12 +366,3 @@ def _check_ids(files: dict[str, Path], rows: dict[str, Rows]) -> list[str]:
     if not any(row["score"] > 0 for row in rows["qrels"]):
         problems.append(f"{files['qrels']}: expected a score above 0, found none")
     return problems
-
-
-def _hash(files: list[Path]) -> str:
-    """A digest of the names and bytes of the files that exist."""
-    digest = hashlib.sha256()
-    for path in filter(Path.is_file, files):
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

@@ -20,11 +20,10 @@ from typing import Any, Literal
 from kalm_min.evaluation.cost import Cost, from_statistics
 from kalm_min.evaluation.local_data import KINDS, LocalDataset, find_datasets
 from kalm_min.evaluation.schedule import BLOCK, Work, deal
-from kalm_min.files import read_json
+from kalm_min.files import hash_checkpoint, read_json
 
 _TABLES = Path(__file__).with_name("instructions.json")
 _NEEDS_MTEB = 'evaluation needs mteb: pip install "kalm-min[eval]"'
-_HASHED = {".safetensors", ".json", ".txt"}  # the files of a checkpoint that change its vectors
 _NO_COST = Cost()
 _SAME_CORPUS = {"FEVER": "fever", "ClimateFEVER": "fever"}  # to within 25 documents
 _HUB_FILES = ["*.json", "*.safetensors"]
@@ -203,7 +202,7 @@ def make_plan(config: EvaluationConfig) -> Plan:
     """Resolve a configuration. Raises ValueError with one sentence for what cannot be run."""
     folders = _resolve_model(config.model)
     tasks, benchmarks, aggregates = find_tasks(config)
-    checkpoint = _hash_model(folders)
+    checkpoint = hash_checkpoint(*folders)
     settings = {
         "instructions": Path(config.instructions).stem,
         "max_length": config.max_length,
@@ -274,7 +273,9 @@ def _resolve_model(model: str) -> list[Path]:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{model}: no such folder, and not on the hub ({reason})") from error
     else:
-        raise ValueError(f"{model}: expected a model folder or a hub id like org/name")
+        raise ValueError(
+            f"{model}: expected a model folder or a hub id like org/name, found neither"
+        )
     if (adapter := folder / "adapter_config.json").is_file():  # the embedder's own order
         base = read_json(adapter).get("base_model_name_or_path")
         if not isinstance(base, str):
@@ -283,21 +284,6 @@ def _resolve_model(model: str) -> list[Path]:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: expected a model folder with config.json, found none")
     return [folder]
-
-
-def _hash_model(folders: Sequence[Path]) -> str:
-    """A digest of the names and bytes of weights, tokenizer and settings.
-
-    Only the folders themselves and their module folders (1_Pooling): results may be kept beside them.
-    """
-    digest = hashlib.sha256()
-    for folder in folders:
-        for path in sorted([*folder.glob("*"), *folder.glob("[0-9]_*/*")]):
-            if path.suffix in _HASHED and path.is_file():
-                with path.open("rb") as file:
-                    content = hashlib.file_digest(file, "sha256").digest()
-                digest.update(path.relative_to(folder).as_posix().encode() + content)
-    return digest.hexdigest()
 
 
 def _check_dims(folder: Path, dims: Sequence[int]) -> tuple[int, ...]:
@@ -321,7 +307,11 @@ def instruction_table(style: str) -> dict[str, Any]:
     back on for these models.
     """
     if style.endswith(".json"):
+        if not Path(style).is_file():
+            raise ValueError(f"--instructions: {style}: expected a file, found none")
         table = read_json(style)
+        if not isinstance(table, dict):
+            raise ValueError(f"{style}: expected an object, found {type(table).__name__}")
     else:
         tables = read_json(_TABLES)
         if style not in tables:
@@ -402,7 +392,8 @@ def _plan_mteb(
     try:
         single: list[Any] = [mteb.get_task(name) for name in config.tasks]
     except KeyError as error:
-        raise ValueError(f"--tasks: {error.args[0]}") from error
+        reason = str(error.args[0]).removeprefix("KeyError: ")
+        raise ValueError(f"--tasks: {reason}") from error
     aggregates: dict[str, tuple[str, ...]] = {}
     leaves: dict[str, PlannedTask] = {}
     queue = [task for group in [*members.values(), single] for task in group]

@@ -22,14 +22,14 @@ import numpy as np
 
 from kalm_min import shards
 from kalm_min.embedder import Embedder
-from kalm_min.files import read_json, text_hash, write_json
+from kalm_min.files import hash_checkpoint, read_json, text_hash, write_json
 from kalm_min.mining.catalogue import Ints, Read, Texts
 from kalm_min.mining.search import Neighbours, Vectors, on_grid
 
 _LAYOUT = 1  # raised when shards are cut or named in another way
 _QUERIES = 8192  # in a file of neighbours
 _NEIGHBOUR = np.dtype([("id", np.int64), ("score", np.float32)])
-_HASHED = {".safetensors", ".json"}  # the files of a checkpoint that change its vectors
+_HUB_FILES = ["*.json", "*.safetensors"]
 
 
 def describe(embedder: Embedder, model: str) -> dict[str, Any]:
@@ -43,17 +43,10 @@ def describe(embedder: Embedder, model: str) -> dict[str, Any]:
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        patterns = [f"*{suffix}" for suffix in _HASHED]
-        folder = Path(snapshot_download(model, allow_patterns=patterns, local_files_only=True))
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*"), *folder.glob("[0-9]_*/*")]):
-        if path.suffix in _HASHED and path.is_file():
-            with path.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").digest()
-            digest.update(path.relative_to(folder).as_posix().encode() + content)
+        folder = Path(snapshot_download(model, allow_patterns=_HUB_FILES, local_files_only=True))
     return {
         "layout": _LAYOUT,
-        "checkpoint": digest.hexdigest(),
+        "checkpoint": hash_checkpoint(folder),
         "dtype": str(embedder.dtype).removeprefix("torch."),
         "max_length": embedder.max_length,
         "causal": embedder.causal,

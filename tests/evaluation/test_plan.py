@@ -116,6 +116,13 @@ def test_a_table_of_ones_own(tmp_path):
     write_json(path, {"a": {"passage": "d"}})
     with pytest.raises(ValueError, match="a: expected a text or"):
         instruction_table(str(path))
+    write_json(path, ["a"])
+    with pytest.raises(ValueError, match="expected an object, found list"):
+        instruction_table(str(path))
+    with pytest.raises(
+        ValueError, match=r"--instructions: gone\.json: expected a file, found none"
+    ):
+        instruction_table("gone.json")
     with pytest.raises(ValueError, match=r"official-v1.*did you mean official-v1"):
         instruction_table("official-v2")
 
