@@ -17,7 +17,7 @@ import selectors
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,11 +61,12 @@ class _Slot:
     """When there was progress last (time.monotonic)."""
     texts: int = 0
 
-    def activity(self) -> Activity:
+    def activity(self, left: float | None) -> Activity:
         """What is shown of it."""
         if self.job is None:
             return Activity(self.name, "(idle)" if self.is_ready else "(starting)")
-        return Activity(self.name, _title(self.job), self.texts, time.monotonic() - self.begun)
+        age = time.monotonic() - self.begun
+        return Activity(self.name, _title(self.job), self.texts, age, left)
 
 
 class Runner:
@@ -132,7 +133,7 @@ class Runner:
                     self._listen(key.data)
                 for slot in self.slots:
                     self._check_life(slot)
-                self.display.status([slot.activity() for slot in self.slots if slot.child])
+                self._show()
         finally:
             self.display.clear()
             for slot in self.slots:
@@ -142,6 +143,29 @@ class Runner:
         for job in self.schedule.left():
             self.failures[job.task] = self.start_failure
         return self.failures
+
+    def _show(self) -> None:
+        """Redraw what goes on, and estimate how long it will go on."""
+        pace = self.speed.pace(self._progress(slot) for slot in self.slots if slot.job)
+        left = {slot.name: 0.0 for slot in self.slots if slot.child}
+        for slot in self.slots:
+            if slot.job:
+                age, done, whole = self._progress(slot)
+                left[slot.name] = age * (whole / done - 1) if done else whole * (pace or 0)
+        waiting = self.schedule.seconds_left() * (pace or 0)
+        total = max([*left.values(), (sum(left.values()) + waiting) / max(1, len(left))])
+        self.display.status(
+            [slot.activity(left[slot.name] if pace else None) for slot in self.slots if slot.child],
+            total if pace else None,
+        )
+
+    def _progress(self, slot: _Slot) -> tuple[float, float, float]:
+        """Seconds spent on a slot's job, and of the job's estimated seconds, those done and all."""
+        assert slot.job is not None
+        cost, part = self.tasks[slot.job.task].cost, slot.job.part
+        texts = cost.documents / part[1] if part else cost.texts
+        done = min(0.95, slot.texts / texts) if texts else 0.0
+        return time.monotonic() - slot.begun, done * slot.job.seconds, slot.job.seconds
 
     def _employ(self, slot: _Slot) -> None:
         """Give a free device a worker, and a free worker a job, while there is one."""
@@ -264,7 +288,7 @@ class Runner:
         assert slot.job is not None
         end = time.time()
         span = {
-            "task": slot.job.task,
+            "task": _title(slot.job),
             "type": self.tasks[slot.job.task].type,
             "host": platform.node(),
             "device": slot.name,
@@ -305,6 +329,13 @@ class _Speed:
         """A job took so many seconds."""
         self.taken += seconds
         self.estimated += job.seconds
+
+    def pace(self, running: Iterable[tuple[float, float, float]]) -> float | None:
+        """The same with the jobs that run counted in (`_progress`); None while nothing is known."""
+        spent, done = self.taken, self.estimated
+        for age, part, _ in running:
+            spent, done = spent + age, done + part
+        return spent / done if done else None
 
     def expect(self, job: Job) -> float:
         """Seconds; 0 while nothing is known."""

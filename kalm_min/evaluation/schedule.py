@@ -91,6 +91,11 @@ class Schedule:
         waiting = [self._jobs[name] for name, waits in self._waits.items() if waits]
         return [job for job in self._ready if job.part is None] + waiting
 
+    def seconds_left(self) -> float:
+        """Estimated, of every job not handed out."""
+        waiting = [self._jobs[name] for name, waits in self._waits.items() if waits]
+        return sum(job.seconds for job in [*self._ready, *waiting])
+
     def is_empty(self) -> bool:
         """Whether nothing is left to hand out, now or later."""
         return not self._ready and not any(self._waits.values())
