@@ -52,10 +52,12 @@ def test_what_there_is_is_drawn(tmp_path, count):
 
 @pytest.mark.usefixtures("_matplotlib")
 def test_what_there_is_not_is_left_out(tmp_path):
-    """No curve of one dimension, no timeline of no run; a torn timeline is none."""
+    """No curve of one dimension, no timeline of no run; a torn line is not drawn."""
     torn = write(tmp_path / "timeline.jsonl", [span(0, 1)])
-    torn.write_text(torn.read_text() + '{"task"')
+    torn.write_text('{"task"' + torn.read_text())
     assert draw(tmp_path, rows(3, dims=(896,)), torn) == ["types.png"]
+    torn.write_text(torn.read_text() + json.dumps(span(0, 1)))
+    assert draw(tmp_path, [], torn) == ["timeline.png"]
     assert draw(tmp_path, [], tmp_path / "absent") == []
     undone = [Row("task", "t", "STS", "m", {896: None})]
     assert draw(tmp_path, undone, tmp_path / "absent") == []
