@@ -2,16 +2,19 @@
 
     python benchmarks/search.py [--documents 200000] [--queries 10000] [--width 896] [--k 100]
     python benchmarks/search.py --memory [--sizes 100000 2000000] [--width 64]
+    torchrun --nproc-per-node 3 benchmarks/search.py --agree --documents 50000 --width 256 [--vectors DIR]
 
 The rounds alternate, so that a change of the machine's speed meets all three; medians and the ratio
 within each round are printed, and whether the ids are equal. Vectors are random unit vectors, made on
 the spot. faiss's index holds its own copy of the documents; building it is not timed.
 
---memory searches documents on disk, each size in a fresh process, and prints how far its resident
-memory rose while it searched.
+--memory searches documents on disk and applies the rules to what was found, each size in a fresh
+process, and prints how far its resident memory rose (Linux).
+
+--agree compares ids and order of numpy's, a GPU's, faiss's and all processes' nominations.
 """
 
-import resource
+import os
 import statistics
 import subprocess
 import sys
@@ -24,8 +27,12 @@ import numpy as np
 import torch
 
 from kalm_min.config import parse
-from kalm_min.mining.search import Vectors, import_faiss, on_grid, search
-from kalm_min.mining.store import StoredVectors
+from kalm_min.mining.catalogue import TEXT, Catalogue, Texts
+from kalm_min.mining.negatives import Rules
+from kalm_min.mining.search import Vectors, import_faiss, on_grid, search, search_on_all_ranks
+from kalm_min.mining.selection import select
+from kalm_min.mining.store import StoredNeighbours, StoredVectors
+from kalm_min.training import distributed
 
 _SHARD = 1024
 
@@ -50,6 +57,10 @@ class Options:
     """Measure memory instead of speed."""
     sizes: tuple[int, ...] = (100_000, 500_000, 2_000_000)
     """Documents on disk, for --memory."""
+    agree: bool = False
+    """Compare neighbours instead of measuring; fails when they differ."""
+    vectors: Path | None = None
+    """For --agree: a folder of .npy files with vectors, as a store has; none: random ones."""
     child: Path | None = None
     """Set by the benchmark itself: the folder of documents a memory process searches."""
 
@@ -61,6 +72,8 @@ def main(argv: list[str]) -> None:
         print(*searched_on_disk(options, options.child))
     elif options.memory:
         memory(options)
+    elif options.agree:
+        agree(options)
     else:
         speed(options)
 
@@ -138,11 +151,43 @@ def product(queries: Vectors, documents: Vectors, device: str) -> None:
     torch.cuda.synchronize()
 
 
+def agree(options: Options) -> None:
+    """Search with everything there is; raise where two find other ids or another order."""
+    distributed.start(dict(os.environ), torch.device(options.device))
+    if options.vectors is None:
+        documents = unit(options.documents, options.width, 0)
+        queries = unit(options.queries, options.width, 1)
+    else:
+        found = [np.load(path) for path in sorted(options.vectors.glob("*.npy"))]
+        documents = np.concatenate(found)[: options.documents]
+        queries = documents[:: max(1, len(documents) // options.queries)]
+    k = options.k
+    ways = {
+        "numpy": lambda: search(queries, documents, k),
+        "faiss": lambda: search(queries, documents, k, backend="faiss"),
+        options.device: lambda: search(queries, documents, k, device=options.device),
+    }
+    searched = search_on_all_ranks(
+        queries, documents, k, lambda rows, span: search(rows, documents, k, span=span)
+    )
+    if distributed.rank() == 0:
+        for name, way in ways.items():
+            other = way()
+            assert np.array_equal(other.ids, searched.ids), name
+            assert np.array_equal(other.scores, searched.scores), name
+        print(
+            f"{documents.shape} documents, {len(queries):,} queries, top {k}: identical ids, order "
+            f"and scores from {', '.join(ways)} and {distributed.world_size()} process(es)"
+        )
+    distributed.barrier()
+    distributed.stop()
+
+
 def memory(options: Options) -> None:
     """A fresh process for each size; the documents come from disk."""
     print(f"{options.width} dimensions, {options.queries:,} queries, top {options.k}\n")
-    print("| documents | on disk, MiB | before the search, MiB | peak growth, MiB | seconds |")
-    print("|---|---|---|---|---|")
+    print("| documents | on disk | resident before | rise in search | rise in filter | seconds |")
+    print("|---|---|---|---|---|---|")
     for size in options.sizes:
         with tempfile.TemporaryDirectory() as folder:
             for shard, start in enumerate(range(0, size, _SHARD)):
@@ -152,24 +197,56 @@ def memory(options: Options) -> None:
             for name in ("width", "k", "queries"):
                 command += [f"--{name}", str(getattr(options, name))]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            before, growth, seconds = done.stdout.split()
-            disk = size * options.width * 4 / 2**20
-            print(f"| {size:,} | {disk:.0f} | {before} | {growth} | {seconds} |", flush=True)
+            *numbers, seconds = done.stdout.split()
+            cells = [f"{number} MiB" for number in (size * options.width * 4 >> 20, *numbers)]
+            print(f"| {size:,} | {' | '.join(cells)} | {seconds} |", flush=True)
 
 
-def searched_on_disk(options: Options, folder: Path) -> tuple[str, str, str]:
-    """MiB resident before, growth of the peak while searching, seconds."""
+def searched_on_disk(options: Options, folder: Path) -> tuple[str, ...]:
+    """MiB resident before, how far it rose in the search and in the filter, seconds of both."""
     paths = sorted(folder.glob("*.npy"))
     cuts = np.minimum(np.arange(len(paths) + 1) * _SHARD, options.documents)
     documents = StoredVectors(paths, cuts, options.width)
     queries = unit(options.queries, options.width, 1)
+    catalogue = a_catalogue(options.queries, options.documents)
+    stored = StoredNeighbours(folder / str(options.k), options.queries, options.k)
     search(queries[:8], unit(2048, options.width, 2), 8)  # what a library allocates once
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    start = time.perf_counter()
-    search(queries, documents, options.k)
-    seconds = time.perf_counter() - start
-    growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
-    return f"{before:.0f}", f"{growth:.0f}", f"{seconds:.1f}"
+    start, before = time.perf_counter(), resident("VmRSS")
+    rises: list[int] = []
+    for step in ("search", "filter"):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak so far
+        if step == "search":
+            for block in stored.missing():
+                part = queries[stored.bounds(block)]
+                stored.write(block, search(part, documents, options.k))
+        else:
+            select(catalogue, catalogue.documents.hashes, queries, documents, stored, Rules())
+        rises.append(resident("VmHWM") - before)
+    return str(before), *map(str, rises), f"{time.perf_counter() - start:.0f}"
+
+
+def a_catalogue(queries: int, documents: int) -> Catalogue:
+    """As many rows as queries, each with one of the documents as its positive."""
+    rng = np.random.default_rng(0)
+    sides = [np.zeros(number, TEXT) for number in (queries, documents)]
+    for table in sides:
+        table["hash"] = rng.integers(-(2**62), 2**62, len(table))
+    return Catalogue(
+        first=0,
+        queries=Texts(sides[0], ("",)),
+        documents=Texts(sides[1], ("",)),
+        row_query=np.arange(queries),
+        starts=np.arange(queries + 1),
+        positives=rng.integers(0, documents, queries),
+        groups=np.zeros(queries, np.int64),
+        fingerprint="",
+    )
+
+
+def resident(name: str) -> int:
+    """MiB of this process: VmRSS now, VmHWM at most."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) // 1024
 
 
 if __name__ == "__main__":

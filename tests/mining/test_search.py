@@ -1,4 +1,8 @@
+import os
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +17,8 @@ from kalm_min.mining.search import (
     recall,
     search,
 )
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def unit(count, width, seed=0):
@@ -48,6 +54,23 @@ def test_same_neighbours_from_every_backend(backend, k):
     found = search(queries, documents, k, backend=backend)
     np.testing.assert_array_equal(found.ids, ids)
     np.testing.assert_array_equal(found.scores, scores)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_ranks_find_what_one_process_finds(tmp_path, ranks):
+    """Ids, order and scores of gloo processes that each search their share, of numpy and of faiss."""
+    pytest.importorskip("faiss")
+    np.save(tmp_path / "vectors.npy", crowded()[1])
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    script = [str(ROOT / "benchmarks" / "search.py"), "--agree", "--vectors", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *launch, *script, "--queries", "200", "--k", "20"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
+    assert (
+        f"identical ids, order and scores from numpy, faiss, cpu and {ranks} process" in done.stdout
+    )
 
 
 @pytest.mark.parametrize("parts", [2, 3, 7])
