@@ -239,8 +239,8 @@ class Runner:
         if slot.child is None or (slot.job is None and slot.is_ready):
             return
         now = time.monotonic()
-        expected = self.speed.expect(slot.job) if slot.job else 0.0
-        limit = max(self.timeout, _PATIENCE * expected)
+        allowed = _PATIENCE * self.speed.expect(slot.job) if slot.job else _SILENCE
+        limit = max(self.timeout, allowed)
         if now - slot.moved > limit:
             self._replace(slot, f"made no progress for {duration(limit)}")
         elif now - slot.child.heard > max(_SILENCE, self.timeout):

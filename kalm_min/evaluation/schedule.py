@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 BLOCK = 50_000  # documents of a corpus encoded and searched at a time; mteb's own number
 _WIDE = 0.5  # of a device's fair share: a task that is larger is cut
-_SLICES = 20  # of a fair share, so that what is left over at the end is small
+_SLICES = 10  # of a fair share, so that what is left over at the end is small
 _LEFT = 0.02  # of a corpus's cost remains where its vectors are read and searched
 
 
@@ -47,7 +47,7 @@ class Schedule:
     def __init__(self, works: Sequence[Work], devices: int) -> None:
         """Cut and order; `devices` work at the same time."""
         fair = sum(work.seconds for work in works) / max(1, devices)
-        self._ready: deque[Job] = deque()
+        ready: list[Job] = []
         self._waits: dict[str, set[Job]] = {}
         self._jobs: dict[str, Job] = {}
         self.stored: dict[str, str] = {}
@@ -61,12 +61,15 @@ class Schedule:
                 rest -= (1 - _LEFT) * work.corpus_seconds
             job = self._jobs[work.name] = Job(work.name, rest)
             self._waits[work.name] = set(first or slices)
-            self._ready += slices if slices else [] if first else [job]
+            ready += slices if slices else [] if first else [job]
             alike = [other.name for other in works if work.corpus and other.corpus == work.corpus]
             if slices or len(alike) > 1:
                 self.stored[work.name] = min(alike, default=work.name)
             if not first:
                 owners[work.corpus] = slices or [job]
+        # Slices count as equally long, so that a corpus is done, and its vectors gone, before the next.
+        slice_ = fair / _SLICES
+        self._ready = deque(sorted(ready, key=lambda job: -(slice_ if job.part else job.seconds)))
         self.jobs = len(self._ready) + sum(map(bool, self._waits.values()))
         """How many there are."""
 

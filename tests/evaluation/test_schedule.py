@@ -2,10 +2,12 @@
 
 import heapq
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kalm_min.evaluation.cost import Cost, from_statistics
+from kalm_min.evaluation.plan import EvaluationConfig, find_tasks
 from kalm_min.evaluation.schedule import Schedule, Work, deal
 
 
@@ -96,3 +98,14 @@ def test_a_cost_counts_what_is_encoded():
     sampled = from_statistics([part], max_length=None, languages=["eng"], most_texts=10)
     assert sampled == Cost(10 * 1000, 10)
     assert sampled.seconds("Classification") > sampled.seconds("Clustering")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("devices", [4, 8])
+def test_mteb_in_english_takes_its_share(mteb, devices):
+    """Promise: within 5 % of the work divided by the devices, slices of MSMARCO and its like included."""
+    tasks, _, _ = find_tasks(EvaluationConfig(model="none", benchmark=("MTEB(eng, v1)",)))
+    works = [task.work() for task in tasks]
+    needed = sum(work.seconds for work in works)
+    needed -= min(work.corpus_seconds for work in works if work.corpus)  # FEVER's, twice
+    assert simulate(works, devices)[0] < 1.05 * needed / devices
