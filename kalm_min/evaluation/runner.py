@@ -347,15 +347,14 @@ def _title(job: Job) -> str:
 
 
 def _environment(environment: Mapping[str, str], workers: int) -> dict[str, str]:
-    """A worker's environment: its share of the cores, no progress bars, this package in reach."""
+    """A worker's environment: its share of the cores unless told, no progress bars, this package."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     threads = str(max(1, cores // max(1, workers)))
     package = str(Path(__file__).parents[2])
     paths = [package, environment.get("PYTHONPATH", "")]
-    return dict(environment) | {
-        "OMP_NUM_THREADS": threads,
-        "RAYON_NUM_THREADS": threads,
+    chosen = {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads} | dict(environment)
+    return chosen | {
         "TQDM_DISABLE": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }

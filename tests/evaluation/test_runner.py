@@ -18,7 +18,7 @@ from kalm_min.evaluation.child import Child
 from kalm_min.evaluation.cost import Cost
 from kalm_min.evaluation.plan import Instruction, Plan, PlannedTask
 from kalm_min.evaluation.report import markdown, score_rows
-from kalm_min.evaluation.runner import Runner
+from kalm_min.evaluation.runner import Runner, _environment
 from kalm_min.files import read_jsonl
 
 FAKE = (sys.executable, "-S", str(Path(__file__).with_name("fake_worker.py")))
@@ -278,3 +278,11 @@ def test_noise_on_stdout_goes_to_the_log(tmp_path):
     assert done.stdout == "message"
     assert "noise" in done.stderr
     assert "more" in done.stderr
+
+
+def test_a_worker_takes_the_threads_it_is_given():
+    """OMP_NUM_THREADS of the user's shell holds for the workers; else they share the cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert _environment({"OMP_NUM_THREADS": "3"}, 1)["OMP_NUM_THREADS"] == "3"
+    assert _environment({}, 1)["OMP_NUM_THREADS"] == str(cores)
+    assert _environment({}, 10 * cores)["RAYON_NUM_THREADS"] == "1"
