@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -58,8 +59,17 @@ def main(argv: list[str]) -> int:
         return _train(config, device)
     except (ValueError, FloatingPointError) as error:
         if environment.get("LOCAL_RANK", "0") == "0":
-            sys.stderr.write(f"train.py: {error}\n")
+            _say(f"train.py: {error}")
         return 2 if isinstance(error, ValueError) else 1
+    except RuntimeError as error:
+        if not distributed.is_loss_of_peer(error):
+            raise
+        reason = str(error).splitlines()[0]
+        _say(
+            f"train.py: rank {distributed.rank()} lost another process of the group ({reason}); "
+            "the same command goes on from the last checkpoint"
+        )
+        return 1
     finally:
         distributed.stop()
 
@@ -69,8 +79,12 @@ def _train(config: TrainConfig, device: Any) -> int:
     main_process = distributed.rank() == 0
     text = to_toml(config)
     resume = run_folder.claim(config.output, text)
-    distributed.barrier()  # nobody writes before everybody has looked
-    data, validation = _open_data(config.data)
+    if len({*distributed.gather_objects(resume)}) > 1:  # nobody writes before everybody has looked
+        raise ValueError(
+            f"{config.output}: expected one folder that all processes share, found other "
+            "checkpoints on some of them"
+        )
+    data, validation = distributed.first(partial(_open_data, config.data))
     model = open_model(config.model, resume, device, config.lora)
     trainer = Trainer(model, data, validation, config.output, config, resume)
     if main_process:
@@ -95,9 +109,7 @@ def _train(config: TrainConfig, device: Any) -> int:
 
 
 def _open_data(config: DataConfig) -> tuple[TrainingData, TrainingData | None]:
-    """Open and check the data; rank 0 first, so that the others find its cached index."""
-    if distributed.rank() != 0:
-        distributed.barrier()
+    """Open and check the data."""
     data, validation = (
         path
         and TrainingData.open(
@@ -108,8 +120,6 @@ def _open_data(config: DataConfig) -> tuple[TrainingData, TrainingData | None]:
         )
         for path in (config.path, config.validation)
     )
-    if distributed.rank() == 0:
-        distributed.barrier()
     assert data is not None
     return data, validation
 
@@ -138,6 +148,9 @@ def _reporter(progress: Progress) -> Callable[[dict[str, Any]], None]:
                 f"step {line['step']}: accuracy@1 {numbers['accuracy']:.3f}, MRR {numbers['mrr']:.3f}; "
                 f"in batch {numbers['in_batch_accuracy']:.3f}, {numbers['in_batch_mrr']:.3f}"
             )
+        elif "skipped" in line:
+            progress.update(1)
+            _say(f"step {line['step']} skipped, not finite: {', '.join(line['skipped'])}")
         else:
             speed = f"{line['tokens_per_second']:,} tokens/s"
             progress.update(1, f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, {speed}")

@@ -103,11 +103,18 @@ def _moments(
             yield f"{kind}/{name}", value
 
 
+def best(root: Path) -> Path | None:
+    """The checkpoint with the highest validation score, the first of equals; None without scores."""
+    scores = {path: read_state(path).get("validation") for path in sorted(root.glob("step_*"))}
+    scored = {path: score for path, score in scores.items() if score is not None}
+    return max(scored, key=scored.__getitem__, default=None)
+
+
 def prune(root: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints, and what interrupted writes left behind."""
-    for old in sorted(root.glob("step_*"))[:-keep]:
-        # Renamed first, so that a kill in the middle leaves no folder that looks complete.
-        gone = old.rename(old.with_name(f".{old.name}.tmp"))
-        shutil.rmtree(gone)
+    """Delete all checkpoints but the best and the `keep` newest, and what interrupted writes left."""
     for left in root.glob(".step_*.tmp"):
-        shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(left)
+    kept = [best(root), *sorted(root.glob("step_*"))[-keep:]]
+    for old in set(root.glob("step_*")).difference(kept):
+        # Renamed first, so that a kill in the middle leaves no folder that looks complete.
+        shutil.rmtree(old.rename(old.with_name(f".{old.name}.tmp")))

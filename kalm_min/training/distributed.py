@@ -9,8 +9,9 @@ torchrun's business.
 
 import gc
 import os
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,21 +21,39 @@ from torch import Tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-_TIMEOUT = timedelta(minutes=30)  # a lost rank ends the others after this at the latest
+_TIMEOUT = timedelta(minutes=30)  # a step's exchange that takes longer never ends
+_PATIENCE = timedelta(days=7)  # one process may read data or write files for hours
+
+# Processes that wait for one another do it on the CPU, apart from a step's exchanges and with more
+# patience; a process that is gone ends the wait at once, its connections being closed.
+_waiting: dist.ProcessGroup | None = None
+
+T = TypeVar("T")
 
 
 def start(environment: dict[str, str], device: torch.device) -> None:
     """Join the group that torchrun's variables describe; nothing happens without them."""
+    global _waiting
     if "WORLD_SIZE" in environment:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=_TIMEOUT)
+        group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        assert isinstance(group, dist.ProcessGroup), "every process is a member"
+        _waiting = group
 
 
 def stop() -> None:
     """Leave the group, if in one."""
+    global _waiting
     if dist.is_initialized():
+        _waiting = None
         gc.collect()  # wrapped models are reference cycles that hold on to the group's threads
         dist.destroy_process_group()
+
+
+def is_loss_of_peer(error: RuntimeError) -> bool:
+    """Whether an exchange failed because another process, or the way to it, is gone."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def local_device(environment: dict[str, str]) -> torch.device:
@@ -57,9 +76,26 @@ def world_size() -> int:
 
 
 def barrier() -> None:
-    """Wait for every process."""
+    """Wait for every process, however long it takes."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(_waiting)
+
+
+def first(action: Callable[[], T]) -> T:
+    """Do something on rank 0, then on the others, which find what it left (an index, say).
+
+    What rank 0 refuses with a ValueError is refused on all.
+    """
+    result: list[T] = []
+    refusal: ValueError | None = None
+    if rank() == 0:
+        try:
+            result.append(action())
+        except ValueError as error:
+            refusal = error
+    if refusal := gather_objects(refusal)[0]:
+        raise refusal
+    return result[0] if result else action()
 
 
 def mean(value: Tensor) -> Tensor:
@@ -81,11 +117,11 @@ def most(number: int, device: torch.device) -> int:
 
 
 def gather_objects(value: object) -> list[Any]:
-    """A small Python object of every process, by rank."""
+    """A small Python object of every process, by rank, however long one of them takes."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_waiting)
     return values
 
 

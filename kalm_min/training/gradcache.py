@@ -29,7 +29,9 @@ def cached_backward(
     rows: Sequence[np.ndarray],
     loss: Callable[[Tensor], Tensor],
     no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
+    *,
     rounds: int | None = None,
+    sharded: bool = False,
 ) -> Tensor:
     """Add the gradient of `loss` of all vectors to the parameters; return the loss, detached.
 
@@ -40,12 +42,15 @@ def cached_backward(
         loss: a scalar of the (n, D) vectors. It may communicate: every process calls it once.
         no_sync: entered around every replay but the last, so that processes exchange parameter
             gradients once a step.
-        rounds: with sharded parameters every call of `embed` is a joint act, so all processes must
-            make as many: the largest number of chunks any of them has. None: this process's own.
+        rounds: the largest number of chunks that any process has; None: this process's own. All
+            take the plain way or none: a wrapped model may exchange something in a forward, and
+            so does the loss, and exchanges must come in one order everywhere.
+        sharded: every call of `embed` is a joint act, so all processes make `rounds` of them.
     """
-    spare = 0 if rounds is None else rounds - len(chunks)
+    rounds = rounds or len(chunks)
+    spare = rounds - len(chunks) if sharded else 0
     order = torch.from_numpy(np.concatenate(rows))
-    if len(chunks) + spare == 1:
+    if rounds == 1:
         vectors = embed(chunks[0])
         value = loss(vectors[order.argsort()])
         value.backward()

@@ -108,8 +108,12 @@ class StepResult(NamedTuple):
     loss: Tensor
     """Mean over this process's queries, detached."""
     counts: dict[str, float]
-    """Sums over this process's queries: "hard" (its own negatives), "in_batch", and each reason
-    for which a document was masked ("masked_positive", ...); and "tokens" of its texts."""
+    """Sums over this process's queries: negatives of each kind ("hard": a query's own; "in_batch"
+    and "cross_device": documents of other queries of this process, of other processes;
+    "query_query", "document_document", "mixed": see LossConfig), and documents masked for each
+    reason ("masked_positive", ...); and the "tokens" of its texts."""
+    finite: Tensor
+    """(B + documents,) bool: whether the vector of each query, then each document, is finite."""
 
 
 def tokenize(batch: TextBatch, tokenizer: Tokenizer, *, max_length: int) -> TokenBatch:
@@ -145,15 +149,18 @@ def contrastive_step(
     rows = token_budget_batches(lengths, tokens_per_batch)
     chunks = [Packed.from_sequences([batch.sequences[i] for i in part], device) for part in rows]
     counts: dict[str, float] = {"tokens": sum(lengths)}
+    finite: list[Tensor] = []
 
     def loss(vectors: Tensor) -> Tensor:
         vectors = vectors[batch.places.to(device)]  # (B + own documents, D)
+        finite.append(vectors.detach().isfinite().all(1))
         value, ledger = _batch_loss(vectors, batch.text, config)
         counts.update(ledger)
         return value
 
-    rounds = distributed.most(len(chunks), device) if sharded else None
-    return StepResult(cached_backward(embed, chunks, rows, loss, no_sync, rounds), counts)
+    rounds = distributed.most(len(chunks), device)
+    value = cached_backward(embed, chunks, rows, loss, no_sync, rounds=rounds, sharded=sharded)
+    return StepResult(value, counts, finite[0])
 
 
 def _batch_loss(
@@ -202,7 +209,12 @@ class Rows(NamedTuple):
 
 
 _REASONS = ("foreign", "positive", "query", "group", "margin")
-_LEDGER = ("hard", "in_batch", *(f"masked_{reason}" for reason in _REASONS))
+_FURTHER = ("query_query", "document_document", "mixed")
+_LEDGER = (
+    *("hard", "in_batch", "cross_device"),
+    *_FURTHER,
+    *(f"masked_{reason}" for reason in _REASONS),
+)
 
 
 def loss_in_blocks(rows: Rows, config: LossConfig) -> tuple[Tensor, dict[str, float]]:
@@ -262,7 +274,7 @@ def _block_loss(
     own = asked.numbers[:, None] == rows.known.owners  # (b, N)
     dims = config.matryoshka_dims or (rows.queries.shape[-1],)
     weights = dict(zip(dims, config.matryoshka_weights or (1.0,), strict=True))
-    total = rows.queries.new_zeros(())
+    total, extra = rows.queries.new_zeros(()), []
     further = _further(rows, labels, asked, mask, queries, documents, others, config)
     for dim, similarity, *extra in zip(sorted(dims), similarities, *further, strict=True):
         if rows.mixes is not None and negatives is not None:
@@ -283,8 +295,14 @@ def _block_loss(
             losses = (1 - a) * losses + a * gap
         total = total + weights[dim] * losses.sum()
     seen = ~mask.scatter(1, labels[:, None], True)  # (b, N) negatives that count
-    found = [seen & own, seen & ~own, *(masks[reason] for reason in _REASONS)]
-    return total, torch.stack([one.sum() for one in found])
+    first, last = rows.asked.numbers[[0, -1]]
+    here = (rows.known.owners >= first) & (rows.known.owners <= last)  # (N,) of this process
+    hard, near = (seen & own).sum(), (seen & here).sum()
+    on = others is not None, config.document_negatives, rows.mixes is not None
+    present = iter([(cosine > ABSENT).sum() for cosine in extra])
+    counts = [hard, near - hard, seen.sum() - near]
+    counts += [next(present) if one else torch.zeros_like(hard) for one in on]
+    return total, torch.stack(counts + [masks[reason].sum() for reason in _REASONS])
 
 
 def _in_force(masks: dict[str, Tensor], config: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:

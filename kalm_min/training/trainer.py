@@ -10,13 +10,15 @@ a run that is killed and started again goes on bit for bit (on a CPU; a GPU's su
 """
 
 import json
+import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -41,6 +43,7 @@ from kalm_min.training.step import (
 from kalm_min.training.validation import validate
 
 _PREPARED = 4  # batches tokenised ahead of the step
+_NAMED = 20  # examples of a failed step that are named
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +88,9 @@ class LoopConfig:
     save_every: int = 500
     """Steps between checkpoints."""
     keep_checkpoints: int = 3
-    """Newest checkpoints that are kept."""
+    """Newest checkpoints that are kept, besides the best of those made right after a validation."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is not finite stops the run, or changes nothing and is logged."""
     validate_every: int = 500
     """Steps between validations, where validation data is given."""
     validation_limit: int = 500
@@ -159,6 +164,7 @@ class Trainer:
         self.step = 0
         self.stop = False
         """Set from outside (a signal) to save and return after the current step."""
+        self._score: float | None = None  # of the validation at this very step
         self._clock = 0.0  # when the last step ended
         bfloat16 = _wants_bfloat16(loop.precision, embedder.device)
         self.model = parallel.wrap(embedder.model, recipe.parallel, bfloat16=bfloat16)
@@ -186,29 +192,30 @@ class Trainer:
         """
         main = distributed.rank() == 0
         loop = self.recipe.training
-        log_path = self.output / "log.jsonl"
+        log_path = self.output / "log.jsonl" if main else Path(os.devnull)
         if main:
             checkpoint.prune(self.output / "checkpoints", loop.keep_checkpoints)
             run_folder.cut_log(log_path, self.step)
         self._clock = time.perf_counter()
-        with log_path.open("a", encoding="utf-8") if main else _Nowhere() as log:
+        with log_path.open("a", encoding="utf-8") as log:
 
             def write(line: dict[str, Any]) -> None:
                 log.write(json.dumps(line) + "\n")
                 log.flush()
-                report(line)
+                if main:
+                    report(line)
 
             if self.validation is not None and self.step == 0:
-                self._validate(write if main else None)
+                self._validate(self.validation, write)
             for batch in self._batches():
-                line = self._step(batch)
-                self.step += 1
-                if main:
-                    write(line)
+                write(self._step(batch))
+                self.step, self._score = self.step + 1, None
                 if self.validation is not None and self._due(loop.validate_every):
-                    self._validate(write if main else None)
+                    self._validate(self.validation, write)
                 stop = distributed.most(int(self.stop), self.embedder.device) > 0
                 if stop or self._due(loop.save_every):
+                    if main:
+                        os.fsync(log.fileno())  # no checkpoint knows of steps that the log lost
                     self._save()
                 if stop and self.step < self.total_steps:
                     return False
@@ -286,27 +293,45 @@ class Trainer:
             )
         )
         loss, sums = self._joined(result)
-        if not (torch.isfinite(norm) and torch.isfinite(torch.tensor(loss))):
-            raise FloatingPointError(
-                f"step {self.step + 1}: loss {loss} and gradient norm {norm.item()} must be finite; "
-                f"the weights are untouched; this process's examples: "
-                f"{', '.join(self.data.location(i) for i in batch.indices[:5])}, ..."
-            )
-        self.optimizer.step()
+        line = {
+            "step": self.step + 1,
+            "epoch": self.step // len(self.sampler),
+            "loss": _or_none(loss),
+            "lr": rate,
+            "grad_norm": _or_none(norm.item()),
+            "task": batch.task,
+        }
+        if None not in line.values():
+            self.optimizer.step()
+        else:  # on all processes: both numbers are joint ones
+            line["skipped"] = self._offenders(batch, result.finite)
+            if self.recipe.training.non_finite == "stop":
+                raise FloatingPointError(
+                    f"step {self.step + 1}: loss {loss} and gradient norm {norm.item()} must be "
+                    f"finite; the weights are untouched; look at {', '.join(line['skipped'])}"
+                )
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         tokens = sums.pop("tokens")
-        return {
-            "step": self.step + 1,
-            "epoch": self.step // len(self.sampler),
-            "loss": loss,
-            "lr": rate,
-            "grad_norm": norm.item(),
-            "task": batch.task,
+        line |= {
             "tokens": int(tokens),
             "tokens_per_second": round(tokens / seconds),
             "seconds": round(seconds, 4),
-        } | {name: value / self.recipe.sampling.batch_size for name, value in sums.items()}
+        }
+        return line | {
+            name: value / self.recipe.sampling.batch_size for name, value in sums.items()
+        }
+
+    def _offenders(self, batch: _Prepared, finite: Tensor) -> list[str]:
+        """`file:line` of the step's examples with a vector that is not finite, else of any; some."""
+        text = batch.tokens.text
+        owners = np.concatenate([np.arange(len(text.queries)), text.document_owner])
+        broken = np.unique(owners[~finite.cpu().numpy()]).tolist()
+        found: list[str] = []
+        for places in (broken, range(len(batch.indices))):
+            named = [self.data.location(batch.indices[i]) for i in places[:_NAMED]]
+            found = found or [*chain.from_iterable(distributed.gather_objects(named))]
+        return found[:_NAMED]
 
     def _joined(self, result: StepResult) -> tuple[float, dict[str, float]]:
         """The loss, mean over processes, and the counts, summed over them."""
@@ -318,9 +343,8 @@ class Trainer:
         return joined[0], dict(zip(result.counts, sums, strict=True))
 
     @torch.no_grad()
-    def _validate(self, write: Callable[[dict[str, Any]], None] | None) -> None:
+    def _validate(self, data: TrainingData, write: Callable[[dict[str, Any]], None]) -> None:
         """Measure on the held-out pairs; every process takes part."""
-        assert self.validation is not None
         embedder = self.embedder
 
         def embed(texts: list[str]) -> Tensor:
@@ -328,21 +352,22 @@ class Trainer:
                 return torch.from_numpy(embedder.encode(texts)).to(embedder.device)
 
         numbers = validate(
-            self.validation,
+            data,
             embed,
             template=embedder.instruction_template,
             batch_size=self.recipe.sampling.batch_size,
             limit=self.recipe.training.validation_limit,
             together=parallel.is_sharded(self.model),
         )
-        if write is not None:
-            write({"step": self.step, "validation": numbers})
+        self._score = numbers["mrr"]
+        write({"step": self.step, "validation": numbers})
 
     def _save(self) -> None:
         """A checkpoint of the current step."""
         epoch, within = divmod(self.step, len(self.sampler))
         place = {"epoch": epoch, "step": within}
         state = {"step": self.step, "sampler": self.sampler.state_dict() | place}
+        state["validation"] = self._score
         root = self.output / "checkpoints"
         checkpoint.save(root, self.embedder, self.optimizer, state)
         if distributed.rank() == 0:
@@ -374,17 +399,6 @@ def _wants_bfloat16(precision: str, device: torch.device) -> bool:
     return precision == "bfloat16"
 
 
-class _Nowhere:
-    """The log of a process that keeps none."""
-
-    def __enter__(self) -> "_Nowhere":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return
-
-    def write(self, text: str) -> None:
-        """Drop it."""
-
-    def flush(self) -> None:
-        """Nothing to do."""
+def _or_none(number: float) -> float | None:
+    """A number that JSON can hold."""
+    return number if math.isfinite(number) else None
