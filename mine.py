@@ -57,4 +57,4 @@ def _mine(config: MiningConfig, device: torch.device) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    distributed.leave(main(sys.argv[1:]))

@@ -7,7 +7,8 @@ interrupted. Exit code 0 means that the model in `<output>/final` is finished.
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -94,10 +95,12 @@ def _train(config: TrainConfig, device: Any) -> int:
             f"of {config.sampling.batch_size} queries on {distributed.world_size()} process(es), "
             f"{device.type}" + (f", going on from step {trainer.step}" if resume else "")
         )
-    caught = _stop_on_signals(trainer)
-    with Progress(
-        trainer.total_steps, "steps", sys.stderr, title="train", done=trainer.step
-    ) as progress:
+    with (
+        _stop_on_signals(trainer) as caught,
+        Progress(
+            trainer.total_steps, "steps", sys.stderr, title="train", done=trainer.step
+        ) as progress,
+    ):
         finished = trainer.run(_reporter(progress))
     if not main_process:
         pass
@@ -124,7 +127,8 @@ def _open_data(config: DataConfig) -> tuple[TrainingData, TrainingData | None]:
     return data, validation
 
 
-def _stop_on_signals(trainer: Trainer) -> list[int]:
+@contextmanager
+def _stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
     """SIGTERM and Ctrl-C save a checkpoint after the current step; a second one ends at once."""
     caught: list[int] = []
 
@@ -133,9 +137,12 @@ def _stop_on_signals(trainer: Trainer) -> list[int]:
         trainer.stop = True
         signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    return caught
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:  # a handler left behind would keep the model, and with it the group's threads
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _reporter(progress: Progress) -> Callable[[dict[str, Any]], None]:
@@ -164,4 +171,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    distributed.leave(main(sys.argv[1:]))

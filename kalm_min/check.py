@@ -32,7 +32,7 @@ from kalm_min.files import write_text
 from kalm_min.model import ModelConfig, Packed, Qwen2, initialise, pool
 from kalm_min.training import distributed, parallel
 from kalm_min.training.parallel import ParallelConfig
-from kalm_min.training.step import LossConfig, TokenBatch, contrastive_step
+from kalm_min.training.step import LossConfig, StepResult, TokenBatch, contrastive_step
 
 LIMIT = 1e-10
 _QUERIES = 12  # divides by 1, 2 and 3 processes
@@ -80,6 +80,8 @@ class Way(NamedTuple):
     budget: int
     """Tokens of a chunk."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
+    others: int | None = None
+    """Tokens of a chunk on all processes but the first, where they differ."""
 
 
 WAYS = {
@@ -87,6 +89,7 @@ WAYS = {
     "3 chunks": Way(110),
     "n chunks": Way(1),
     "3 chunks, sharded": Way(110, "fsdp"),
+    "1 or n chunks": Way(10**6, others=1),
 }
 
 
@@ -163,7 +166,10 @@ def decoder() -> Qwen2:
 
 
 def step(option: Option, way: Way) -> Result:
-    """One step on this process's share, with the loss and gradients that data parallelism gives."""
+    """One step on this process's share, with the loss and gradients that data parallelism gives.
+
+    It is taken twice: in the second one DDP exchanges more, having seen the first.
+    """
     rank, size = distributed.rank(), distributed.world_size()
     share = _QUERIES // size
     own = examples()[rank * share : (rank + 1) * share]
@@ -173,15 +179,20 @@ def step(option: Option, way: Way) -> Result:
     def embed(packed: Packed) -> Tensor:
         return pool(wrapped(packed, causal=False), packed.cu_seqlens, "mean")
 
-    result = contrastive_step(
-        tokenized(own, option.num_negatives),
-        embed,
-        option.loss,
-        device=torch.device("cpu"),
-        tokens_per_batch=way.budget,
-        no_sync=partial(parallel.no_sync, wrapped),
-        sharded=parallel.is_sharded(model),
-    )
+    def once() -> StepResult:
+        model.zero_grad()
+        return contrastive_step(
+            tokenized(own, option.num_negatives),
+            embed,
+            option.loss,
+            device=torch.device("cpu"),
+            tokens_per_batch=way.others if rank and way.others else way.budget,
+            no_sync=partial(parallel.no_sync, wrapped),
+            sharded=parallel.is_sharded(model),
+        )
+
+    once()
+    result = once()
     gradients = {
         name: parallel.whole(p.grad) for name, p in model.named_parameters() if p.grad is not None
     }
@@ -226,9 +237,10 @@ def _worker(rank: int, count: int, port: int, folder: str) -> None:
             if rank == 0:
                 tensors = result.gradients | {"": torch.tensor(result.loss, dtype=torch.float64)}
                 save_file(tensors, Path(folder) / f"{option.name} {name}.safetensors")
-        distributed.barrier()  # leave together: a group that loses a member at exit may abort
+        distributed.barrier()  # leave together: what ends early breaks the others' connections
     finally:
         distributed.stop()
+    distributed.leave(0)
 
 
 def _read(path: Path) -> Result:
@@ -257,7 +269,7 @@ def main(argv: list[str]) -> int:
         "",
         "Largest relative difference of loss and parameter gradients from one plain backward over",
         "the whole batch, float64, CPU, gloo. Columns: processes x chunks (n: one text a",
-        "chunk; sharded: FSDP2).",
+        "chunk; 1 or n: one chunk on the first process, n on the others; sharded: FSDP2).",
         f"Made by `python -m kalm_min.check`; the limit is {LIMIT:.0e}.",
         "",
         f"| loss option | {' | '.join(heads)} |",

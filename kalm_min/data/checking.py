@@ -2,7 +2,7 @@
 
     files -> ranges of lines -> examine, here or in child processes -> merged in order of the files
          -> what is malformed, or a cached account of each file: its tasks, which rows have no
-            positives or no group, and the rows of each group
+            positives, group or scores, and the rows of each group
 
 The children are plain subprocesses that speak over their pipes: no fork of a process that may hold
 threads or a GPU, and no second run of the user's main module. Only a clean file is cached.
@@ -34,7 +34,7 @@ from kalm_min.progress import Progress
 
 LISTED = 20  # malformed lines shown; the rest are counted
 
-_CHECKED = "checked2.json"  # raised when the rules of schema.py or the account change
+_CHECKED = "checked3.json"  # raised when the rules of schema.py or the account change
 _RANGE = 20_000  # lines examined at a time
 _ALONE = 100_000  # lines that are examined before children would have started
 
@@ -56,30 +56,22 @@ class TaskAccount:
     task: str | None
     """As its lines name it; None: they name none."""
     rows: int = 0
-    unpaired: int = 0
-    """Rows without positives (they have a group)."""
-    first_unpaired: int = -1
-    ungrouped: int = 0
-    """Rows without group."""
-    first_ungrouped: int = -1
+    lacking: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
+    """How many rows have no "pos", "group" or "scores", and which is the first of them."""
 
-    def add(self, row: int, paired: bool, grouped: bool) -> None:
+    def add(self, row: int, lacks: Iterable[str]) -> None:
         """Count one row."""
         self.rows += 1
-        if not paired:
-            self.first_unpaired = row if not self.unpaired else self.first_unpaired
-            self.unpaired += 1
-        if not grouped:
-            self.first_ungrouped = row if not self.ungrouped else self.first_ungrouped
-            self.ungrouped += 1
+        for what in lacks:
+            count, first = self.lacking.get(what, (0, row))
+            self.lacking[what] = count + 1, first
 
     def join(self, later: "TaskAccount") -> None:
         """Add what was counted of later rows."""
-        self.first_unpaired = self.first_unpaired if self.unpaired else later.first_unpaired
-        self.first_ungrouped = self.first_ungrouped if self.ungrouped else later.first_ungrouped
         self.rows += later.rows
-        self.unpaired += later.unpaired
-        self.ungrouped += later.ungrouped
+        for what, (more, row) in later.lacking.items():
+            count, first = self.lacking.get(what, (0, row))
+            self.lacking[what] = count + more, first
 
 
 def account(file: JsonlFile) -> list[TaskAccount] | None:
@@ -184,10 +176,17 @@ def examine(file: JsonlFile, start: int, stop: int) -> Found:
         if group not in hashes:
             hashes[group] = text_hash(group or "")
         task_of[place], groups[place] = number, hashes[group]
-        found.tasks[number].add(start + place, bool(record.get("pos")), group is not None)
+        found.tasks[number].add(start + place, _lacks(record))
     found.task_of = task_of if len(numbers) > 1 else None
     found.groups = groups if len(hashes) > 1 else None
     return found
+
+
+def _lacks(record: dict[str, Any]) -> Iterator[str]:
+    """What a good record may have and this one has not: "pos", "group", "scores" (of all texts)."""
+    yield from (key for key in ("pos", "group") if record.get(key) in (None, []))
+    if any(record.get(key) and record.get(f"{key}_scores") is None for key in ("pos", "neg")):
+        yield "scores"
 
 
 def _parse(line: bytes) -> tuple[dict[str, Any], str | None]:
@@ -229,7 +228,7 @@ class _Tally:
         """Cache the account; what it points to first, so that it is never believed too early."""
         if len(self.tasks) > 1:
             self._write("rows.npy", np.argsort(self.task_of, kind="stable"))
-        if any(task.ungrouped < task.rows for task in self.tasks.values()):
+        if any(task.lacking.get("group", (0,))[0] < task.rows for task in self.tasks.values()):
             order = np.lexsort((self.groups, self.task_of))
             keys = np.stack([self.task_of[order], self.groups[order]], 1)  # (rows, 2)
             new = np.flatnonzero(np.any(keys[1:] != keys[:-1], 1)) + 1

@@ -172,6 +172,16 @@ class TrainingData:
         number, row = self._locate(range(len(self))[i])
         return self._segments[number].file[row]
 
+    def refuse_unscored(self) -> None:
+        """Raise ValueError at the first line without a teacher's scores of all its texts."""
+        for task, labels in zip(self.task_names, self._labels, strict=True):
+            if labels is not None:
+                raise ValueError(
+                    f"{task}.toml: expected label_based = false to distil, found true: what is "
+                    "drawn at load time has no teacher's scores"
+                )
+        _refuse_without("scores", self._segments, "expected pos_scores and neg_scores to distil")
+
     def location(self, i: int) -> str:
         """`file:line` of example i."""
         number, row = self._locate(range(len(self))[i])
@@ -280,23 +290,26 @@ def _segments(task: str, file: JsonlFile) -> Iterator[_Segment]:
 
 def _label_index(segments: list[_Segment]) -> LabelIndex:
     """The groups of a label-based task. Raises ValueError where a row has none."""
-    for segment in segments:
-        if segment.account.ungrouped:
-            raise ValueError(
-                f"{segment.file.location(segment.account.first_ungrouped)}: expected 'group' in "
-                f"every line of the label-based task {segment.task!r}, "
-                f"found {segment.account.ungrouped} without in this file"
-            )
+    _refuse_without("group", segments, "expected 'group' in every line of a label-based task")
     return LabelIndex(segments[0].task, [(segment.file, segment.number) for segment in segments])
 
 
 def _refuse_unpaired(segments: list[_Segment]) -> None:
     """Raise ValueError where a task that is not label-based has rows without positives."""
+    _refuse_without(
+        "pos",
+        segments,
+        "expected 'pos' to be a list of at least one non-empty string, or label_based = true in "
+        f"{segments[0].task}.toml to draw positives from the line's group",
+    )
+
+
+def _refuse_without(what: str, segments: Iterable[_Segment], expected: str) -> None:
+    """Raise ValueError at the first row that lacks something."""
     for segment in segments:
-        if segment.account.unpaired:
+        count, row = segment.account.lacking.get(what, (0, 0))
+        if count:
             raise ValueError(
-                f"{segment.file.location(segment.account.first_unpaired)}: expected 'pos' to be a "
-                f"list of at least one non-empty string, found nothing in {segment.account.unpaired} "
-                f"lines of this file; to draw positives from their group, set label_based = true "
-                f"in {segment.task}.toml"
+                f"{segment.file.location(row)}: {expected}, found none in {count} "
+                f"line{'s'[: count - 1]} of this file"
             )

@@ -9,9 +9,10 @@ torchrun's business.
 
 import gc
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,19 @@ def stop() -> None:
         _waiting = None
         gc.collect()  # wrapped models are reference cycles that hold on to the group's threads
         dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """Exit; a process that was in a group does so without the interpreter's own ending.
+
+    Caches of torch hold on to the group of a sharded model past `stop`, and its threads: one that
+    wants the interpreter while it ends aborts the process, whose work was done.
+    """
+    if "WORLD_SIZE" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def is_loss_of_peer(error: RuntimeError) -> bool:

@@ -10,6 +10,8 @@ activation checkpointing (what is kept for backward), compilation (of each layer
 Both give the gradient of the mean of the processes' losses.
 """
 
+import os
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -44,9 +46,16 @@ def wrap(model: Qwen2, config: ParallelConfig, *, bfloat16: bool = False) -> nn.
         config: how.
         bfloat16: under fsdp, gather parameters and compute in bfloat16, reduce gradients in
             float32. (ddp leaves the precision to autocast.)
+
+    Raises ValueError where compilation is asked for and there is nothing to compile with.
     """
     model.gradient_checkpointing = config.gradient_checkpointing
     if config.compile:
+        compiler = os.environ.get(
+            "CXX", "g++"
+        )  # what torch takes on a CPU; on CUDA triton compiles
+        if next(model.parameters()).device.type == "cpu" and not shutil.which(compiler):
+            raise ValueError(f"--parallel.compile: expected a C++ compiler, {compiler}, found none")
         for layer in model.layers:
             layer.compile(dynamic=True)  # lengths change from chunk to chunk
     if distributed.world_size() == 1:

@@ -158,6 +158,8 @@ class Trainer:
                 f"matryoshka_dims: expected at most {embedder.dimension}, the width of the model, "
                 f"found {too_wide[0]}"
             )
+        if recipe.loss.distillation_weight:
+            data.refuse_unscored()
         self.sampler = _sampler(data, sampling)
         whole = loop.epochs * len(self.sampler)
         self.total_steps = min(whole, loop.max_steps or whole)
@@ -197,7 +199,8 @@ class Trainer:
             checkpoint.prune(self.output / "checkpoints", loop.keep_checkpoints)
             run_folder.cut_log(log_path, self.step)
         self._clock = time.perf_counter()
-        with log_path.open("a", encoding="utf-8") as log:
+        # Without a checkpoint a run begins anew, whatever an earlier start has logged.
+        with log_path.open("a" if self.step else "w", encoding="utf-8") as log:
 
             def write(line: dict[str, Any]) -> None:
                 log.write(json.dumps(line) + "\n")
@@ -255,10 +258,6 @@ class Trainer:
         }
         examples = [self.data.example(i, **draw) for i in indices]
         batch = collate(examples, template=self.embedder.instruction_template, **draw)
-        if self.recipe.loss.distillation_weight and np.isnan(batch.teacher_scores).any():
-            row = np.isnan(batch.teacher_scores).argmax()
-            example = self.data.location(indices[batch.document_owner[row]])
-            raise ValueError(f"{example}: expected pos_scores and neg_scores to distil, found none")
         tokens = tokenize(batch, self.embedder.tokenizer, max_length=self.embedder.max_length)
         tasks = {example.task for example in examples}
         name = self.data.task_names[tasks.pop()] if len(tasks) == 1 else "mixed"

@@ -58,8 +58,9 @@ def test_the_account_is_that_of_the_lines(tmp_path_factory, many_ranges, records
     assert [(one.task, one.rows) for one in found] == [(task, len(rows[task])) for task in tasks]
     for one in found:
         without = [i for i in rows[one.task] if "group" not in records[i]]
-        assert (one.ungrouped, one.first_ungrouped) == (len(without), (without or [-1])[0])
-        assert (one.unpaired, one.first_unpaired) == (0, -1)
+        assert one.lacking.get("group") == ([len(without), without[0]] if without else None)
+        assert one.lacking["scores"] == [one.rows, rows[one.task][0]]
+        assert "pos" not in one.lacking
     if len(tasks) > 1:
         assert rows_of_tasks(file).tolist() == [i for task in tasks for i in rows[task]]
     if any("group" in record for record in records):

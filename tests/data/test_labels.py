@@ -130,11 +130,11 @@ def test_groups_of_negatives_reach_the_batch(tmp_path):
     [
         (
             [row(0, "a"), row(1, "b"), {"query": "q", "pos": ["p"]}],
-            "3: expected 'group' in every line of {task}, found 1 without in this file",
+            "3: expected 'group' in every line of a label-based task, found none in 1 line of",
         ),
         (
             [{"query": "q", "pos": ["p"]}] * 2,
-            "1: expected 'group' in every line of {task}, found 2 without in this file",
+            "1: expected 'group' in every line of a label-based task, found none in 2 lines of",
         ),
         (
             [row(0, "a"), row(1, "a")],

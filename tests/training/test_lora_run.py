@@ -2,20 +2,16 @@
 
 import hashlib
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from kalm_min import Embedder
+from tests.training.runs import log, run
 
-ROOT = Path(__file__).parents[2]
 STEPS = 8
 
 
@@ -36,27 +32,6 @@ def arguments(tmp_path_factory, tiny_model_dir):
         *("--loss.temperature", "0.1", "--lora.rank", "4", "--lora.alpha", "8"),
         *("--lora.target-modules", "q_proj", "down_proj"),
     ]
-
-
-def run(arguments, output, *extra, processes=1):
-    """Run train.py to the end; the finished process."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.run(
-        [
-            *(sys.executable, *(launcher if processes > 1 else [])),
-            *(str(ROOT / "train.py"), *map(str, arguments), "--output", str(output), *extra),
-        ],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=120,
-    )
-
-
-def log(output):
-    """The logged steps without the clock."""
-    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
 
 
 def digests(folder):

@@ -1,24 +1,19 @@
 """Runs as a user starts them: killed, stopped, continued, refused."""
 
 import json
-import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from collections import Counter
-from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from kalm_min import Embedder
 from kalm_min.training import checkpoint
+from kalm_min.training.run_folder import cut_log
+from tests.training.runs import command, environment, log, run, wait_for_steps
 
-ROOT = Path(__file__).parents[2]
 STEPS = 12
 
 
@@ -54,42 +49,6 @@ def arguments(data, tiny_model_dir):
     ]
 
 
-def command(arguments, output, *extra):
-    return [
-        sys.executable,
-        str(ROOT / "train.py"),
-        *map(str, arguments),
-        "--output",
-        str(output),
-        *extra,
-    ]
-
-
-def run(arguments, output, *extra, launcher=()):
-    """Run to the end; the finished process."""
-    line = command(arguments, output, *extra)
-    line = [*launcher, *line[1:]] if launcher else line
-    return subprocess.run(line, capture_output=True, text=True, env=environment(), timeout=120)
-
-
-def environment():
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def log(output):
-    """The logged steps without the clock."""
-    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
-
-
-def weights(output):
-    return load_file(output / "final" / "model.safetensors")
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
-
-
 @pytest.fixture(scope="module")
 def unbroken(arguments, tmp_path_factory):
     output = tmp_path_factory.mktemp("unbroken") / "run"
@@ -115,33 +74,17 @@ def test_a_finished_run_explains_itself(unbroken):
     assert Embedder.from_pretrained(unbroken / "checkpoints" / "step_00000004").encode("a").any()
 
 
-@pytest.mark.slow
-def test_killed_run_goes_on_bit_for_bit(arguments, unbroken, tmp_path):
-    """kill -9 after step 6; the same command gives the log and the weights of the unbroken run."""
-    process = subprocess.Popen(
-        command(arguments, tmp_path / "run"), stderr=subprocess.DEVNULL, env=environment()
-    )
-    wait_for_steps(tmp_path / "run", 6, process)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / "run" / "final").exists()
-    with (tmp_path / "run" / "log.jsonl").open("a") as file:
-        file.write('{"step": 7, "los')  # a line torn by the kill
-    result = run(arguments, tmp_path / "run")
-    assert result.returncode == 0, result.stderr
-    assert "going on from step" in result.stderr
-    assert log(tmp_path / "run") == log(unbroken)
-    assert same(weights(tmp_path / "run"), weights(unbroken))
-
-
-def wait_for_steps(output, steps, process):
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        path = output / "log.jsonl"
-        if path.exists() and len(path.read_text().splitlines()) >= steps:
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"the run did not reach step {steps}")
+def test_the_log_is_cut_where_a_run_goes_on(tmp_path):
+    """Later steps go, and a line torn by a kill with all after it; what stays is as it was."""
+    lines = [json.dumps({"step": step}) + "\n" for step in (1, 2, 3)]
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(lines) + '{"step": 4, "los')
+    cut_log(path, 3)
+    assert path.read_text() == "".join(lines)
+    cut_log(path, 1)
+    assert path.read_text() == lines[0]
+    cut_log(tmp_path / "none.jsonl", 1)
+    assert not (tmp_path / "none.jsonl").exists()
 
 
 @pytest.mark.slow
@@ -177,16 +120,8 @@ def test_a_folder_belongs_to_one_configuration(arguments, unbroken):
 @pytest.mark.slow
 def test_torchrun_equals_one_process(arguments, unbroken, data, tmp_path):
     """Two torchrun processes: the losses of one process to float32's accuracy, and validation runs."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
     extra = ("--data.validation", str(data / "valid.jsonl"), "--training.validate-every", "6")
-    result = run(arguments, tmp_path / "run", *extra, launcher=launcher)
+    result = run(arguments, tmp_path / "run", *extra, processes=2)
     assert result.returncode == 0, result.stderr
     lines = log(tmp_path / "run")
     validations = [line for line in lines if "validation" in line]
@@ -222,34 +157,15 @@ def test_what_a_user_gets_wrong_is_one_sentence(arguments, tmp_path, extra, mess
 
 
 @pytest.mark.slow
-def test_sharded_run_equals_one_process_and_resumes(arguments, unbroken, data, tmp_path):
-    """FSDP2 on two processes: the losses of one process; a stopped run goes on bit for bit."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
+def test_sharded_run_equals_one_process(arguments, unbroken, data, tmp_path):
+    """FSDP2 on two processes: the losses of one process."""
     extra = ("--parallel.strategy", "fsdp", "--parallel.gradient-checkpointing")
     extra += ("--data.validation", str(data / "valid.jsonl"))
-    result = run(arguments, tmp_path / "whole", *extra, launcher=launcher)
+    result = run(arguments, tmp_path / "whole", *extra, processes=2)
     assert result.returncode == 0, result.stderr
     steps = [line for line in log(tmp_path / "whole") if "loss" in line]
     for ours, alone in zip(steps, log(unbroken), strict=True):
         assert ours["loss"] == pytest.approx(alone["loss"], rel=1e-4)
-    shutil.copytree(tmp_path / "whole", tmp_path / "part")
-    shutil.rmtree(tmp_path / "part" / "final")
-    for late in ("step_00000008", "step_00000012"):
-        shutil.rmtree(tmp_path / "part" / "checkpoints" / late)
-    config = tmp_path / "part" / "config.toml"
-    config.write_text(config.read_text().replace("/whole", "/part"))
-    result = run(arguments, tmp_path / "part", *extra, launcher=launcher)
-    assert result.returncode == 0, result.stderr
-    assert "going on from step 4" in result.stderr
-    assert log(tmp_path / "part") == log(tmp_path / "whole")
-    assert same(weights(tmp_path / "part"), weights(tmp_path / "whole"))
 
 
 def test_weights_caps_and_label_based_tasks_reach_the_run(tmp_path, arguments, data):

@@ -1,0 +1,56 @@
+"""Starting train.py as a user does, and reading what a run left."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 150  # seconds; a machine under load is slow, not wrong
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def command(arguments, output, *extra, processes=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    given = [*(launcher if processes > 1 else []), ROOT / "train.py", *arguments]
+    return [sys.executable, *map(str, [*given, "--output", output, *extra])]
+
+
+def run(arguments, output, *extra, processes=1):
+    """Run to the end; the finished process."""
+    line = command(arguments, output, *extra, processes=processes)
+    return subprocess.run(
+        line, capture_output=True, text=True, env=environment(), timeout=PATIENCE, check=False
+    )
+
+
+def log(output):
+    """The logged lines without the clock."""
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+
+
+def weights(output):
+    return load_file(output / "final" / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+
+
+def wait_for_steps(output, steps, process):
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline and process.poll() is None:
+        path = output / "log.jsonl"
+        if path.exists() and len(path.read_text().splitlines()) >= steps:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"the run did not reach step {steps}")
