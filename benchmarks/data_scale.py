@@ -66,12 +66,20 @@ def files(lines: int, path: Path) -> None:
     with path.open("wb") as file:
         for start in range(0, lines, 10_000):
             file.write(b"".join(LINE % (i, TEXT) for i in range(start, start + 10_000)))
+    line("file, read", lines, lambda: read(path))
     line("index, built", lines, lambda: JsonlFile(path))
     line("index, opened", lines, lambda: JsonlFile(path)[lines // 2])
     # Not traced: lines are read by child processes, and tracing would slow them or miss them.
     line("check of all lines", lines, lambda: TrainingData.open(path), traced=False)
     line("data, opened", lines, lambda: TrainingData.open(path)[lines // 2])
     path.unlink()
+
+
+def read(path: Path) -> None:
+    """Read a file from start to end: what an index cannot do without."""
+    with path.open("rb", buffering=0) as file:
+        while file.read(1 << 22):
+            pass
 
 
 def line(

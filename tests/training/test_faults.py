@@ -221,15 +221,23 @@ def two_nodes(arguments, output, restarts):
     launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
     launcher += ["--rdzv-id", port, "--local-addr", "127.0.0.1", "--max-restarts", restarts]
     line = [sys.executable, *launcher, ROOT / "train.py", *arguments, "--output", output]
+    # Else the agents of torch keep one store for all rounds, and in it the addresses of the dead.
+    separate = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return [
-        subprocess.Popen([*map(str, line)], stderr=subprocess.PIPE, text=True, env=environment())
+        subprocess.Popen(
+            [*map(str, line)], stderr=subprocess.PIPE, text=True, env=environment() | separate
+        )
         for _ in range(2)
     ]
 
 
 def ends(agents):
     """Exit codes and what was said on stderr, of both."""
-    said = [agent.communicate(timeout=PATIENCE)[1] for agent in agents]
+    try:
+        said = [agent.communicate(timeout=PATIENCE)[1] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.terminate()
     return [agent.returncode for agent in agents], "".join(said)
 
 
