@@ -166,7 +166,7 @@ def test_lines_without_positives_need_a_label_based_task(tmp_path):
         with pytest.raises(ValueError, match="expected 'pos'") as error:
             TrainingData.open(path)
         assert str(error.value) == (
-            f"{path}:2: expected 'pos' to be a list of at least one non-empty string, found nothing "
-            "in 2 lines of this file; to draw positives from their group, set label_based = true "
-            "in t.toml"
+            f"{path}:2: expected 'pos' to be a list of at least one non-empty string, or "
+            "label_based = true in t.toml to draw positives from the line's group, found none in "
+            "2 lines of this file"
         )
