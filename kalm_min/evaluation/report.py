@@ -60,7 +60,7 @@ def plan_table(plan: Plan) -> str:
             task.name,
             task.type,
             f"{task.characters / 1e6:.2f}" if task.characters else "?",
-            "done" if is_done else "to do",
+            "done" if is_done else "elsewhere" if task.name in plan.elsewhere else "to do",
             task.instruction.origin if _said(task) else "",
             _said(task) or "none",
         ]
