@@ -1,11 +1,13 @@
 """mteb's own tasks through the worker, from folders that stand in for the hub's repositories."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from kalm_min import Embedder
-from kalm_min.evaluation.worker import _sentence, evaluate_task
+from kalm_min.evaluation import encoder
+from kalm_min.evaluation.worker import _sentence, encode_slice, evaluate_task
 from tests.evaluation.hub import REPOSITORIES, write_repository
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -77,3 +79,24 @@ def test_an_error_names_its_cause(embedder, order):
     with pytest.raises(Exception, match="generating") as caught:
         evaluate_task(embedder, told, [32])
     assert "BadGzipFile" in _sentence(caught.value)
+
+
+def test_a_task_in_slices_has_the_same_result(mteb, embedder, eight, tmp_path, monkeypatch):
+    """Promise: what other workers put into the store is found, and changes no digit of any score."""
+    monkeypatch.setattr(encoder, "BLOCK", 16)
+    key = {"query_instruction": "", "document_instruction": "", "checkpoint": "c"}
+    key |= {"splits": ["test"], "subsets": []}
+    order = {"name": "retrieval", "type": "", "folder": str(eight / "retrieval"), "key": key}
+    whole = evaluate_task(embedder, order, [32, 8])["kalm_min"]["dims"]
+    order |= {"store": str(tmp_path)}
+    for number in range(2):
+        encode_slice(embedder, order | {"slice": [number, 2]})
+    (folder,) = tmp_path.iterdir()
+    assert len(list(folder.glob("*.npy"))) == 4  # 60 documents in blocks of 16
+    assert json.loads((folder / "manifest.json").read_text())["dtype"] == "float32"
+    sliced = evaluate_task(embedder, order, [32, 8])["kalm_min"]["dims"]
+    for dim in ("32", "8"):
+        (found,), (expected,) = (side[dim]["scores"]["test"] for side in (sliced, whole))
+        for name, value in expected.items():
+            if isinstance(value, float):
+                assert found[name] == pytest.approx(value, abs=0, nan_ok=True), name
