@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import disable_progress_bars
 
 from kalm_min import Embedder
 from kalm_min.config import parse
@@ -97,6 +98,7 @@ class Table:
 def main(argv: list[str]) -> None:
     """Measure and print a table."""
     warnings.simplefilter("ignore")
+    disable_progress_bars()
     options = parse(Options, argv, program="scoring.py", description="Scoring, measured.")
     if options.model is None:
         overhead(options)

@@ -245,8 +245,8 @@ class Adapter:
 
 
 def _cut(vectors: Tensor, dim: int) -> Tensor:
-    """The first `dim` coordinates (n, dim), scaled to unit length; zero vectors stay zero."""
-    return F.normalize(vectors[:, :dim].float(), dim=-1)
+    """The first `dim` coordinates (n, dim) of unit vectors, scaled to unit length; zeros stay zero."""
+    return vectors if dim == vectors.shape[1] else F.normalize(vectors[:, :dim], dim=-1)
 
 
 def _document_texts(documents: dict[str, list[str]]) -> list[str]:

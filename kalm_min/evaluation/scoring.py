@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
+_RATES = np.linspace(0, 1, 11)[:-1]  # of abstention, R of them
 _COMPARED = 1 << 24  # ranks compared with judgements at a time
 
 
@@ -133,7 +134,7 @@ def retrieval_scores(ranking: Ranking, judged: Judged, k_values: Sequence[int]) 
 
     Averages are rounded as mteb rounds them, to five digits, reciprocal ranks not.
     """
-    from mteb._evaluators.retrieval_metrics import make_score_dict, nauc
+    from mteb._evaluators.retrieval_metrics import make_score_dict
 
     every = _per_query(ranking, judged, np.array(k_values))
     names = {"NDCG": "ndcg", "MAP": "_map", "Recall": "recall", "P": "precision", "MRR": "mrr"}
@@ -147,10 +148,10 @@ def retrieval_scores(ranking: Ranking, judged: Judged, k_values: Sequence[int]) 
             for key, total in sums.items()
         }
     naucs = {
-        f"nAUC_{metric}@{k}_{name}": nauc(sureness, every[metric][i])
-        for name, sureness in _confidence(ranking.scores).items()
+        f"nAUC_{metric}@{k}_{name}": area
         for metric in names.keys() - {"HitRate"}
-        for i, k in enumerate(k_values)
+        for name, areas in _naucs(_confidence(ranking.scores), every[metric]).items()
+        for k, area in zip(k_values, areas.tolist(), strict=True)
     }
     return make_score_dict(**means, naucs=naucs, naucs_mrr={}, task_scores={})  # pyright: ignore[reportArgumentType]
 
@@ -209,3 +210,37 @@ def _confidence(scores: NDArray[np.float32]) -> dict[str, Floats]:
         "std": np.array([np.std(row[:n]) for row, n in zip(exact, counts, strict=True)]),
         "diff1": np.where(counts > 1, exact[:, 0] - second, 0.0),
     }
+
+
+def _naucs(confidence: dict[str, Floats], metrics: Floats) -> dict[str, Floats]:
+    """(C,) each: what abstaining on the least sure queries gains, of what an oracle would gain.
+
+    (C, Q) metrics. Not a number where an oracle gains nothing. Sums run in mteb's order.
+    """
+    best = np.concatenate([_abstention_curve(row, row[None]) for row in metrics])  # (C, R)
+    flat = best[:, 0] * (_RATES[-1] - _RATES[0])
+    gain = _area(best) - flat
+    areas: dict[str, Floats] = {}
+    for name, sureness in confidence.items():
+        area = _area(_abstention_curve(sureness, metrics)) - flat
+        areas[name] = np.divide(area, gain, out=np.full_like(gain, np.nan), where=gain != 0)
+    return areas
+
+
+def _abstention_curve(confidence: Floats, metrics: Floats) -> Floats:
+    """(C, R) averages of (C, Q) metrics over the queries that are left at each rate of abstention.
+
+    Queries that look equally sure count with their mean.
+    """
+    order = np.argsort(confidence, kind="stable")
+    ordered, values = confidence[order], metrics[:, order]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    sizes = np.diff(np.r_[starts, len(ordered)])
+    values = np.repeat(np.add.reduceat(values, starts, axis=1) / sizes, sizes, axis=1)
+    firsts = [min(round(rate * len(ordered)), len(ordered) - 1) for rate in _RATES.tolist()]
+    return np.stack([values[:, first:].mean(axis=1) for first in firsts], axis=1)
+
+
+def _area(curves: Floats) -> Floats:
+    """(C,) under (C, R) curves over the rates, by trapezoids."""
+    return (np.diff(_RATES) * (curves[:, 1:] + curves[:, :-1]) / 2.0).sum(axis=1)

@@ -45,6 +45,7 @@ def write(path, result):
     """Write the result, or break while doing so."""
     broken = FAULT if result["task_name"] == "broken" else ""
     if broken == "torn result file":
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(result)[:100])
     elif broken == "full disk":
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
