@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import torch
 from measuring import Common, Report, alternate, device, lines, ratio
@@ -111,16 +112,13 @@ def all_of(step: Step, batches: list[TextBatch]) -> None:
 def batch_of(options: Options, task: str) -> TextBatch:
     """The first queries of a task with their positives, and other positives as negatives."""
     count = options.queries * (1 + _NEGATIVES)
-    rows = lines(options.data, count, task)
-    positives = list(dict.fromkeys(row["pos"][0] for row in rows))
-    assert len(positives) > options.queries + _NEGATIVES, f"{task} has too few positives"
+    rows = list({row["pos"][0]: row for row in lines(options.data, 2 * count, task)}.values())
+    others = iter([row["pos"][0] for row in rows[options.queries : count]])
     examples = [
         Example(
             query=row["query"],
             positives=(row["pos"][0],),
-            negatives=tuple(
-                positives[(i * _NEGATIVES + k) % len(positives)] for k in range(_NEGATIVES)
-            ),
+            negatives=tuple(islice(others, _NEGATIVES)),
             task=0,
             index=i,
         )
