@@ -70,25 +70,23 @@ def alternate(programs: Mapping[str, Callable[[], object]], rounds: int) -> dict
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for number in range(rounds + 1):
         for name, program in programs.items():
-            taken = _undisturbed(program, tries=2 if number else 1)
+            others, taken = _timed(program)
+            if number and others > _CALM:
+                others, taken = min((others, taken), _timed(program))
             if number:
                 seconds[name].append(taken)
+            print(f"{number} {name}: {taken:.2f} s, {others:.2f} busy", file=sys.stderr)
     return seconds
 
 
-def _undisturbed(program: Callable[[], object], tries: int) -> float:
-    """Seconds of the program, again while other work takes a tenth of a processor; the calmest."""
-    found: list[tuple[float, float]] = []
-    for _ in range(tries):
-        before = _processor_seconds()
-        program()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        busy, own, wall = (b - a for a, b in zip(before, _processor_seconds(), strict=True))
-        found.append(((busy - own) / wall, wall))
-        if found[-1][0] < _CALM:
-            break
-    return min(found)[1]
+def _timed(program: Callable[[], object]) -> tuple[float, float]:
+    """(processors that other work kept busy meanwhile, seconds)."""
+    before = _processor_seconds()
+    program()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    busy, own, wall = (b - a for a, b in zip(before, _processor_seconds(), strict=True))
+    return (busy - own) / wall, wall
 
 
 def products(model: torch.nn.Module, rows: Sequence[int]) -> Callable[[], None]:
