@@ -9,6 +9,7 @@ Everything a step does is a pure function of the configuration, the data and the
 a run that is killed and started again goes on bit for bit (on a CPU; a GPU's sums may reorder).
 """
 
+import ctypes
 import json
 import math
 import os
@@ -43,6 +44,7 @@ from kalm_min.training.step import (
 from kalm_min.training.validation import validate
 
 _PREPARED = 4  # batches tokenised ahead of the step
+_TIDY_EVERY = 16  # steps
 _NAMED = 20  # examples of a failed step that are named
 
 
@@ -212,6 +214,8 @@ class Trainer:
                 self._validate(self.validation, write)
             for batch in self._batches():
                 write(self._step(batch))
+                if self.step % _TIDY_EVERY == 0:
+                    _return_memory(self.embedder.device)
                 self.step, self._score = self.step + 1, None
                 if self.validation is not None and self._due(loop.validate_every):
                     self._validate(self.validation, write)
@@ -389,6 +393,17 @@ def _sampler(data: TrainingData, sampling: SamplingConfig) -> TaskBatchSampler:
             size_exponent=sampling.size_exponent,
         ),
     )
+
+
+def _return_memory(device: torch.device) -> None:
+    """Give what is free back to the system, where torch allocates with glibc.
+
+    Chunks of ever other sizes leave it in pieces, and a run on a CPU came to hold 7 GiB around a
+    model of 0.03.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if device.type == "cpu" else None
+    if trim is not None:
+        trim(0)
 
 
 def _wants_bfloat16(precision: str, device: torch.device) -> bool:
