@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm  # comes with tokenizers, through huggingface_hub
 
-from kalm_min.files import atomic_directory, read_json, write_json, write_text
+from kalm_min.files import atomic_directory, model_folder, read_json, write_json, write_text
 from kalm_min.model import (
     Packed,
     Pooling,
@@ -56,7 +56,6 @@ _BIDIRECTIONAL = {
     "KaLM-Embedding/KaLM-embedding-multilingual-mini-instruct-v2.5",
     "HIT-TMG/KaLM-embedding-multilingual-mini-instruct-v2.5",
 }
-_HUB_FILES = ["*.json", "*.safetensors"]
 _WINDOW = 4096  # texts tokenised at a time, while the ones before are embedded
 # Tokens of one forward. On a CPU about a cache-full is fastest (1024 to 2048 were, measured on two
 # cores); a GPU wants enough rows to fill its products.
@@ -142,7 +141,7 @@ class Embedder:
         Raises:
             ValueError: one sentence for anything missing, damaged or not implemented.
         """
-        folder = _resolve(path_or_hub_id)
+        folder = model_folder(path_or_hub_id)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype is None:
             dtype = fastest_safe_dtype(device)
@@ -347,32 +346,13 @@ def _one_ahead(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> 
             yield waiting.result()
 
 
-def _resolve(path_or_hub_id: str | Path) -> Path:
-    """A folder: the path itself, or a snapshot of the hub's repository."""
-    path = Path(path_or_hub_id).expanduser()
-    if path.is_dir():
-        return path
-    name = str(path_or_hub_id)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ValueError(
-            f"{name}: expected a model folder or a hub id like org/name, found neither"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    except Exception as error:  # the hub client has a dozen, none of which says it in a sentence
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{name}: no such folder, and the hub gives none ({reason})") from error
-
-
 def _base(folder: Path, name: str) -> tuple[Path, str]:
     """Folder and name of the model whose weights are to be read: an adapter's base, or itself."""
     if not (folder / ADAPTER_CONFIG).is_file():
         return folder, name
     base = read_adapter(folder).base
     try:
-        return _resolve(base), base
+        return model_folder(base), base
     except ValueError as error:
         raise ValueError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path: {error}") from error
 

@@ -159,6 +159,38 @@ def hash_files(files: Iterable[tuple[str, Path]]) -> str:
     return digest.hexdigest()
 
 
+def model_folder(path_or_hub_id: str | Path) -> Path:
+    """A folder: the path itself, or a snapshot of the hub's repository."""
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        return path
+    name = str(path_or_hub_id)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ValueError(
+            f"{name}: expected a model folder or a hub id like org/name, found neither"
+        )
+    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # the hub client has a dozen, none of which says it in a sentence
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{name}: no such folder, and the hub gives none ({reason})") from error
+
+
+def checkpoint_folders(path_or_hub_id: str | Path) -> list[Path]:
+    """The folder of a model, and an adapter's base after it, without importing torch."""
+    folder = model_folder(path_or_hub_id)
+    if (adapter := folder / "adapter_config.json").is_file():  # the embedder's own order
+        base = read_json(adapter).get("base_model_name_or_path")
+        if not isinstance(base, str):
+            raise ValueError(f"{adapter}: base_model_name_or_path: expected a name, found {base!r}")
+        return [folder, *checkpoint_folders(base)]
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: expected a model folder with config.json, found none")
+    return [folder]
+
+
 def hash_checkpoint(*folders: Path) -> str:
     """A digest of weights, tokenizer and settings of a model folder (an adapter's, and its base's).
 

@@ -20,13 +20,12 @@ from typing import Any, Literal
 from kalm_min.evaluation.cost import Cost, from_statistics
 from kalm_min.evaluation.local_data import KINDS, LocalDataset, find_datasets
 from kalm_min.evaluation.schedule import BLOCK, Work, deal
-from kalm_min.files import hash_checkpoint, read_json
+from kalm_min.files import checkpoint_folders, hash_checkpoint, read_json
 
 _TABLES = Path(__file__).with_name("instructions.json")
 _NEEDS_MTEB = 'evaluation needs mteb: pip install "kalm-min[eval]"'
 _NO_COST = Cost()
 _SAME_CORPUS = {"FEVER": "fever", "ClimateFEVER": "fever"}  # to within 25 documents
-_HUB_FILES = ["*.json", "*.safetensors"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,7 +199,7 @@ class Plan:
 
 def make_plan(config: EvaluationConfig) -> Plan:
     """Resolve a configuration. Raises ValueError with one sentence for what cannot be run."""
-    folders = _resolve_model(config.model)
+    folders = checkpoint_folders(config.model)
     tasks, benchmarks, aggregates = find_tasks(config)
     checkpoint = hash_checkpoint(*folders)
     settings = {
@@ -257,33 +256,6 @@ def find_tasks(
     for name in sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two tasks are called {name}; rename the folder of one")
     return tasks, benchmarks, aggregates
-
-
-def _resolve_model(model: str) -> list[Path]:
-    """The folder of a path or hub id, and an adapter's base after it, without importing torch."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        folder = path
-    elif model.count("/") == 1 and not model.startswith((".", "/", "~")):
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(model, allow_patterns=_HUB_FILES))
-        except Exception as error:  # the hub client has a dozen kinds
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{model}: no such folder, and not on the hub ({reason})") from error
-    else:
-        raise ValueError(
-            f"{model}: expected a model folder or a hub id like org/name, found neither"
-        )
-    if (adapter := folder / "adapter_config.json").is_file():  # the embedder's own order
-        base = read_json(adapter).get("base_model_name_or_path")
-        if not isinstance(base, str):
-            raise ValueError(f"{adapter}: base_model_name_or_path: expected a name, found {base!r}")
-        return [folder, *_resolve_model(base)]
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: expected a model folder with config.json, found none")
-    return [folder]
 
 
 def _check_dims(folder: Path, dims: Sequence[int]) -> tuple[int, ...]:

@@ -22,14 +22,13 @@ import numpy as np
 
 from kalm_min import shards
 from kalm_min.embedder import Embedder
-from kalm_min.files import hash_checkpoint, read_json, text_hash, write_json
+from kalm_min.files import checkpoint_folders, hash_checkpoint, read_json, text_hash, write_json
 from kalm_min.mining.catalogue import Ints, Read, Texts
 from kalm_min.mining.search import Neighbours, Vectors, on_grid
 
 _LAYOUT = 1  # raised when shards are cut or named in another way
 _QUERIES = 8192  # in a file of neighbours
 _NEIGHBOUR = np.dtype([("id", np.int64), ("score", np.float32)])
-_HUB_FILES = ["*.json", "*.safetensors"]
 
 
 def describe(embedder: Embedder, model: str) -> dict[str, Any]:
@@ -39,14 +38,9 @@ def describe(embedder: Embedder, model: str) -> dict[str, Any]:
         embedder: the opened model.
         model: the folder or hub id it was opened from.
     """
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(model, allow_patterns=_HUB_FILES, local_files_only=True))
     return {
         "layout": _LAYOUT,
-        "checkpoint": hash_checkpoint(folder),
+        "checkpoint": hash_checkpoint(*checkpoint_folders(model)),
         "dtype": str(embedder.dtype).removeprefix("torch."),
         "max_length": embedder.max_length,
         "causal": embedder.causal,
