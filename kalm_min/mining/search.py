@@ -17,6 +17,7 @@ Q  queries    N  documents    D  width    k  neighbours asked for
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -38,7 +39,7 @@ _QUERIES = 8192  # held while all documents pass by
 _CHUNK = {"cpu": 512, "cuda": 8192}  # of these, multiplied at a time
 _DOCUMENTS = {"cpu": 8192, "cuda": 65_536}  # multiplied at a time
 _FAISS_DOCUMENTS = 65_536
-_SCORED = 256  # queries whose candidates are read from disk at a time
+_SCORED = 128  # queries whose candidates are read from disk at a time
 _SAMPLE = 200_000  # documents an approximate index learns from
 
 
@@ -206,8 +207,13 @@ def _fill(
             best.ids[row, : len(order)] = own[order]
             best.scores[row, : len(order)] = scores[order]
 
-    with ThreadPoolExecutor(min(4, torch.get_num_threads())) as pool:
+    with ThreadPoolExecutor(_threads()) as pool:
         list(pool.map(score, parts))
+
+
+def _threads() -> int:
+    """For what numpy does on one thread; more than a few would mostly wait for memory."""
+    return min(8, torch.get_num_threads())
 
 
 def _exhaustive(queries: Vectors, documents: Rows, k: int, span: Span) -> Neighbours:
@@ -245,16 +251,22 @@ def _cpu_candidates(
     torch's, and it compares, finds and partitions 3 to 6 times as fast.
     """
     chunk, step = _CHUNK["cpu"], max(width, _DOCUMENTS["cpu"])
-    chunks = [queries[first : first + chunk] for first in range(0, len(queries), chunk)]
-    best: list[tuple[Ints, Vectors] | None] = [None] * len(chunks)
     # One buffer for all products: fresh memory of this size costs as much as a pass over it.
-    scratch = np.empty(len(chunks[0]) * min(step, span[1] - span[0]), np.float32)
-    for start, block in _blocks(documents, span, step):
-        for i, asked in enumerate(chunks):
-            scores = scratch[: len(asked) * len(block)].reshape(len(asked), len(block))
-            np.matmul(asked, block.T, out=scores)
-            best[i] = _absorb(best[i], scores, start, width)
-    ids, scores = map(np.concatenate, zip(*filter(None, best), strict=True))
+    scratch = np.empty(min(chunk, len(queries)) * min(step, span[1] - span[0]), np.float32)
+    best: dict[int, tuple[Ints, Vectors]] = {}  # by the first query of each thread's part
+    part = -(-chunk // _threads())
+    with ThreadPoolExecutor(_threads()) as pool:
+        for start, block in _blocks(documents, span, step):
+            for first in range(0, len(queries), chunk):
+                asked = queries[first : first + chunk]
+                scores = scratch[: len(asked) * len(block)].reshape(len(asked), len(block))
+                np.matmul(asked, block.T, out=scores)
+                places = range(first, first + len(asked), part)
+                parts = [scores[place - first : place - first + part] for place in places]
+                held = map(best.get, places)
+                joined = pool.map(_absorb, held, parts, repeat(start), repeat(width))
+                best.update(zip(places, joined, strict=True))
+    ids, scores = map(np.concatenate, zip(*best.values(), strict=True))
     order = np.argsort(-scores, axis=1, kind="stable")
     return np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1)
 
