@@ -70,12 +70,12 @@ def alternate(programs: Mapping[str, Callable[[], object]], rounds: int) -> dict
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for number in range(rounds + 1):
         for name, program in programs.items():
+            print(f"round {number}, {name}", file=sys.stderr)
             others, taken = _timed(program)
             if number and others > _CALM:
                 others, taken = min((others, taken), _timed(program))
             if number:
                 seconds[name].append(taken)
-            print(f"{number} {name}: {taken:.2f} s, {others:.2f} busy", file=sys.stderr)
     return seconds
 
 
@@ -86,7 +86,9 @@ def _timed(program: Callable[[], object]) -> tuple[float, float]:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     busy, own, wall = (b - a for a, b in zip(before, _processor_seconds(), strict=True))
-    return (busy - own) / wall, wall
+    others = (busy - own) / wall
+    print(f"  {wall:.2f} s, {own:.2f} of a processor, others {others:.2f}", file=sys.stderr)
+    return others, wall
 
 
 def products(model: torch.nn.Module, rows: Sequence[int]) -> Callable[[], None]:
