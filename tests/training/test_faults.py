@@ -27,6 +27,7 @@ from tests.training.runs import (
     weights,
 )
 
+pytestmark = pytest.mark.timeout(6 * PATIENCE)  # each starts several runs
 WORDS = ["cat", "dog", "bird", "house", "mat", "blue", "far", "see", "run", "sat"]
 
 
@@ -256,7 +257,6 @@ def on_two_nodes(arguments, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(4 * PATIENCE)
 def test_two_nodes_equal_one_process(arguments, on_two_nodes, tmp_path):
     """The loss curve of one process, to float32's accuracy, and the same candidates."""
     result = run(arguments, tmp_path / "run")
@@ -270,7 +270,6 @@ def test_two_nodes_equal_one_process(arguments, on_two_nodes, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(4 * PATIENCE)
 def test_a_lost_process_comes_back_from_the_last_checkpoint(arguments, on_two_nodes, tmp_path):
     """kill -9 on one node: with --max-restarts the group returns, to the end of the unbroken run."""
     output = tmp_path / "run"
@@ -285,7 +284,6 @@ def test_a_lost_process_comes_back_from_the_last_checkpoint(arguments, on_two_no
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(4 * PATIENCE)
 def test_a_lost_process_ends_the_run_with_a_message(arguments, tmp_path):
     """Without restarts: both agents end, soon, and the survivor says why and how to go on."""
     output = tmp_path / "run"
