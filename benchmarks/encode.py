@@ -7,6 +7,7 @@ its documentation tells (the dtype set, it sorts by length itself, the best of s
 Every program gets the texts as strings and returns an array.
 """
 
+import statistics
 import sys
 import tempfile
 import time
@@ -83,7 +84,7 @@ def measure(folder: str, dtype: str, chosen: list[str], options: Options, report
         f"computes at {size} a batch; tokenizing alone is {tokenizing / min(seconds[names['ours']]):.1%} of ours"
     )
     for name, values in seconds.items():
-        middle = sorted(values)[len(values) // 2]
+        middle = statistics.median(values)
         report.row(
             program=name,
             seconds=middle,

@@ -6,6 +6,7 @@ A causal decoder, the same queries in all rows. "joined by hand" is our own pack
 sharing. Queries have exactly 12 tokens under an instruction of 24, or the lengths of the data.
 """
 
+import statistics
 import sys
 from dataclasses import dataclass
 
@@ -83,7 +84,7 @@ def compare(
     report.row(
         what=name,
         queries=len(queries),
-        **{key: sorted(values)[len(values) // 2] for key, values in seconds.items()},
+        **{key: statistics.median(values) for key, values in seconds.items()},
         faster=faster,
         **{"max |difference|": float(apart)},
     )

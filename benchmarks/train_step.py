@@ -11,6 +11,7 @@ transformers: one padded batch of queries and one of documents, gradient checkpo
 sentence-transformers: its loss as its trainer calls it, a padded batch for each of the nine columns.
 """
 
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable
@@ -94,7 +95,7 @@ def main(argv: list[str]) -> None:
         faster = ratio(seconds, name, "kalm_min")
         report.row(
             program=name,
-            seconds=sorted(values)[len(values) // 2],
+            seconds=statistics.median(values),
             loss=losses[name],
             **{"ours is faster": faster},
         )
