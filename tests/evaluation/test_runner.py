@@ -137,6 +137,8 @@ def test_a_hanging_worker_is_killed_with_its_children(plan, tmp_path):
 
 def test_ctrl_c_ends_the_children_and_keeps_results(plan, tmp_path):
     """Promise: an interrupted run leaves no process, and the same command finishes the rest."""
+    # A shell that starts the tests in the background has them ignore the signal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     every = plan("ok-1", "hang-2")
     marker = tmp_path / "run" / "hang-2.json.pids"
 

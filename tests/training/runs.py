@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 150  # seconds; a machine under load is slow, not wrong
+PATIENCE = 300  # seconds; a machine under load is slow, not wrong
 
 
 def environment():
