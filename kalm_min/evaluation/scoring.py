@@ -147,10 +147,11 @@ def retrieval_scores(ranking: Ranking, judged: Judged, k_values: Sequence[int]) 
             key: total / count if metric == "MRR" else round(total / count, 5)
             for key, total in sums.items()
         }
+    confidence = _confidence(ranking.scores)
     naucs = {
         f"nAUC_{metric}@{k}_{name}": area
         for metric in names.keys() - {"HitRate"}
-        for name, areas in _naucs(_confidence(ranking.scores), every[metric]).items()
+        for name, areas in _naucs(confidence, every[metric]).items()
         for k, area in zip(k_values, areas.tolist(), strict=True)
     }
     return make_score_dict(**means, naucs=naucs, naucs_mrr={}, task_scores={})  # pyright: ignore[reportArgumentType]
