@@ -105,7 +105,7 @@ class Miner:
         self.config, self.device, self.stream = config, device, stream
         self.rank, self.world = distributed.rank(), distributed.world_size()
         self.work = config.output / ".mining"
-        self.data, self.pool = self._first(self._open_data)
+        self.data, self.pool = distributed.first(self._open_data)
         self._pools: dict[str, Side] = {}
         self.names = [output.file_name(task) for task in self.data.task_names]
         self.made_with: dict[str, Any] = {
@@ -197,12 +197,12 @@ class Miner:
         def opened() -> Embedder:
             return Embedder.from_pretrained(model, self.device, dtype, max_length=config.max_length)
 
-        embedder = self._first(opened)
+        embedder = distributed.first(opened)
         manifest = distributed.gather_objects(
             describe(embedder, model) if self.rank == 0 else None
         )[0]
         place = (config.store or self.work) / folder
-        store = self._first(lambda: Store.open(place, manifest, begin=not config.dry_run))
+        store = distributed.first(lambda: Store.open(place, manifest, begin=not config.dry_run))
         return embedder, store
 
     def _encode(
@@ -424,15 +424,6 @@ class Miner:
     def _path(self, folder: str, number: int, suffix: str) -> Path:
         """Where something of a task is kept."""
         return self.work / folder / f"{self.names[number]}.{suffix}"
-
-    def _first(self, action: Callable[[], T]) -> T:
-        """Do something on the first process, then on the others, which find what it left."""
-        if self.rank != 0:
-            distributed.barrier()
-        result = action()
-        if self.rank == 0:
-            distributed.barrier()
-        return result
 
     def _dealt(self, tasks: Iterable[int], title: str) -> Iterator[int]:
         """This process's share of some tasks, shown as it goes."""

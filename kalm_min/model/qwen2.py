@@ -105,8 +105,10 @@ class MLP(nn.Module):
         """(T, D) to (T, D)."""
         if torch.is_grad_enabled():
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (T, F) inside
+        if x.is_cuda:
+            return self._in_place(x)
         # Even parts: a product of a few left-over rows would take another kernel and round otherwise.
-        parts = 1 if x.is_cuda else -(-len(x) // _CACHED_ROWS)
+        parts = -(-len(x) // _CACHED_ROWS)
         return torch.cat([self._in_place(part) for part in x.chunk(parts)])
 
     def _in_place(self, x: Tensor) -> Tensor:

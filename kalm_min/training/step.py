@@ -274,12 +274,15 @@ def _block_loss(
     own = asked.numbers[:, None] == rows.known.owners  # (b, N)
     dims = config.matryoshka_dims or (rows.queries.shape[-1],)
     weights = dict(zip(dims, config.matryoshka_weights or (1.0,), strict=True))
-    total, extra = rows.queries.new_zeros(()), []
+    total = rows.queries.new_zeros(())
     further = _further(rows, labels, asked, mask, queries, documents, others, config)
-    for dim, similarity, *extra in zip(sorted(dims), similarities, *further, strict=True):
-        if rows.mixes is not None and negatives is not None:
-            mixes = Mixes(*(fact[part] for fact in rows.mixes))
-            extra.append(mixed_cosines(rows.queries[part, :dim], negatives[part, :, :dim], mixes))
+    if rows.mixes is not None and negatives is not None:
+        mixes = Mixes(*(fact[part] for fact in rows.mixes))
+        further["mixed"] = [
+            mixed_cosines(rows.queries[part, :dim], negatives[part, :, :dim], mixes)
+            for dim in sorted(dims)
+        ]
+    for dim, similarity, *extra in zip(sorted(dims), similarities, *further.values(), strict=True):
         losses = contrastive_rows(
             similarity,
             labels,
@@ -298,10 +301,9 @@ def _block_loss(
     first, last = rows.asked.numbers[[0, -1]]
     here = (rows.known.owners >= first) & (rows.known.owners <= last)  # (N,) of this process
     hard, near = (seen & own).sum(), (seen & here).sum()
-    on = others is not None, config.document_negatives, rows.mixes is not None
-    present = iter([(cosine > ABSENT).sum() for cosine in extra])
-    counts = [hard, near - hard, seen.sum() - near]
-    counts += [next(present) if one else torch.zeros_like(hard) for one in on]
+    none = [torch.full((), ABSENT, device=hard.device)]
+    found = [(further.get(name, none)[-1] > ABSENT).sum() for name in _FURTHER]
+    counts = [hard, near - hard, seen.sum() - near, *found]
     return total, torch.stack(counts + [masks[reason].sum() for reason in _REASONS])
 
 
@@ -321,20 +323,22 @@ def _further(
     documents: Prefixes,
     others: Prefixes | None,
     config: LossConfig,
-) -> list[list[Tensor]]:
+) -> dict[str, list[Tensor]]:
     """Cosines with other queries, (b, Q), and of the positives with other documents, (b, N), by width.
 
     The report's sum has neither; the public code has them as an option, and so have GTE and Qwen3.
     """
-    found = []
+    found: dict[str, list[Tensor]] = {}
     if others is not None and rows.everyone is not None:
         none, _ = _in_force(candidate_masks(asked, rows.everyone[1], asked.numbers), config)
         none = none.scatter(1, asked.numbers[:, None], True)  # (b, Q)
-        found.append([c.masked_fill(none, ABSENT) for c in cosines_of(queries, others)])
+        cosines = cosines_of(queries, others)
+        found["query_query"] = [cosine.masked_fill(none, ABSENT) for cosine in cosines]
     if config.document_negatives:
         none = mask.scatter(1, labels[:, None], True)  # (b, N)
         positives = documents.rows(labels)
-        found.append([c.masked_fill(none, ABSENT) for c in cosines_of(positives, documents)])
+        cosines = cosines_of(positives, documents)
+        found["document_document"] = [cosine.masked_fill(none, ABSENT) for cosine in cosines]
     return found
 
 

@@ -13,6 +13,7 @@ import ctypes
 import json
 import math
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -401,9 +402,10 @@ def _return_memory(device: torch.device) -> None:
     Chunks of ever other sizes leave it in pieces, and a run on a CPU came to hold 7 GiB around a
     model of 0.03.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if device.type == "cpu" else None
-    if trim is not None:
-        trim(0)
+    if device.type == "cpu" and sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        if trim is not None:
+            trim(0)
 
 
 def _wants_bfloat16(precision: str, device: torch.device) -> bool:
