@@ -10,7 +10,7 @@ READY := .venv/.ready
 EXTRAS := mining,eval,report,data
 
 # Two processes of tests; more threads than cores only get in each other's way.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+PYTEST := $(BIN)/python -m pytest -n 2
 
 .PHONY: help venv test fast lint types demo clean
 

@@ -28,9 +28,11 @@ import numpy as np
 import torch
 
 from kalm_min.config import parse
+from kalm_min.embedder import fastest_safe_dtype
 from kalm_min.mining.catalogue import TEXT, Catalogue, Texts
 from kalm_min.mining.negatives import Rules
-from kalm_min.mining.search import Vectors, import_faiss, on_grid, search, search_on_all_ranks
+from kalm_min.mining.nominees import Vectors, import_faiss
+from kalm_min.mining.search import on_grid, search, search_on_all_ranks
 from kalm_min.mining.selection import select
 from kalm_min.mining.store import StoredNeighbours, StoredVectors
 from kalm_min.training import distributed
@@ -103,6 +105,9 @@ def speed(options: Options) -> None:
         "faiss IndexFlatIP": lambda part: index.search(part, options.k)[1],
         "matrix product alone": lambda part: product(part, documents, options.device),
     }
+    if fastest_safe_dtype(torch.device(options.device)) is torch.bfloat16:
+        halves = torch.from_numpy(documents).to(options.device, torch.bfloat16)
+        programs["the same in bfloat16"] = lambda part: product_of_halves(part, halves)
     wall: dict[str, list[float]] = {name: [] for name in programs}
     work: dict[str, float] = dict.fromkeys(programs, 0.0)
     different = 0.0
@@ -155,6 +160,16 @@ def product(queries: Vectors, documents: Vectors, device: str) -> None:
             out = scratch[: len(chunk) * len(block)].view(len(chunk), len(block))
             torch.mm(chunk, block.T, out=out)
     torch.cuda.synchronize()
+
+
+def product_of_halves(queries: Vectors, documents: torch.Tensor) -> None:
+    """All scores in bfloat16, none kept: a limit where that format is native."""
+    asked = torch.from_numpy(queries).to(documents)
+    scores = asked.new_empty(len(asked), 16_384)
+    for block in documents.split(16_384):
+        torch.mm(asked, block.T, out=scores[:, : len(block)])
+    if documents.is_cuda:
+        torch.cuda.synchronize()
 
 
 def agree(options: Options) -> None:

@@ -57,7 +57,7 @@ REFUSED = {
     ),
     "torch.nn.attention.varlen": ("kalm_min.model.attention",),
     "flash_attn": (),
-    "faiss": ("kalm_min.mining.search",),
+    "faiss": ("kalm_min.mining.nominees",),
     "mteb": MTEB_SIDE,
     "datasets": MTEB_SIDE,
     "matplotlib": ("kalm_min.mining.report", "kalm_min.evaluation.plots"),

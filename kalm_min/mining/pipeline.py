@@ -28,11 +28,10 @@ from kalm_min.files import read_json, write_json, write_text
 from kalm_min.mining import output, report
 from kalm_min.mining.catalogue import Catalogue, Ints, Texts, catalogue_task, open_pool, text_reader
 from kalm_min.mining.negatives import KEPT, Known, Rules
+from kalm_min.mining.nominees import Rows, Span
 from kalm_min.mining.search import (
     ApproximateIndex,
     Neighbours,
-    Rows,
-    Span,
     recall,
     search,
     search_on_all_ranks,

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from kalm_min.mining.catalogue import Catalogue, Ints
 from kalm_min.mining.negatives import KEPT, Bools, Known, Rules, Scores, choose, random_keys
-from kalm_min.mining.search import Rows
+from kalm_min.mining.nominees import Rows
 from kalm_min.mining.store import StoredNeighbours
 
 BINS = 100  # of scores from -1 to 1

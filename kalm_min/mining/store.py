@@ -24,7 +24,8 @@ from kalm_min import shards
 from kalm_min.embedder import Embedder
 from kalm_min.files import checkpoint_folders, hash_checkpoint, read_json, text_hash, write_json
 from kalm_min.mining.catalogue import Ints, Read, Texts
-from kalm_min.mining.search import Neighbours, Vectors, on_grid
+from kalm_min.mining.nominees import Vectors
+from kalm_min.mining.search import Neighbours, on_grid
 
 _LAYOUT = 1  # raised when shards are cut or named in another way
 _QUERIES = 8192  # in a file of neighbours

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kalm_min.mining import nominees
+from kalm_min.mining import search as search_module
 from kalm_min.mining.search import (
     ApproximateIndex,
     exact_scores,
@@ -84,13 +87,11 @@ def test_parts_merge_to_the_whole(parts):
 
 def test_blocks_do_not_show(monkeypatch):
     """Near-ties of float32 products fall alike whatever the block sizes are."""
-    from kalm_min.mining import search as module
-
     queries, documents = crowded()
     whole = search(queries, documents, 20)
-    monkeypatch.setattr(module, "_QUERIES", 37)
-    for name, size in (("_CHUNK", 5), ("_DOCUMENTS", 101)):
-        monkeypatch.setitem(getattr(module, name), "cpu", size)
+    monkeypatch.setattr(search_module, "QUERIES", 37)
+    for name, size in (("_CHUNK", 5), ("DOCUMENTS", 101)):
+        monkeypatch.setitem(getattr(nominees, name), "cpu", size)
     found = search(queries, documents, 20)
     np.testing.assert_array_equal(found.ids, whole.ids)
     np.testing.assert_array_equal(found.scores, whole.scores)
@@ -113,17 +114,51 @@ def test_the_grid_is_finer_than_float32_error():
     np.testing.assert_array_equal(on_grid(on_grid(vectors)), on_grid(vectors))
 
 
-def test_what_a_gpu_does(monkeypatch):
-    """Nominations as a GPU makes them, by sorting every block, lead to the same neighbours."""
-    from kalm_min.mining import search as module
+def alike():
+    """Documents that share most of their direction, as those of a model that learnt little."""
+    shared = unit(1, 48, seed=2)
+    return [0.3 * unit(n, 48, seed=n) + 0.95 * shared for n in (300, 6000)]
 
-    queries, documents = crowded()
-    whole = search(queries, documents, 20)
-    monkeypatch.setattr(module, "_cpu_candidates", module._gpu_candidates)
-    monkeypatch.setitem(module._DOCUMENTS, "cpu", 700)
-    found = search(queries, documents, 20)
-    np.testing.assert_array_equal(found.ids, whole.ids)
-    np.testing.assert_array_equal(found.scores, whole.scores)
+
+def opposed():
+    """Queries that all documents point away from: no score is positive."""
+    queries, documents = alike()
+    return [-queries, documents]
+
+
+@pytest.mark.parametrize("vectors", [crowded, alike, opposed])
+@pytest.mark.parametrize(
+    "nominate",
+    [nominees.by_float32, nominees.by_bfloat16, nominees.by_sorting, nominees.by_faiss],
+    ids=lambda nominate: nominate.__name__,
+)
+def test_whoever_nominates(monkeypatch, nominate, vectors):
+    """The same neighbours whoever nominates them, on whatever device, alone."""
+    if nominate is nominees.by_faiss:
+        pytest.importorskip("faiss")
+    both = vectors()
+    if vectors is not crowded:
+        both = [on_grid(v / np.linalg.norm(v, axis=1, keepdims=True)) for v in both]
+    ids, scores = oracle(*both, 20)
+    monkeypatch.setattr(search_module, "_rounds", lambda *_: [(nominate, 600)])
+    monkeypatch.setitem(nominees.DOCUMENTS, "cpu", 700)
+    found = search(*both, 20)
+    np.testing.assert_array_equal(found.ids, ids)
+    np.testing.assert_array_equal(found.scores, scores)
+
+
+@pytest.mark.parametrize("vectors", [unit, lambda *_: alike()[1]])
+def test_bfloat16_leaves_few_to_others(vectors):
+    """Its error is small enough that 600 nominees of 6,000 documents prove the first 20."""
+    documents = vectors(6000, 48)
+    documents = on_grid(documents / np.linalg.norm(documents, axis=1, keepdims=True))
+    ids, scores, error = nominees.by_bfloat16(
+        documents[:100], documents, (0, 6000), 600, torch.device("cpu")
+    )
+    exact = np.einsum("qd,qkd->qk", documents[:100].astype(float), documents[ids].astype(float))
+    apart = exact - scores  # a constant for each query, and rounding
+    assert (np.ptp(apart, axis=1) <= 2 * error[:, 0]).all()
+    assert ((scores - 2 * error)[:, 19] > scores[:, -1]).all()
 
 
 def test_small_corpus():
