@@ -4,11 +4,10 @@
 
 A small decoder over the real tokenizer's table, texts of the data, InfoNCE in two Matryoshka widths over all documents
 of the batch, chunks of a bounded number of tokens. Every example brings its own texts, so nothing is
-embedded once for two. The seconds inside the loss are given by themselves: there every query meets
+embedded once for two. Memory is measured in a second pass, in which freed blocks go back to the system. The seconds inside the loss are given by themselves: there every query meets
 every document, so its share of an example grows with the batch, as that of no other part does.
 """
 
-import ctypes
 import random
 import sys
 import time
@@ -16,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from loss_memory import peak
+from loss_memory import fresh_memory, peak
 from measuring import Common, Report, device, texts
 from torch import Tensor
 
@@ -25,9 +24,8 @@ from kalm_min.data.batches import collate
 from kalm_min.data.examples import Example
 from kalm_min.model import ModelConfig, Packed, Qwen2, initialise, pool
 from kalm_min.tokenizer import Tokenizer
-from kalm_min.training.step import LossConfig, TokenBatch, contrastive_step, tokenize
-
-_MMAP_THRESHOLD = -3  # of glibc's mallopt
+from kalm_min.training.batch_loss import LossConfig
+from kalm_min.training.step import TokenBatch, contrastive_step, tokenize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,33 +48,35 @@ class Options(Common):
 
 def main(argv: list[str]) -> None:
     """Measure and print."""
-    # Freed blocks go back to the system, so that the peak is that of live tensors.
-    if not torch.cuda.is_available():
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**20)
     options = parse(Options, argv, program="batch_growth.py", description="A growing batch.")
     report = Report("batch_growth", options)
     model, tokenizer = decoder(options)
     words = [text.split() or [text] for text in texts(options.data, 4096)]
-    measured = {}
-    for size in (options.queries[0], *options.queries):  # the first one is done twice
-        measured[size] = step(model, batch(words, tokenizer, size, options), options)
-    for size, (seconds, in_loss, gib, tokens) in measured.items():
+    batches = {size: batch(words, tokenizer, size, options) for size in options.queries}
+    step(model, batches[options.queries[0]], options)  # warms up
+    seconds = {size: step(model, tokens, options)[:2] for size, tokens in batches.items()}
+    fresh_memory()
+    peaks = {size: step(model, tokens, options)[2] for size, tokens in batches.items()}
+    costs = {}
+    for size, (total, in_loss) in seconds.items():
+        tokens = sum(map(len, batches[size].sequences))
+        costs[size] = (total - in_loss) / tokens
         report.row(
             queries=size,
             documents=size * options.documents,
             tokens=tokens,
-            seconds=seconds,
+            seconds=total,
             **{
                 "in the loss": in_loss,
-                "ms an example without the loss": 1e3 * (seconds - in_loss) / size,
-                "us a token without the loss": 1e6 * (seconds - in_loss) / tokens,
-                "peak GiB": gib,
+                "ns a pair in the loss": 1e9 * in_loss / size**2 / options.documents,
+                "ms an example without the loss": 1e3 * (total - in_loss) / size,
+                "us a token without the loss": 1e6 * costs[size],
+                "peak GiB": peaks[size],
             },
         )
-    first, last = (measured[size] for size in (options.queries[1], options.queries[-1]))
-    report.ratio("peak memory, second size over last", first[2] / last[2])
-    cost = [(seconds - in_loss) / tokens for seconds, in_loss, _, tokens in (first, last)]
-    report.ratio("cost of a token, second size over last", cost[0] / cost[1])
+    first, last = options.queries[1], options.queries[-1]
+    report.ratio("peak memory, second size over last", peaks[first] / peaks[last])
+    report.ratio("cost of a token, second size over last", costs[first] / costs[last])
     report.close()
 
 
@@ -121,8 +121,8 @@ def batch(words: list[list[str]], tokenizer: Tokenizer, size: int, options: Opti
     return tokenize(drawn, tokenizer, max_length=options.max_length)
 
 
-def step(model: Qwen2, tokens: TokenBatch, options: Options) -> tuple[float, float, float, int]:
-    """(seconds, of them in the loss, peak GiB above the start, tokens)."""
+def step(model: Qwen2, tokens: TokenBatch, options: Options) -> tuple[float, float, float]:
+    """(seconds, of them in the loss, peak GiB above the start)."""
     ends: list[float] = []  # of the embeddings without a graph
     starts: list[float] = []  # of those with one, after the loss
 
@@ -151,7 +151,7 @@ def step(model: Qwen2, tokens: TokenBatch, options: Options) -> tuple[float, flo
         no_sync=nullcontext,
     )
     seconds = clock() - start
-    return seconds, starts[0] - ends[-1], used() - before, sum(map(len, tokens.sequences))
+    return seconds, starts[0] - ends[-1], used() - before
 
 
 def clock() -> float:

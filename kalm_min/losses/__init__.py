@@ -1,6 +1,14 @@
 """Losses: pure functions of vectors, labels and masks."""
 
-from kalm_min.losses.cosines import ABSENT, cosines, cosines_of, prefixes
+from kalm_min.losses.cosines import (
+    ABSENT,
+    Prefixes,
+    cosines,
+    cosines_of,
+    log_sum,
+    paired_cosines,
+    prefixes,
+)
 from kalm_min.losses.distillation import distillation_rows
 from kalm_min.losses.info_nce import contrastive_rows, info_nce
 from kalm_min.losses.masking import Documents, Queries, candidate_masks
@@ -11,6 +19,7 @@ __all__ = [
     "ABSENT",
     "Documents",
     "Mixes",
+    "Prefixes",
     "Queries",
     "candidate_masks",
     "contrastive_rows",
@@ -18,7 +27,9 @@ __all__ = [
     "cosines_of",
     "distillation_rows",
     "info_nce",
+    "log_sum",
     "matryoshka",
     "mixed_cosines",
+    "paired_cosines",
     "prefixes",
 ]

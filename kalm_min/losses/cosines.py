@@ -27,10 +27,6 @@ class Prefixes(NamedTuple):
     scales: tuple[Tensor, ...]
     """(n,) for each width: one over the length of the leading slice."""
 
-    def rows(self, part: slice | Tensor) -> "Prefixes":
-        """Some of the vectors, in the order of `part`."""
-        return Prefixes(tuple(p[part] for p in self.parts), tuple(s[part] for s in self.scales))
-
 
 def prefixes(vectors: Tensor, dims: Sequence[int]) -> Prefixes:
     """Cut (n, D) at the widths `dims`, from 1 to D, in any order.
@@ -40,8 +36,23 @@ def prefixes(vectors: Tensor, dims: Sequence[int]) -> Prefixes:
     bounds = [0, *sorted(set(dims)), vectors.shape[-1]]
     widths = [end - start for start, end in pairwise(bounds)]
     parts = torch.split(vectors, widths, dim=-1)[:-1]
-    squares = torch.stack([part.square().sum(-1) for part in parts]).cumsum(0)  # (widths, n)
+    squares = torch.stack([part.square().sum(-1) for part in parts]).cumsum(0)  # (W, n)
     return Prefixes(parts, tuple(squares.clamp_min(_SMALLEST**2).rsqrt()))
+
+
+def paired_cosines(queries: Prefixes, documents: Prefixes) -> Tensor:
+    """(W, B, ...) cosines of each query with the document beside it, a width after the other."""
+    products = torch.zeros((), dtype=queries.parts[0].dtype, device=queries.parts[0].device)
+    found: list[Tensor] = []
+    for q, left, d, right in zip(*queries, *documents, strict=True):
+        products = products + (q * d).sum(-1)
+        found.append(products * left * right)
+    return torch.stack(found)
+
+
+def log_sum(cosines: Tensor, temperature: float) -> Tensor:
+    """(..., N) to (...): the logarithm of the sum of exp(cosine / temperature)."""
+    return (cosines / temperature).logsumexp(-1)
 
 
 def cosines_of(queries: Prefixes, documents: Prefixes) -> list[Tensor]:

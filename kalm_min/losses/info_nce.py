@@ -12,12 +12,10 @@ included. Which of them are no candidates after all is decided outside (`masking
 documents come from: the function knows nothing of processes.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from kalm_min.losses.cosines import cosines
+from kalm_min.losses.cosines import ABSENT, cosines, log_sum
 from kalm_min.losses.mixing import Mixes, mixed_cosines
 
 
@@ -50,43 +48,36 @@ def info_nce(
     Returns:
         A scalar in the dtype of the inputs.
     """
-    (similarity,) = cosines(queries, documents, (queries.shape[-1],))
-    extra = [] if mixes is None else [mixed_cosines(queries, documents[mixes.own], mixes)]
-    losses = contrastive_rows(
-        similarity, labels, temperature=temperature, mask=mask, gamma=gamma, extra=extra
-    )
-    return losses.mean()
+    (similarity,) = cosines(queries, documents, (queries.shape[-1],))  # (B, N)
+    positive = labels[:, None]  # (B, 1)
+    none = torch.zeros_like(similarity, dtype=torch.bool) if mask is None else mask
+    negatives = similarity.masked_fill(none.scatter(1, positive, True), ABSENT)
+    z = log_sum(negatives, temperature)  # (B,)
+    if mixes is not None:
+        z = torch.logaddexp(
+            z, log_sum(mixed_cosines(queries, documents[mixes.own], mixes), temperature)
+        )
+    own = similarity.gather(1, positive).squeeze(1) / temperature  # (B,)
+    return contrastive_rows(own, z, gamma=gamma).mean()
 
 
-def contrastive_rows(
-    similarity: Tensor,
-    labels: Tensor,
-    *,
-    temperature: float,
-    mask: Tensor | None = None,
-    gamma: float = 0.0,
-    extra: Sequence[Tensor] = (),
-) -> Tensor:
-    """The loss of each query, from cosines.
+def contrastive_rows(positive: Tensor, negatives: Tensor, *, gamma: float = 0.0) -> Tensor:
+    """The loss of each query, from logits.
+
+    Written in the difference x of the two, so that neither 1 - p nor its logarithm cancels:
+    -log p = log(1 + e^x) and log(1 - p) = -log(1 + e^-x).
 
     Args:
-        similarity: (B, N) cosines.
-        labels, temperature, mask, gamma: see `info_nce`.
-        extra: (B, S) cosines that join the denominator: synthetic negatives (`mixed_cosines`), other
-            queries, other documents against the positive; `ABSENT` where there is none.
+        positive: any shape, s(q, d+) / t.
+        negatives: likewise, the logarithm of the sum of exp(s / t) over the negatives.
+        gamma: see `info_nce`.
 
     Returns:
-        (B,).
+        As large.
     """
-    positive = labels[:, None]  # (B, 1)
-    if mask is not None:
-        similarity = similarity.masked_fill(mask.scatter(1, positive, False), -torch.inf)
-    total = (similarity / temperature).logsumexp(dim=1)  # (B,)
-    for more in extra:
-        total = torch.logaddexp(total, (more / temperature).logsumexp(dim=1))
-    log_p = similarity.gather(1, positive).squeeze(1) / temperature - total  # (B,)
+    x = negatives - positive
+    zero = torch.zeros_like(x)
+    surprise = torch.logaddexp(zero, x)
     if gamma == 0.0:
-        return -log_p
-    # 1 - exp(log p) without cancellation; bounded away from 0, where x^gamma has no derivative.
-    rest = (-torch.expm1(log_p)).clamp_min(torch.finfo(log_p.dtype).tiny)
-    return -(rest**gamma) * log_p
+        return surprise
+    return (-gamma * torch.logaddexp(zero, -x)).exp() * surprise

@@ -8,7 +8,6 @@ Texts are compared by a 64-bit hash that travels with the vectors, so the answer
 process and on many. A margin on the cosines, where one is asked for, goes beyond known texts.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -45,26 +44,27 @@ def candidate_masks(
     queries: Queries,
     documents: Documents,
     labels: Tensor,
-    similarity: Tensor | None = None,
-    margin: float = math.inf,
+    *,
+    first: int = 0,
+    close: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """One (B, N) mask a reason, True where the document is not a candidate; no pair has two reasons.
 
     Args:
         queries, documents: as above.
         labels: (B,) int64, the row of each query's positive, which no mask covers.
-        similarity: (B, N) cosines, for the margin.
-        margin: how much more than the positive a document may score before it is taken for a
-            positive that nobody labelled (0.1 in the Qwen3-Embedding report; not in KaLM's).
+        first: the row of the first of these documents, where they are a part of all.
+        close: (B, N) cosines, and (B,) the one above which a document is taken for a positive that
+            nobody labelled: the positive's and a margin (0.1 in the Qwen3-Embedding report; KaLM's
+            has none).
 
     Returns:
         "foreign": of another query, and the query's task takes no in-batch negatives;
         "positive": one of the query's known positives;  "query": the query's own text;
         "group": of the query's class;  "margin": too similar to be a negative.
     """
-    shape = (len(queries.hashes), len(documents.hashes))
-    free = torch.ones(shape, dtype=torch.bool, device=labels.device)
-    free.scatter_(1, labels[:, None], False)
+    rows = torch.arange(first, first + len(documents.hashes), device=labels.device)  # (N,)
+    free = labels[:, None] != rows  # (B, N)
     positive = torch.zeros_like(free)
     for column in queries.positives.T:  # P is small; (B, N, P) at once would not be
         positive |= column[:, None] == documents.hashes
@@ -76,9 +76,9 @@ def candidate_masks(
         "query": queries.hashes[:, None] == documents.hashes,
         "group": group,
     }
-    if similarity is not None:
-        positive_similarity = similarity.gather(1, labels[:, None])  # (B, 1)
-        reasons["margin"] = similarity > positive_similarity + margin
+    if close is not None:
+        similarity, bound = close
+        reasons["margin"] = similarity > bound[:, None]
     masks: dict[str, Tensor] = {}
     for name, found in reasons.items():
         masks[name] = found & free

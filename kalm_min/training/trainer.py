@@ -33,10 +33,10 @@ from kalm_min.embedder import Embedder, fastest_safe_dtype
 from kalm_min.model import Packed, pool
 from kalm_min.sampling import TaskBatchSampler, task_draws
 from kalm_min.training import checkpoint, distributed, parallel, run_folder
+from kalm_min.training.batch_loss import LossConfig
 from kalm_min.training.optimizer import OptimizerConfig, build_optimizer, learning_rate
 from kalm_min.training.parallel import ParallelConfig
 from kalm_min.training.step import (
-    LossConfig,
     StepResult,
     TokenBatch,
     contrastive_step,

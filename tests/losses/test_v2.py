@@ -96,30 +96,30 @@ def test_distillation_is_the_formula(seed):
     """KL(P_t || P_s) over each query's own documents at one temperature, to 1e-12."""
     q, d, labels, mixes = case(seed)
     generator = torch.Generator().manual_seed(seed)
-    teacher = torch.rand(len(d), generator=generator, dtype=torch.float64)
-    own = torch.zeros(len(q), len(d), dtype=torch.bool)
+    own = torch.cat([labels[:, None], mixes.own], dim=1)
+    present = torch.cat([torch.ones(len(q), 1, dtype=torch.bool), mixes.present], dim=1)
+    teacher = torch.rand(own.shape, generator=generator, dtype=torch.float64)
     expected = []
     for i, query in enumerate(q.tolist()):
         rows = [labels[i].item(), *mixes.own[i][mixes.present[i]].tolist()]
-        own[i, rows] = True
         s = [math.exp(dot(unit(query), unit(d[row].tolist())) / 0.05) for row in rows]
-        z = [math.exp(teacher[row].item() / 0.05) for row in rows]
+        z = [math.exp(score / 0.05) for score in teacher[i, : len(rows)].tolist()]
         kl = math.fsum(
             a / math.fsum(z) * (math.log(a / math.fsum(z)) - math.log(b / math.fsum(s)))
             for a, b in zip(z, s, strict=True)
         )
         expected.append(kl)
     (similarity,) = cosines(q, d, (q.shape[1],))
-    found = distillation_rows(similarity, teacher, own, temperature=0.05)
+    found = distillation_rows(similarity.gather(1, own), teacher, present, temperature=0.05)
     assert found.tolist() == pytest.approx(expected, rel=1e-10, abs=TIGHT)
 
 
 def test_a_student_that_agrees_learns_nothing():
     """KL is 0 with zero gradient where the scores differ by a constant only."""
     similarity = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
-    own = torch.tensor([[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1]]).bool()
-    teacher = torch.cat([similarity[0, :3], similarity[1, 3:]]).detach() + 0.3
-    loss = distillation_rows(similarity, teacher, own, temperature=0.05)
+    present = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]]).bool()
+    teacher = (similarity.detach() + 0.3).masked_fill(~present, 7.0)
+    loss = distillation_rows(similarity, teacher, present, temperature=0.05)
     loss.sum().backward()
     assert loss.abs().max() < 1e-12
     assert similarity.grad.abs().max() < 1e-10
@@ -151,16 +151,16 @@ def test_shared_dot_products_equal_the_slices(seed, dims):
 def test_gradcheck():
     """Analytic gradients of mixing, distillation and both under Matryoshka, float64."""
     q, d, labels, mixes = case(4)
-    teacher = torch.rand(len(d), dtype=torch.float64)
-    owner = torch.bucketize(torch.arange(len(d)), labels, right=True) - 1
-    own = owner == torch.arange(len(q))[:, None]
+    own = torch.cat([labels[:, None], mixes.own], dim=1)
+    present = torch.cat([torch.ones(len(q), 1, dtype=torch.bool), mixes.present], dim=1)
+    teacher = torch.rand(own.shape, dtype=torch.float64)
 
     def loss(q, d):
         mixed = matryoshka(
             q, d, labels, dims=(5, 2), weights=(1.0, 0.3), temperature=0.2, gamma=0.5, mixes=mixes
         )
         gaps = [
-            distillation_rows(c, teacher, own, temperature=0.3).mean()
+            distillation_rows(c.gather(1, own), teacher, present, temperature=0.3).mean()
             for c in cosines(q, d, (5, 2))
         ]
         return 0.3 * mixed + 0.7 * sum(gaps)

@@ -8,14 +8,8 @@ import torch
 
 from kalm_min import check
 from kalm_min.losses import Documents, candidate_masks
-from kalm_min.training.step import (
-    LossConfig,
-    Rows,
-    _mixes,
-    contrastive_step,
-    facts,
-    loss_in_blocks,
-)
+from kalm_min.training.batch_loss import LossConfig, Rows, batch_loss
+from kalm_min.training.step import contrastive_step, facts, own_documents
 
 PLAIN = {option: check.step(option, check.WAYS["1 chunk"]) for option in check.OPTIONS}
 
@@ -48,15 +42,12 @@ def test_gradcheck(option):
     """Numerical and analytical gradients of queries and documents agree, float64, every option."""
     text = check.tokenized(check.examples()[:6], num_negatives=2).text
     asked, known = facts(text, torch.device("cpu"))
-    labels, teacher = torch.from_numpy(text.labels), torch.from_numpy(text.teacher_scores)
-    mixes = _mixes(text, torch.device("cpu"), 0) if option.loss.mixing else None
+    labels, own = torch.from_numpy(text.labels), own_documents(text, torch.device("cpu"))
     everyone = Documents(asked.hashes, asked.groups, asked.numbers)
 
     def loss(q, d):
         others = (q, everyone) if option.loss.query_negatives else None
-        return loss_in_blocks(
-            Rows(q, d, labels, asked, known, teacher, mixes, others), option.loss
-        )[0]
+        return batch_loss(Rows(q, d, labels, asked, known, own, others), option.loss)[0]
 
     generator = torch.Generator().manual_seed(1)
     q, d = (
@@ -88,8 +79,8 @@ def test_further_negatives_and_the_margin_are_their_formulas(masked):
     labels = torch.from_numpy(text.labels)
     asked, known = facts(text, torch.device("cpu"))
     everyone = (q, Documents(asked.hashes, asked.groups, asked.numbers))
-    rows = Rows(q, d, labels, asked, known, torch.zeros(len(d)), None, everyone)
-    found, ledger = loss_in_blocks(rows, config)
+    rows = Rows(q, d, labels, asked, known, own_documents(text, torch.device("cpu")), everyone)
+    found, ledger = batch_loss(rows, config)
 
     def absent(masks):
         return sum(m for name, m in masks.items() if masked or name == "foreign")
