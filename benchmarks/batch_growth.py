@@ -4,7 +4,7 @@
 
 A small decoder over the real tokenizer's table, texts of the data, InfoNCE in two Matryoshka widths over all documents
 of the batch, chunks of a bounded number of tokens. Every example brings its own texts, so nothing is
-embedded once for two. Memory is measured in a second pass, in which freed blocks go back to the system. The seconds inside the loss are given by themselves: there every query meets
+embedded once for two. Memory is measured in a second process, in which freed blocks go back to the system. The seconds inside the loss are given by themselves: there every query meets
 every document, so its share of an example grows with the batch, as that of no other part does.
 """
 
@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from loss_memory import fresh_memory, peak
+from loss_memory import fresh_memory, measured_afresh, peak
 from measuring import Common, Report, device, texts
 from torch import Tensor
 
@@ -42,6 +42,8 @@ class Options(Common):
     """Tokens kept of a text."""
     tokens_per_batch: int = 4096
     """Of one chunk; the smallest batch must have several."""
+    memory: bool = False
+    """Set by the benchmark itself: measure memory, in a fresh process."""
     memory_gib: float = 0.25
     """That the scores of a block of queries may take."""
 
@@ -49,14 +51,18 @@ class Options(Common):
 def main(argv: list[str]) -> None:
     """Measure and print."""
     options = parse(Options, argv, program="batch_growth.py", description="A growing batch.")
-    report = Report("batch_growth", options)
     model, tokenizer = decoder(options)
     words = [text.split() or [text] for text in texts(options.data, 4096)]
     batches = {size: batch(words, tokenizer, size, options) for size in options.queries}
+    if options.memory:
+        fresh_memory()
     step(model, batches[options.queries[0]], options)  # warms up
+    if options.memory:
+        print(*(step(model, tokens, options)[2] for tokens in batches.values()))
+        return
+    report = Report("batch_growth", options)
     seconds = {size: step(model, tokens, options)[:2] for size, tokens in batches.items()}
-    fresh_memory()
-    peaks = {size: step(model, tokens, options)[2] for size, tokens in batches.items()}
+    peaks = dict(zip(batches, measured_afresh(__file__, argv), strict=True))
     costs = {}
     for size, (total, in_loss) in seconds.items():
         tokens = sum(map(len, batches[size].sequences))

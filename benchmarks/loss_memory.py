@@ -2,12 +2,13 @@
 
     python benchmarks/loss_memory.py [--queries 8192] [--per-query 8] [--budget 1.0]
 
-Prints, for growing batches, the seconds, and from a second pass the peak resident memory above the
+Prints, for growing batches, the seconds, and from a second process the peak resident memory above the
 vectors and their gradients, beside the budget. Matryoshka over five widths, focal weight and masking on; float32.
 """
 
 import ctypes
 import re
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -35,17 +36,24 @@ class Options:
     """GiB that the scores may take."""
     share: float = 1.0
     """Of the queries that are scored, against all documents: the time falls, the peak stays."""
+    memory: bool = False
+    """Set by the benchmark itself: measure memory, in a fresh process."""
 
 
 def fresh_memory() -> None:
-    """Let the C library take every large block from the system and give it back when it is freed.
+    """At the start of a process: let the C library take every large block from the system and give it back when it is freed.
 
     The peak is then that of live tensors, and all is slower: fresh pages cost more than the sums.
     """
     if not torch.cuda.is_available():
-        library = ctypes.CDLL(None)
-        library.mallopt(_MMAP_THRESHOLD, 2**20)
-        library.malloc_trim(0)
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**20)
+
+
+def measured_afresh(script: str, argv: list[str]) -> list[float]:
+    """The numbers that a script prints in a process of its own, told to measure memory."""
+    command = [sys.executable, script, *argv, "--memory", "true"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [float(number) for number in done.stdout.split()]
 
 
 def peak(reset: bool = False) -> float:
@@ -89,16 +97,19 @@ def measure(queries: int, options: Options) -> tuple[float, float]:
 def main(argv: list[str]) -> None:
     """Print one row a size."""
     options = parse(Options, argv, program="loss_memory.py", description="Memory of the loss.")
+    sizes = [options.queries // 4**k for k in (3, 2, 1, 0)]
+    if options.memory:
+        fresh_memory()
+        print(*(measure(queries, options)[1] for queries in sizes))
+        return
     print(
         f"{torch.get_num_threads()} threads, float32, budget {options.budget} GiB, {options.share} of the queries"
     )
     print("| queries x documents | seconds | ns a pair | peak above vectors and gradients, GiB |")
     print("|---|---|---|---|")
-    sizes = [options.queries // 4**k for k in (3, 2, 1, 0)]
-    seconds = [measure(queries, options)[0] for queries in sizes]
-    fresh_memory()
-    for queries, taken in zip(sizes, seconds, strict=True):
-        _, gib = measure(queries, options)
+    peaks = measured_afresh(__file__, argv)
+    for queries, gib in zip(sizes, peaks, strict=True):
+        taken, _ = measure(queries, options)
         pairs = int(queries * options.share) * queries * options.per_query
         print(
             f"| {queries:,} x {queries * options.per_query:,} | {taken:.1f} | "

@@ -33,6 +33,7 @@ FLOORS = {
     "kalm_min.training.gradcache": 1,
     "kalm_min.training.parallel": 1,
     "kalm_min.training.optimizer": 1,
+    "kalm_min.training.batch_loss": 1,
     "kalm_min.training": 2,
     "kalm_min.mining": 2,
     "kalm_min.evaluation": 2,

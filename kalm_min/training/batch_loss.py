@@ -12,9 +12,9 @@ scores of a megabyte or two are written and read there, not in memory that is fr
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -155,25 +155,22 @@ def batch_loss(rows: Rows, config: LossConfig) -> tuple[Tensor, dict[str, float]
     dims = sorted(config.matryoshka_dims or (rows.queries.shape[1],))
     weights = dict(zip(config.matryoshka_dims, config.matryoshka_weights, strict=True))
     height, width, fits = _tile_shape(rows, len(dims), config)
-    tiles = list(_tiles(rows.documents, rows.known, width, dims, are_queries=False))
-    if rows.everyone is not None:
-        tiles += _tiles(*rows.everyone, width, dims, are_queries=True)
+    blocks = list(_blocks(rows, height, dims, config))
+    sides = [(rows.documents, rows.known, False)]
+    sides += [] if rows.everyone is None else [(*rows.everyone, True)]
+    mine = rows.asked.numbers[0], rows.asked.numbers[-1]
     ledger = torch.zeros(len(LEDGER), dtype=torch.int64, device=rows.queries.device)
-    first, last = rows.asked.numbers[[0, -1]].tolist()
-    positive: list[Tensor] = []  # (W, b) cosines
-    sums: list[Tensor] = []  # (W, b) of the negatives
-    for block in _blocks(rows, height, dims, config):
-        parts: list[Tensor] = []
-        for tile in tiles:
-            given = (block, tile, (first, last), config)
-            found, counts = (
-                _tile(*given) if fits else checkpoint(_tile, *given, use_reentrant=False)
-            )
+    sums: list[list[Tensor]] = [[] for _ in blocks]  # (1 or 2, W, b) of each tile
+    # Tile by tile, so that backward is done with one before it begins the next.
+    for tile in (tile for side in sides for tile in _tiles(*side, width, dims)):
+        for block, parts in zip(blocks, sums, strict=True):
+            given = (block, tile, mine, config)
+            found, counts = _tile(*given) if fits else _again_in_backward(*given)
             parts.append(found)
             ledger += counts
-        sums.append(torch.cat(parts).logsumexp(0))
-        positive.append(paired_cosines(block.queries, block.positives))
-    z, similarity = torch.cat(sums, dim=1), torch.cat(positive, dim=1)  # (W, B)
+    z = torch.cat([torch.cat(parts).logsumexp(0) for parts in sums], dim=1)  # (W, B)
+    pairs = [paired_cosines(block.queries, block.positives) for block in blocks]
+    similarity = torch.cat(pairs, dim=1)  # (W, B)
     if config.mixing:
         mixed = _mixed(rows, dims)  # (W, B, 2)
         z = torch.logaddexp(z, log_sum(mixed, config.temperature))
@@ -201,22 +198,22 @@ def _tile_shape(rows: Rows, widths: int, config: LossConfig) -> tuple[int, int, 
     return height, pairs // height, fits
 
 
-def _blocks(rows: Rows, height: int, dims: Sequence[int], config: LossConfig) -> Iterable[Block]:
+def _blocks(rows: Rows, height: int, dims: Sequence[int], config: LossConfig) -> Iterator[Block]:
     """The queries, so many at a time."""
     positives = rows.documents[rows.labels]  # (B, D)
     margin = math.inf if config.false_negative_margin is None else config.false_negative_margin
     facts = zip(*(fact.split(height) for fact in rows.asked), strict=True)
-    sides = (side.split(height) for side in (rows.queries, positives, rows.labels))
-    for query, positive, labels, asked in zip(*sides, facts, strict=True):
-        sides = prefixes(query, dims), prefixes(positive, dims)
+    columns = (column.split(height) for column in (rows.queries, positives, rows.labels))
+    for query, positive, labels, asked in zip(*columns, facts, strict=True):
+        pair = prefixes(query, dims), prefixes(positive, dims)
         with torch.no_grad():
-            bound = paired_cosines(*sides)[-1] + margin
-        yield Block(*sides, Queries(*asked), labels, bound)
+            bound = paired_cosines(*pair)[-1] + margin  # (b,)
+        yield Block(*pair, Queries(*asked), labels, bound)
 
 
 def _tiles(
-    vectors: Tensor, known: Documents, width: int, dims: Sequence[int], *, are_queries: bool
-) -> Iterable[Tile]:
+    vectors: Tensor, known: Documents, are_queries: bool, width: int, dims: Sequence[int]
+) -> Iterator[Tile]:
     """Candidates, so many at a time."""
     facts = zip(*(fact.split(width) for fact in known), strict=True)
     for number, (part, about) in enumerate(zip(vectors.split(width), facts, strict=True)):
@@ -224,7 +221,7 @@ def _tiles(
 
 
 def _tile(
-    block: Block, tile: Tile, mine: tuple[int, int], config: LossConfig
+    block: Block, tile: Tile, mine: tuple[Tensor, Tensor], config: LossConfig
 ) -> tuple[Tensor, Tensor]:
     """((1 or 2, W, b) logarithms of this tile's part of the sum, the ledger's counts over it).
 
@@ -237,10 +234,10 @@ def _tile(
     masks = candidate_masks(block.asked, tile.known, labels, first=tile.first, close=close)
     if not config.mask_false_negatives:
         masks = {name: found & (name == "foreign") for name, found in masks.items()}
-    none = (
-        labels[:, None] == torch.arange(len(tile.known.hashes), device=labels.device) + tile.first
-    )
-    none = torch.stack([none, *masks.values()]).any(0)  # (b, n)
+    numbers = torch.arange(len(tile.known.hashes), device=labels.device) + tile.first  # (n,)
+    none = labels[:, None] == numbers  # (b, n)
+    for found in masks.values():
+        none |= found
     every = [cosines]
     counts = dict.fromkeys(LEDGER, labels.new_zeros(()))
     count = (~none).sum()
@@ -260,6 +257,11 @@ def _tile(
         for widths in every
     ]
     return torch.stack(found), torch.stack(list(counts.values()))
+
+
+def _again_in_backward(*given: Any) -> tuple[Tensor, Tensor]:
+    """`_tile`, of which only the inputs are kept."""
+    return checkpoint(_tile, *given, use_reentrant=False, preserve_rng_state=False)
 
 
 def _mixed(rows: Rows, dims: Sequence[int]) -> Tensor:
