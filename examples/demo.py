@@ -3,7 +3,8 @@
     python examples/demo.py          (or `make demo`, which installs what it needs first)
 
 Each step runs the command that a user would run, shows it, and writes below `runs/demo`: the texts,
-the untrained and the trained model, their scores, `summary.md`, `loss.png` and `dimensions.png`.
+the untrained model and those of two trainings, the hard negatives mined between them, all scores,
+`summary.md`, `loss.png` and `dimensions.png`.
 About five minutes on two cores; no network, no GPU.
 """
 
@@ -26,13 +27,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from kalm_min import Embedder
 from kalm_min.config import parse
-from kalm_min.files import write_json, write_text
+from kalm_min.files import read_jsonl, write_json, write_text
 from kalm_min.training.source import ModelSource, open_model
 
 ROOT = Path(__file__).parent.parent
 BEGUN = time.monotonic()
 DIMS = (384, 192, 96, 48)
 VOCABULARY = 8192
+BOTH_CORES = ("-m", "torch.distributed.run", "--nproc-per-node", 2)
 END_OF_TEXT = "<|endoftext|>"
 QUESTIONS = (
     "open a URL and read the answer",
@@ -48,7 +50,7 @@ class DemoConfig:
     output: Path = Path("runs/demo")
     """Folder for everything it writes; emptied first."""
     steps: int | None = None
-    """Training steps; none trains as long as configs/demo.toml says."""
+    """Steps of each training; none trains as long as configs/demo.toml and the demo say."""
 
 
 def main(argv: list[str]) -> int:
@@ -67,13 +69,19 @@ def main(argv: list[str]) -> int:
     baseline = bag_of_words.scores(out / "data" / "eval")
     evaluate(out / "untrained", out, DIMS[:1])
     title("4. Train")
-    train(out, config.steps)
-    title("5. Measure again, at every Matryoshka dimension")
-    evaluate(out / "run" / "final", out, DIMS)
-    title("6. What was learned")
+    train(out / "untrained", out / "data" / "train", out / "first", steps=config.steps)
+    evaluate(out / "first" / "final", out, DIMS[:1])
+    title("5. Mine hard negatives with the trained model, and drop rows it cannot confirm")
+    mine(out / "first" / "final", out / "data" / "train", out / "mined")
+    title("6. Train on, each question now beside an answer that only looks right")
+    hard = ("--sampling.num-negatives", 1, "--optimizer.learning-rate", 1e-3)
+    train(out / "first" / "final", out / "mined", out / "second", *hard, steps=config.steps or 100)
+    title("7. Measure again, at every Matryoshka dimension")
+    evaluate(out / "second" / "final", out, DIMS)
+    title("8. What was learned")
     report(out, baseline)
-    title("7. Ask")
-    answer(Embedder.from_pretrained(out / "run" / "final"), QUESTIONS)
+    title("9. Ask")
+    answer(Embedder.from_pretrained(out / "second" / "final"), QUESTIONS)
     print(f"\n{time.monotonic() - BEGUN:.0f} seconds in all; everything is in {out}")
     return 0
 
@@ -133,18 +141,36 @@ def evaluate(model: Path, out: Path, dims: tuple[int, ...]) -> None:
     """Score a model on the held-out sets, without the instructions it was not trained with."""
     run(
         *("evaluate.py", "--model", model, "--data", out / "data" / "eval"),
-        *("--output", out / "scores" / model.name, "--instructions", "none", "--dims", *dims),
+        *("--output", scores_of(model, out), "--instructions", "none", "--dims", *dims),
     )
 
 
-def train(out: Path, steps: int | None) -> None:
+def scores_of(model: Path, out: Path) -> Path:
+    """Where the scores of a model lie: under the name of its run, or its own."""
+    return out / "scores" / (model.parent.name if model.name == "final" else model.name)
+
+
+def train(model: Path, data: Path, run_folder: Path, *more: object, steps: int | None) -> None:
     """Train on both cores, one process each."""
     run(
-        *("-m", "torch.distributed.run", "--nproc-per-node", 2),
-        *("train.py", "configs/demo.toml", "--model.path", out / "untrained"),
-        *("--data.path", out / "data" / "train", "--output", out / "run"),
+        *(*BOTH_CORES, "train.py", "configs/demo.toml", "--model.path", model),
+        *("--data.path", data, "--output", run_folder, *more),
         *(() if steps is None else ("--training.max-steps", steps)),
     )
+
+
+def mine(model: Path, data: Path, mined: Path) -> None:
+    """Mine on both cores; show a row that has negatives now."""
+    run(
+        *(*BOTH_CORES, "mine.py", "--model", model, "--data", data, "--output", mined),
+        *("--rank-range", 5, 50, "--num-negatives", 4, "--relative-margin", 0.05),
+    )
+    for row in (row for _, row in read_jsonl(mined / "summary_to_code.jsonl") if row["neg"]):
+        print(f"\n{row['query']}")
+        for sign, kind in (("+", "pos"), ("-", "neg")):
+            for text, score in zip(row[kind], row[f"{kind}_scores"], strict=True):
+                print(f"  {score:.2f} {sign} {' '.join(text.split())[:90]}")
+        break
 
 
 def run(*arguments: object) -> None:
@@ -160,17 +186,19 @@ def run(*arguments: object) -> None:
 
 def report(out: Path, baseline: dict[str, float]) -> None:
     """Print and save the table of scores; draw the loss and the score by dimension."""
-    before, after = (read_scores(out / "scores" / name) for name in ("untrained", "final"))
-    head = ["task", "score", "bag of words", "untrained", *(f"trained, {dim}" for dim in DIMS)]
+    runs = ("untrained", "first", "second")
+    before, first, after = (read_scores(out / "scores" / name) for name in runs)
+    head = ["task", "score", "bag of words", "untrained", "trained"]
+    head += [f"and mined, {dim}" for dim in DIMS]
     lines = [head, ["---"] * len(head)]
     for name, (metric, scores) in after.items():
-        cells = [baseline[name], before[name][1][0], *scores]
+        cells = [baseline[name], before[name][1][0], first[name][1][0], *scores]
         lines.append([name, metric, *(f"{cell:.1f}" for cell in cells)])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    findings = "\n".join(conclude(baseline, before, after))
+    findings = "\n".join(conclude(baseline, before, first, after))
     write_text(out / "summary.md", f"{table}\n\n{findings}\n")
     print(f"{table}\n\n{findings}")
-    plots.loss(out / "run" / "log.jsonl", out / "loss.png")
+    plots.loss(out / "first" / "log.jsonl", out / "loss.png")
     curves = {name: scores for name, (_, scores) in after.items()}
     plots.dimensions(DIMS, curves, out / "dimensions.png")
     print(f"Plots: {out / 'loss.png'}, {out / 'dimensions.png'}")
@@ -189,7 +217,7 @@ def read_scores(folder: Path) -> Scores:
     }
 
 
-def conclude(baseline: dict[str, float], before: Scores, after: Scores) -> list[str]:
+def conclude(baseline: dict[str, float], before: Scores, first: Scores, after: Scores) -> list[str]:
     """Say what the numbers show, the unwelcome too."""
     sentences: list[str] = []
     for name, (metric, scores) in after.items():
@@ -198,7 +226,8 @@ def conclude(baseline: dict[str, float], before: Scores, after: Scores) -> list[
         verdict = "above" if learned > words else "below"
         sentences.append(
             f"- {name}: {metric} is {times:.1f} times the untrained model's, "
-            f"{abs(learned - words):.1f} points {verdict} the bag of words."
+            f"{abs(learned - words):.1f} points {verdict} the bag of words; "
+            f"{learned - first[name][1][0]:+.1f} since the negatives were mined."
         )
     return sentences
 

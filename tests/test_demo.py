@@ -128,5 +128,5 @@ def test_the_demo_runs(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in ("summary.md", "loss.png", "dimensions.png", "run/final/model.safetensors"):
+    for name in ("summary.md", "loss.png", "dimensions.png", "second/final/model.safetensors"):
         assert (tmp_path / "demo" / name).stat().st_size > 100
