@@ -23,7 +23,7 @@ SETS: dict[str, dict[str, list[str]]] = {
         "encode": ["--layers", "4", "--texts", "128", "--rounds", "2"],
         "prefix": ["--layers", "4", "--queries", "256", "--rounds", "2"],
         "train_step": ["--layers", "3", "--queries", "4", "--rounds", "2"],
-        "batch_growth": ["--max-length", "8"],
+        "batch_growth": ["--max-length", "8", "--queries", "64", "512", "4096"],
     },
     "cuda": {
         "encode": ["--layers", "24", "--texts", "16384", "--dtypes", "bfloat16"],
