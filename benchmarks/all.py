@@ -20,8 +20,8 @@ RECORDED = HERE / "recorded.json"
 _FALL = 1 / 6
 SETS: dict[str, dict[str, list[str]]] = {
     "cpu": {
-        "encode": ["--layers", "4", "--texts", "128", "--rounds", "2"],
-        "prefix": ["--layers", "4", "--queries", "256", "--rounds", "2"],
+        "encode": ["--layers", "4", "--texts", "96", "--rounds", "2"],
+        "prefix": ["--layers", "4", "--queries", "192", "--rounds", "2"],
         "train_step": ["--layers", "3", "--queries", "4", "--rounds", "2"],
         "batch_growth": ["--max-length", "8", "--queries", "64", "512", "4096"],
     },
