@@ -126,8 +126,8 @@ def by_bfloat16(
     negative integers: the integers are compared.
     """
     step = max(width, 2 * DOCUMENTS["cpu"])  # as many bytes of scores
-    asked, moved, _ = _rounded(queries, torch.zeros(queries.shape[1]))  # (Q, D), (Q,)
-    shared = torch.from_numpy(documents[span[0] : min(span[0] + step, span[1])]).mean(0)  # (D,)
+    asked, moved, _ = _rounded(queries, np.zeros(queries.shape[1], np.float32))  # (Q, D), (Q,)
+    shared = documents[span[0] : min(span[0] + step, span[1])].mean(0)  # (D,)
     scratch = torch.empty(_CHUNK["cpu"] * step, dtype=torch.bfloat16)
     furthest, longest = 0.0, 0.0
 
@@ -151,13 +151,13 @@ def by_bfloat16(
     return Nominees(ids, scores, 1.01 * (error + own))
 
 
-def _rounded(vectors: Vectors, shared: Tensor) -> tuple[Tensor, Vectors, Vectors]:
+def _rounded(vectors: Vectors, shared: Vectors) -> tuple[Tensor, Vectors, Vectors]:
     """(n, D) in bfloat16, less (D,); and (n,) how far rounding moved each, and how long they were."""
     rounded = torch.empty(vectors.shape, dtype=torch.bfloat16)
     moved, lengths = torch.empty(2, len(vectors))
     for start in range(0, len(vectors), _CACHED):
         part = slice(start, start + _CACHED)
-        whole = torch.from_numpy(vectors[part]) - shared
+        whole = torch.from_numpy(vectors[part] - shared)
         near = rounded[part].copy_(whole).float().sub_(whole)
         torch.linalg.vector_norm(near, dim=1, out=moved[part])
         torch.linalg.vector_norm(whole, dim=1, out=lengths[part])
