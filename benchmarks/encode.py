@@ -3,7 +3,8 @@
     python benchmarks/encode.py --data DIR --tokenizer DIR [--layers 6] [--texts 256] [--dtypes bfloat16]
 
 sentence-transformers runs as its users run it (loaded from a float32 folder, its defaults) and tuned as
-its documentation tells (the dtype set, it sorts by length itself, the best of several batch sizes).
+its documentation tells (the dtype set, it sorts by length itself, the best of several batch sizes). FlagEmbedding joins where it
+is installed, at the same batch size.
 Every program gets the texts as strings and returns an array.
 """
 
@@ -11,7 +12,10 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,6 +81,8 @@ def measure(folder: str, dtype: str, chosen: list[str], options: Options, report
     }
     if dtype != "float32" or len(options.dtypes) == 1:
         programs[names["plain"]] = lambda: plain.encode(chosen)
+    if (flag := flag_embedding(folder, dtype, options.max_length)) is not None:
+        programs[f"FlagEmbedding, {dtype}, batches of {size}"] = lambda: flag(chosen, size)
     seconds = alternate(programs, options.rounds)
     report.note(
         f"\n{dtype}, {options.layers} layers, {len(chosen)} texts of {min(lengths)} to {max(lengths)} "
@@ -101,6 +107,25 @@ def measure(folder: str, dtype: str, chosen: list[str], options: Options, report
         report.ratio(
             f"{dtype}: against the peer as loaded", ratio(seconds, names["plain"], names["ours"])
         )
+
+
+def flag_embedding(
+    folder: str, dtype: str, max_length: int
+) -> Callable[[list[str], int], object] | None:
+    """FlagEmbedding's encoder on the same folder, where it is installed."""
+    try:
+        peer: Any = import_module("FlagEmbedding")
+    except ImportError:
+        return None
+    model = peer.FlagModel(
+        folder,
+        pooling_method="mean",
+        use_fp16=False,
+        use_bf16=dtype == "bfloat16",
+        devices=[str(device())],
+        trust_remote_code=False,
+    )
+    return lambda chosen, size: model.encode(chosen, batch_size=size, max_length=max_length)
 
 
 def best_batch_size(
