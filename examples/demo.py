@@ -5,7 +5,7 @@
 Each step runs the command that a user would run, shows it, and writes below `runs/demo`: the texts,
 the untrained model and those of two trainings, the hard negatives mined between them, all scores,
 `summary.md`, `loss.png` and `dimensions.png`.
-About five minutes on two cores; no network, no GPU.
+About ten minutes on two cores; no network, no GPU.
 """
 
 import csv
