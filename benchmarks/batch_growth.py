@@ -4,8 +4,8 @@
 
 A small decoder over the real tokenizer's table, texts of the data, InfoNCE in two Matryoshka widths over all documents
 of the batch, chunks of a bounded number of tokens. Every example brings its own texts, so nothing is
-embedded once for two. Memory is measured in a second process, in which freed blocks go back to the system. The seconds inside the loss are given by themselves: there every query meets
-every document, so its share of an example grows with the batch, as that of no other part does.
+embedded once for two. Memory is measured in a second process, in which freed blocks go back to the
+system. The seconds inside the loss are given by themselves: there every query meets every document, so its share of an example grows with the batch, as that of no other part does.
 """
 
 import random

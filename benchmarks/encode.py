@@ -3,8 +3,8 @@
     python benchmarks/encode.py --data DIR --tokenizer DIR [--layers 6] [--texts 256] [--dtypes bfloat16]
 
 sentence-transformers runs as its users run it (loaded from a float32 folder, its defaults) and tuned as
-its documentation tells (the dtype set, it sorts by length itself, the best of several batch sizes). FlagEmbedding joins where it
-is installed, at the same batch size.
+its documentation tells (the dtype set, it sorts by length itself, the best of several batch sizes).
+FlagEmbedding joins where it is installed, at the same batch size.
 Every program gets the texts as strings and returns an array.
 """
 

@@ -25,7 +25,6 @@ Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.int64]
 Span = tuple[int, int]
 
-QUERIES = 8192  # held while all documents pass by
 DOCUMENTS = {"cpu": 8192, "cuda": 65_536}  # multiplied at a time
 _CHUNK = {"cpu": 512, "cuda": 8192}  # queries multiplied at a time
 _FAISS_DOCUMENTS = 65_536

@@ -25,7 +25,6 @@ import torch
 from kalm_min.embedder import fastest_safe_dtype
 from kalm_min.mining.nominees import (
     DOCUMENTS,
-    QUERIES,
     Ints,
     Nominate,
     Rows,
@@ -46,6 +45,7 @@ from kalm_min.training import distributed
 Backend = Literal["torch", "faiss"]
 
 _GRID = np.float32(2.0**26)
+_QUERIES = 8192  # held while all documents pass by
 _SCORED = 64  # queries whose nominees are read from disk at a time
 _INDEXED = 65_536  # documents added to an approximate index at a time
 _SAMPLE = 200_000  # documents an approximate index learns from
@@ -101,8 +101,8 @@ def search(
     device, k = torch.device(device), min(k, last - first)
     rounds = _rounds(backend, device, k, last - first)
     found: list[Neighbours] = []
-    for start in range(0, len(queries), QUERIES):
-        block = checked(queries[start : start + QUERIES])
+    for start in range(0, len(queries), _QUERIES):
+        block = checked(queries[start : start + _QUERIES])
         found.append(_exact(block, documents, k, rounds, (first, last), device))
     return concatenate(found, k)
 

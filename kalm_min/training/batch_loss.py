@@ -8,7 +8,7 @@ b, n  queries and candidates of a tile
 
 The sum over n is one over tiles of n: a tile gives the logarithm of its part, (W, b), and where not
 all scores fit into memory it is computed again in backward. On a CPU a tile also stays in the cache:
-scores of a megabyte or two are written and read there, not in memory that is fresh each time.
+4 MiB of scores a width are written and read there, not in memory that is fresh each time.
 """
 
 import math
@@ -64,7 +64,7 @@ class LossConfig:
     distillation_temperature: float = 0.05
     """Divides student and teacher scores in the KL term."""
     memory_gib: float = 1.0
-    """What the scores may take beside the vectors; larger batches are scored in blocks."""
+    """What the scores may take beside the vectors; those of larger batches are computed again in backward."""
     mask_false_negatives: bool = True
     """Documents whose text is a known positive of the query, or the query, are no negatives."""
     false_negative_margin: float | None = None
@@ -107,7 +107,7 @@ class Own(NamedTuple):
     teacher: Tensor
     """(B, M) the teacher's scores."""
     pair: Tensor
-    """(B, 2) int64 and"""
+    """(B, 2) int64, see `Mixes`."""
     share: Tensor
     """(B,), see `Mixes`."""
 

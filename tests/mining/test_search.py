@@ -89,7 +89,7 @@ def test_blocks_do_not_show(monkeypatch):
     """Near-ties of float32 products fall alike whatever the block sizes are."""
     queries, documents = crowded()
     whole = search(queries, documents, 20)
-    monkeypatch.setattr(search_module, "QUERIES", 37)
+    monkeypatch.setattr(search_module, "_QUERIES", 37)
     for name, size in (("_CHUNK", 5), ("DOCUMENTS", 101)):
         monkeypatch.setitem(getattr(nominees, name), "cpu", size)
     found = search(queries, documents, 20)
