@@ -57,4 +57,4 @@ def _mine(config: MiningConfig, device: torch.device) -> int:
 
 
 if __name__ == "__main__":
-    distributed.leave(main(sys.argv[1:]))
+    distributed.hard_exit(main(sys.argv[1:]))

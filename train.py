@@ -16,9 +16,9 @@ from types import FrameType
 from typing import Any
 
 from kalm_min.config import parse, to_toml
+from kalm_min.console import Progress
 from kalm_min.data import TrainingData
 from kalm_min.model.lora import LoRAConfig
-from kalm_min.progress import Progress
 from kalm_min.training import distributed, run_folder
 from kalm_min.training.source import ModelSource, open_model
 from kalm_min.training.trainer import Recipe, Trainer
@@ -85,7 +85,7 @@ def _train(config: TrainConfig, device: Any) -> int:
             f"{config.output}: expected one folder that all processes share, found other "
             "checkpoints on some of them"
         )
-    data, validation = distributed.first(partial(_open_data, config.data))
+    data, validation = distributed.rank_zero_first(partial(_open_data, config.data))
     model = open_model(config.model, resume, device, config.lora)
     trainer = Trainer(model, data, validation, config.output, config, resume)
     if main_process:
@@ -171,4 +171,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    distributed.leave(main(sys.argv[1:]))
+    distributed.hard_exit(main(sys.argv[1:]))

@@ -195,7 +195,9 @@ def step(option: Option, way: Way) -> Result:
     once()
     result = once()
     gradients = {
-        name: parallel.whole(p.grad) for name, p in model.named_parameters() if p.grad is not None
+        name: parallel.full_tensor(p.grad)
+        for name, p in model.named_parameters()
+        if p.grad is not None
     }
     return Result(distributed.mean(result.loss).item(), gradients)
 
@@ -241,7 +243,7 @@ def _worker(rank: int, count: int, port: int, folder: str) -> None:
         distributed.barrier()  # leave together: what ends early breaks the others' connections
     finally:
         distributed.stop()
-    distributed.leave(0)
+    distributed.hard_exit(0)
 
 
 def _read(path: Path) -> Result:

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kalm_min.config import parse
+from kalm_min.console import Progress
 from kalm_min.data.parquet import convert_file, count_rows, parquet_files, told
 from kalm_min.files import read_json, write_json
-from kalm_min.progress import Progress
 
 _OPTIONS = ".convert.json"  # in the output: hidden entries are not data
 

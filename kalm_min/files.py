@@ -159,6 +159,15 @@ def hash_files(files: Iterable[tuple[str, Path]]) -> str:
     return digest.hexdigest()
 
 
+def digest(*parts: str | bytes) -> str:
+    """A SHA-256 digest (64 hexadecimal digits) of some parts, each with its length before it."""
+    state = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
+        state.update(len(data).to_bytes(8, "little") + data)
+    return state.hexdigest()
+
+
 def model_folder(path_or_hub_id: str | Path) -> Path:
     """A folder: the path itself, or a snapshot of the hub's repository."""
     path = Path(path_or_hub_id).expanduser()

@@ -21,7 +21,7 @@ ENTRY_POINTS = (
 # A module may import its own part, and parts of lower floors.
 FLOORS = {
     "kalm_min.files": 0,
-    "kalm_min.progress": 0,
+    "kalm_min.console": 0,
     "kalm_min.tokenizer": 0,
     "kalm_min.sampling": 0,
     "kalm_min.losses": 0,

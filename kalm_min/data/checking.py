@@ -27,10 +27,10 @@ from typing import IO, Any, TextIO
 import numpy as np
 import numpy.typing as npt
 
+from kalm_min.console import Progress
 from kalm_min.data.jsonl import JsonlFile
 from kalm_min.data.schema import problem_with
 from kalm_min.files import atomic_write, parse_object, read_json, text_hash, write_json
-from kalm_min.progress import Progress
 
 LISTED = 20  # malformed lines shown; the rest are counted
 

@@ -13,9 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from kalm_min.console import format_duration
 from kalm_min.evaluation.plan import Plan, PlannedTask, official_means, official_results
 from kalm_min.files import read_json
-from kalm_min.progress import duration
 
 _MISSING = "—"
 _PUBLISHED = Path(__file__).with_name("published.json")
@@ -168,7 +168,7 @@ def markdown(plan: Plan, rows: Sequence[Row], failures: Mapping[str, Any]) -> st
             row.type if row.kind == "task" else "",
             row.metric if row.kind in {"task", "benchmark"} else "",
             *(_number(row.scores[dim]) for dim in plan.dims),
-            "" if row.seconds is None else duration(row.seconds),
+            "" if row.seconds is None else format_duration(row.seconds),
         ]
         for row in rows
     ]

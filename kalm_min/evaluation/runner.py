@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from kalm_min.console import format_duration
 from kalm_min.evaluation.child import Child
 from kalm_min.evaluation.plan import Plan
 from kalm_min.evaluation.schedule import Job, Schedule
 from kalm_min.evaluation.watch import Activity, Display
-from kalm_min.progress import duration
 
 WORKER = (sys.executable, "-m", "kalm_min.evaluation.worker")
 _TRIES = 3
@@ -242,9 +242,11 @@ class Runner:
         allowed = _PATIENCE * self.speed.expect(slot.job) if slot.job else _SILENCE
         limit = max(self.timeout, allowed)
         if now - slot.moved > limit:
-            self._replace(slot, f"made no progress for {duration(limit)}")
+            self._replace(slot, f"made no progress for {format_duration(limit)}")
         elif now - slot.child.heard > max(_SILENCE, self.timeout):
-            self._replace(slot, f"gave no sign of life for {duration(now - slot.child.heard)}")
+            self._replace(
+                slot, f"gave no sign of life for {format_duration(now - slot.child.heard)}"
+            )
 
     def _finish(self, slot: _Slot, job: Job) -> None:
         """Believe the file, not the message."""

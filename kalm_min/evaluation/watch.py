@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
+from kalm_min.console import format_duration
 from kalm_min.evaluation.plan import PlannedTask
-from kalm_min.progress import duration
 
 _QUIET_SECONDS = 60.0  # without a terminal, the longest time without a line
 _HEAD = ("device", "task", "texts", "texts/s", "for", "left")
@@ -38,8 +38,8 @@ class Activity:
         if self.seconds is None:
             return (self.device, self.task, "", "", "", "")
         rate = self.texts / self.seconds if self.seconds else 0
-        left = "" if self.left is None else duration(self.left)
-        age = duration(self.seconds)
+        left = "" if self.left is None else format_duration(self.left)
+        age = format_duration(self.seconds)
         return (self.device, self.task, f"{self.texts}", f"{rate:.0f}", age, left)
 
 
@@ -65,7 +65,12 @@ class Display:
         """Say that a task has its score, or none."""
         self.finished += 1
         number = f"[{self.finished:{len(str(self.total))}}/{self.total}]"
-        parts = [f"{number} {task.name}", f"{task.main_score} {score}", duration(seconds), worker]
+        parts = [
+            f"{number} {task.name}",
+            f"{task.main_score} {score}",
+            format_duration(seconds),
+            worker,
+        ]
         more = self.left and self.finished < self.total
         self.line("  ".join(parts) + (f"  ({self.left} left)" if more else ""))
 
@@ -74,7 +79,7 @@ class Display:
 
         `left` is the number of seconds that the run will go on, if that is known.
         """
-        self.left = "" if left is None else duration(left)
+        self.left = "" if left is None else format_duration(left)
         head = f"{self.finished}/{self.total} done"
         head += f", about {self.left} left" if self.left else ""
         if self.is_terminal:

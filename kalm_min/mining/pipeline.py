@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple, TextIO, TypeVar
 import numpy as np
 import torch
 
+from kalm_min.console import Progress
 from kalm_min.data import TrainingData
 from kalm_min.embedder import Embedder
 from kalm_min.files import read_json, write_json, write_text
@@ -38,7 +39,6 @@ from kalm_min.mining.search import (
 )
 from kalm_min.mining.selection import Selection, pair_scores, select, with_scores
 from kalm_min.mining.store import Side, Store, StoredNeighbours, describe
-from kalm_min.progress import Progress
 from kalm_min.training import distributed
 
 _LAYOUT = 1  # raised when the same settings give another output
@@ -104,7 +104,7 @@ class Miner:
         self.config, self.device, self.stream = config, device, stream
         self.rank, self.world = distributed.rank(), distributed.world_size()
         self.work = config.output / ".mining"
-        self.data, self.pool = distributed.first(self._open_data)
+        self.data, self.pool = distributed.rank_zero_first(self._open_data)
         self._pools: dict[str, Side] = {}
         self.names = [output.file_name(task) for task in self.data.task_names]
         self.made_with: dict[str, Any] = {
@@ -196,12 +196,14 @@ class Miner:
         def opened() -> Embedder:
             return Embedder.from_pretrained(model, self.device, dtype, max_length=config.max_length)
 
-        embedder = distributed.first(opened)
+        embedder = distributed.rank_zero_first(opened)
         manifest = distributed.gather_objects(
             describe(embedder, model) if self.rank == 0 else None
         )[0]
         place = (config.store or self.work) / folder
-        store = distributed.first(lambda: Store.open(place, manifest, begin=not config.dry_run))
+        store = distributed.rank_zero_first(
+            lambda: Store.open(place, manifest, begin=not config.dry_run)
+        )
         return embedder, store
 
     def _encode(

@@ -59,7 +59,7 @@ def _collect(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Ten
     """Tensors put together from their shards, one at a time, and kept on rank 0's CPU."""
     kept: dict[str, torch.Tensor] = {}
     for name, tensor in tensors:
-        full = parallel.whole(tensor.detach())
+        full = parallel.full_tensor(tensor.detach())
         if distributed.rank() == 0:
             kept[name] = full.cpu().contiguous()
     return kept
@@ -89,7 +89,9 @@ def restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optim
         for name, parameter in model.named_parameters():
             if name in stored:
                 optimizer.state[parameter] = {
-                    kind: parallel.like(reader.get_tensor(f"{kind}/{name}").clone(), parameter)
+                    kind: parallel.shard_like(
+                        reader.get_tensor(f"{kind}/{name}").clone(), parameter
+                    )
                     for kind in ("step", "exp_avg", "exp_avg_sq")
                 }
 

@@ -52,7 +52,7 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def leave(code: int) -> NoReturn:
+def hard_exit(code: int) -> NoReturn:
     """Exit; a process that was in a group does so without the interpreter's own ending.
 
     Caches of torch hold on to the group of a sharded model past `stop`, and its threads: one that
@@ -95,7 +95,7 @@ def barrier() -> None:
         dist.barrier(_waiting)
 
 
-def first(action: Callable[[], T]) -> T:
+def rank_zero_first(action: Callable[[], T]) -> T:
     """Do something on rank 0, then on the others, which find what it left (an index, say).
 
     What rank 0 refuses with a ValueError is refused on all.
@@ -121,7 +121,7 @@ def mean(value: Tensor) -> Tensor:
     return value / world_size()
 
 
-def most(number: int, device: torch.device) -> int:
+def max_over_ranks(number: int, device: torch.device) -> int:
     """The largest number any process has: all decide alike."""
     if world_size() == 1:
         return number

@@ -85,12 +85,12 @@ def no_sync(model: nn.Module) -> AbstractContextManager[None]:
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor put together from its shards; every process must call it. Itself when not sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(value: Tensor, tensor: Tensor) -> Tensor:
+def shard_like(value: Tensor, tensor: Tensor) -> Tensor:
     """`value`, whole, laid out as `tensor` is."""
     value = value.to(tensor.device)
     if not isinstance(tensor, DTensor) or value.dim() == 0:

@@ -92,7 +92,7 @@ def contrastive_step(
         counts.update(ledger)
         return value
 
-    rounds = distributed.most(len(chunks), device)
+    rounds = distributed.max_over_ranks(len(chunks), device)
     value = cached_backward(embed, chunks, rows, loss, no_sync, rounds=rounds, sharded=sharded)
     return StepResult(value, counts, finite[0])
 

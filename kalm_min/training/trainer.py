@@ -220,7 +220,7 @@ class Trainer:
                 self.step, self._score = self.step + 1, None
                 if self.validation is not None and self._due(loop.validate_every):
                     self._validate(self.validation, write)
-                stop = distributed.most(int(self.stop), self.embedder.device) > 0
+                stop = distributed.max_over_ranks(int(self.stop), self.embedder.device) > 0
                 if stop or self._due(loop.save_every):
                     if main:
                         os.fsync(log.fileno())  # no checkpoint knows of steps that the log lost
@@ -291,7 +291,7 @@ class Trainer:
             no_sync=lambda: parallel.no_sync(self.model),
             sharded=parallel.is_sharded(self.model),
         )
-        norm = parallel.whole(
+        norm = parallel.full_tensor(
             torch.nn.utils.clip_grad_norm_(
                 self.embedder.model.parameters(), self.recipe.optimizer.max_grad_norm
             )

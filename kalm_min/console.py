@@ -5,6 +5,7 @@ line goes out every few seconds, with the time that is left.
 """
 
 import time
+from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -44,7 +45,7 @@ class Progress:
         elapsed = self._last - self._start
         left = elapsed / max(1, self.done - self.first) * (self.total - self.done)
         parts = [f"{self.title} {self.done}/{self.total} {self.unit}".strip(), note]
-        parts.append(f"{duration(elapsed)} elapsed, {duration(left)} left")
+        parts.append(f"{format_duration(elapsed)} elapsed, {format_duration(left)} left")
         self.stream.write(" | ".join(part for part in parts if part) + "\n")
         self.stream.flush()
 
@@ -62,7 +63,7 @@ class Progress:
             self._bar.close()
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`42s`, `3m05s` or `2h07m`."""
     whole = round(seconds)
     if whole < 60:
@@ -70,3 +71,22 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
+    """A Markdown table whose columns line up when printed; `right` holds the numeric columns."""
+    cells = [
+        [cell.replace("|", "\\|").replace("\n", "\\n") for cell in row] for row in [head, *rows]
+    ]
+    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(head))]
+    rule = [
+        "-" * (width - 1) + ":" if i in right else "-" * width for i, width in enumerate(widths)
+    ]
+    aligned = [
+        [
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        for row in cells
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [aligned[0], rule, *aligned[1:]])
