@@ -11,11 +11,10 @@ Not here: other model modules (a Dense layer after pooling, say) are refused, re
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -44,7 +43,7 @@ from kalm_min.model.lora import (
     save_adapter,
 )
 from kalm_min.sampling import token_budget_batches
-from kalm_min.tokenizer import Tokenizer, check_texts
+from kalm_min.tokenizer import Tokenizer, check_texts, prefetch
 
 KALM_TEMPLATE = "Instruct: {instruction} \n Query: "
 """A space before and after the newline: the form of the official code and of mteb (V1 section 1.6)."""
@@ -65,8 +64,6 @@ _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32_768}
 _WORTH_SHARING = 8
 
 Vectors = NDArray[np.float32]
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 
 
 class Embedder:
@@ -249,7 +246,7 @@ class Embedder:
             chosen = [texts[row] for row in window]
             return self.tokenizer.encode(chosen, prompt, max_length=self.max_length)
 
-        for window, sequences in zip(windows, _one_ahead(tokenized, windows), strict=True):
+        for window, sequences in zip(windows, prefetch(tokenized, windows), strict=True):
             for prefix, places in _by_prefix(sequences, shared):
                 own = [sequences[place][len(prefix) :] for place in places]
                 for batch in token_budget_batches([*map(len, own)], self.tokens_per_batch):
@@ -331,19 +328,6 @@ def _by_prefix(
         places = [i for i, ids in enumerate(sequences) if ids and shares[i] == wanted]
         if places:
             yield prefix, places
-
-
-def _one_ahead(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
-    """`function` of every item in turn, the next one computed in a thread meanwhile."""
-    with ThreadPoolExecutor(1) as thread:
-        waiting: Future[_Result] | None = None
-        for item in items:
-            upcoming = thread.submit(function, item)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = upcoming
-        if waiting is not None:
-            yield waiting.result()
 
 
 def _base(folder: Path, name: str) -> tuple[Path, str]:

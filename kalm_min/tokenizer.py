@@ -10,9 +10,11 @@ Reads `tokenizer.json` (and `tokenizer_config.json` beside it). Not here: chat t
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.processors import Sequence as ProcessorSequence
@@ -22,6 +24,9 @@ from kalm_min.files import read_json, write_json, write_text
 
 _SIDE_FILE = "tokenizer_config.json"
 _GENERIC_CLASS = "PreTrainedTokenizerFast"
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Tokenizer:
@@ -112,3 +117,21 @@ def check_texts(texts: Iterable[object]) -> None:
                 f"U+{ord(text[error.start]):04X} at character {error.start}; "
                 'decode the source with errors="replace"'
             ) from error
+
+
+def prefetch(
+    function: Callable[[Item], Result], items: Iterable[Item], ahead: int = 1
+) -> Iterator[Result]:
+    """Yield `function` of every item in order; a thread works up to `ahead` items in advance.
+
+    Tokenization releases Python's lock, so texts become ids while the model computes. An error in
+    `function` is raised when its item's turn comes.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        waiting: deque[Future[Result]] = deque()
+        for item in items:
+            waiting.append(thread.submit(function, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

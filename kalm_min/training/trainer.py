@@ -15,9 +15,7 @@ import math
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
@@ -32,6 +30,7 @@ from kalm_min.data import TrainingData, collate
 from kalm_min.embedder import Embedder, fastest_safe_dtype
 from kalm_min.model import Packed, pool
 from kalm_min.sampling import TaskBatchSampler, task_draws
+from kalm_min.tokenizer import prefetch
 from kalm_min.training import checkpoint, distributed, parallel, run_folder
 from kalm_min.training.batch_loss import LossConfig
 from kalm_min.training.optimizer import OptimizerConfig, build_optimizer, learning_rate
@@ -236,14 +235,7 @@ class Trainer:
 
     def _batches(self) -> Iterator[_Prepared]:
         """The remaining batches, tokenised ahead of time in a thread."""
-        with ThreadPoolExecutor(1) as thread:
-            waiting: deque[Future[_Prepared]] = deque()
-            for indices, epoch in self._plan():
-                waiting.append(thread.submit(self._prepare, indices, epoch))
-                if len(waiting) > _PREPARED:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+        return prefetch(lambda step: self._prepare(*step), self._plan(), _PREPARED)
 
     def _plan(self) -> Iterator[tuple[list[int], int]]:
         """(this process's examples, epoch) of every remaining step."""
