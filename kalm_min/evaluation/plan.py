@@ -17,15 +17,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from kalm_min.evaluation.cost import Cost, from_statistics
 from kalm_min.evaluation.local_data import KINDS, LocalDataset, find_datasets
-from kalm_min.evaluation.schedule import BLOCK, Work, deal
 from kalm_min.files import checkpoint_folders, hash_checkpoint, read_json
 
 _TABLES = Path(__file__).with_name("instructions.json")
 _NEEDS_MTEB = 'evaluation needs mteb: pip install "kalm-min[eval]"'
-_NO_COST = Cost()
-_SAME_CORPUS = {"FEVER": "fever", "ClimateFEVER": "fever"}  # to within 25 documents
+_MAX_TOKENS = 512  # what a text is counted up to where --max-length does not say
+_CHARACTERS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,6 +117,7 @@ class PlannedTask:
     main_score: str
     revision: str
     characters: int
+    """To encode, each text once; 0 where mteb does not say. Orders and divides the work."""
     instruction: Instruction
     folder: Path | None = None
     """Of a local dataset; None for a task of mteb's own."""
@@ -128,23 +127,10 @@ class PlannedTask:
     """The copy of the repository to read instead."""
     splits: tuple[str, ...] = ("test",)
     subsets: tuple[str, ...] = ()
-    cost: Cost = _NO_COST
-
-    @property
-    def seconds(self) -> float:
-        """Estimated, on one device."""
-        return self.cost.seconds(self.type)
-
-    def work(self) -> Work:
-        """The task as the schedule sees it."""
-        shared = _SAME_CORPUS.get(self.name, "")
-        return Work(
-            self.name,
-            self.seconds,
-            self.cost.corpus_seconds(),
-            blocks=self.cost.documents // BLOCK,
-            corpus=f"{shared} {self.instruction.document}" if shared else "",
-        )
+    texts: int = 0
+    corpus_characters: int = 0
+    """The part of `characters` that are documents to search, which several workers may encode."""
+    documents: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +205,7 @@ def make_plan(config: EvaluationConfig) -> Plan:
         checkpoint=checkpoint,
         dims=_check_dims(folders[-1], config.dims),
         settings=settings,
-        tasks=tuple(sorted(tasks, key=lambda task: -task.seconds)),
+        tasks=tuple(sorted(tasks, key=lambda task: -task.characters)),
         elsewhere=_elsewhere(tasks, config.shard),
         results=config.output / "results" / owner.replace("/", "__") / revision,
         benchmarks=benchmarks,
@@ -228,11 +214,19 @@ def make_plan(config: EvaluationConfig) -> Plan:
 
 
 def _elsewhere(tasks: Sequence[PlannedTask], shard: str) -> frozenset[str]:
-    """The tasks that part `shard` ("2/4") leaves to the other machines."""
+    """The tasks that part `shard` ("2/4") leaves to the other machines.
+
+    The same on every machine: the largest task to the machine that has least so far.
+    """
     number, count = map(int, (shard or "1/1").split("/"))
-    shares = deal([task.work() for task in tasks], count)
-    del shares[number - 1]
-    return frozenset(work.name for share in shares for work in share)
+    totals = [0] * count
+    others: set[str] = set()
+    for task in sorted(tasks, key=lambda task: (-task.characters, task.name)):
+        machine = totals.index(min(totals))
+        totals[machine] += max(1, task.characters)
+        if machine != number - 1:
+            others.add(task.name)
+    return frozenset(others)
 
 
 def find_tasks(
@@ -332,14 +326,11 @@ def _plan_local(dataset: LocalDataset, table: dict[str, Any], *, silent: bool) -
         characters=dataset.characters,
         instruction=instruction,
         folder=dataset.path,
-        cost=_local_cost(dataset),
+        texts=dataset.texts,
+        # Nearly all texts of retrieval are the corpus.
+        corpus_characters=dataset.characters if dataset.kind == "retrieval" else 0,
+        documents=dataset.texts if dataset.kind == "retrieval" else 0,
     )
-
-
-def _local_cost(dataset: LocalDataset) -> Cost:
-    """Of retrieval nearly all texts are the corpus."""
-    size = (dataset.characters, dataset.texts)
-    return Cost(*size, *size) if dataset.kind == "retrieval" else Cost(*size)
 
 
 # From here on: mteb.
@@ -381,7 +372,7 @@ def _plan_mteb(
 
 
 def _plan_leaf(task: Any, table: dict[str, Any], max_length: int | None) -> PlannedTask:
-    metadata, cost = task.metadata, _cost(task, max_length)
+    metadata = task.metadata
     if list(metadata.modalities) != ["text"]:
         raise ValueError(
             f"{metadata.name} is about {', '.join(metadata.modalities)}, not only text"
@@ -391,12 +382,11 @@ def _plan_leaf(task: Any, table: dict[str, Any], max_length: int | None) -> Plan
         type=metadata.type,
         main_score=metadata.main_score,
         revision=metadata.revision,
-        characters=cost.characters,
         instruction=resolve_instruction(table, metadata.name, metadata.type),
         splits=tuple(task.eval_splits),
         subsets=tuple(task.hf_subsets),
         repository=metadata.dataset["path"],
-        cost=cost,
+        **_sizes(task, max_length),
     )
 
 
@@ -409,20 +399,30 @@ def _join(a: PlannedTask | None, b: PlannedTask) -> PlannedTask:
     )
 
 
-def _cost(task: Any, max_length: int | None) -> Cost:
-    """Of the evaluated splits and subsets, from the statistics that mteb ships."""
-    parts: list[Any] = []
-    statistics: dict[str, Any] = task.metadata.descriptive_stats or {}
-    for split, whole in statistics.items():
-        if split in task.eval_splits:
-            by_subset = whole.get("hf_subset_descriptive_stats") or {}
-            parts += [by_subset[name] for name in task.hf_subsets if name in by_subset] or [whole]
-    return from_statistics(
-        parts,
-        max_length=max_length,
-        languages=task.metadata.languages,
-        most_texts=getattr(task, "max_document_to_embed", None),
-    )
+def _sizes(task: Any, max_length: int | None) -> dict[str, int]:
+    """Texts and characters to encode, from the statistics that mteb ships of splits and subsets.
+
+    A text is counted once in a column, and only up to about the length that is encoded.
+    """
+    longest = _CHARACTERS_PER_TOKEN * (max_length or _MAX_TOKENS)
+    sampled = getattr(task, "max_document_to_embed", None)  # of a task that takes a part only
+    total = dict.fromkeys(("texts", "characters", "documents", "corpus_characters"), 0.0)
+    for split, statistics in (task.metadata.descriptive_stats or {}).items():
+        subsets = statistics.get("hf_subset_descriptive_stats") or {}
+        parts = [subsets[name] for name in task.hf_subsets if name in subsets] or [statistics]
+        for part in parts if split in task.eval_splits else ():
+            for name, column in part.items():
+                if not isinstance(column, dict) or not column.get("total_text_length"):
+                    continue
+                average = column["average_text_length"] or 1
+                texts = column.get("unique_texts") or column["total_text_length"] / average
+                texts = min(texts, sampled or texts)
+                total["texts"] += texts
+                total["characters"] += texts * min(average, longest)
+                if name.startswith("documents"):
+                    total["documents"] += texts
+                    total["corpus_characters"] += texts * min(average, longest)
+    return {name: round(value) for name, value in total.items()}
 
 
 def official_results(name: str, leaves: dict[str, dict[str, Any]]) -> Any:

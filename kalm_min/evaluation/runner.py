@@ -26,7 +26,7 @@ from typing import TextIO
 from kalm_min.console import format_duration
 from kalm_min.evaluation.child import Child
 from kalm_min.evaluation.plan import Plan
-from kalm_min.evaluation.schedule import Job, Schedule
+from kalm_min.evaluation.schedule import BLOCK, Job, Schedule, Work
 from kalm_min.evaluation.watch import Activity, Display
 
 WORKER = (sys.executable, "-m", "kalm_min.evaluation.worker")
@@ -105,7 +105,10 @@ class Runner:
             if task.name not in plan.elsewhere and plan.result(task) is None
         ]
         self.tasks = {task.name: task for task in todo}
-        self.schedule = Schedule([task.work() for task in todo], len(devices))
+        works = [
+            Work(t.name, t.characters, t.corpus_characters, t.documents // BLOCK) for t in todo
+        ]
+        self.schedule = Schedule(works, len(devices))
         self.attempts: dict[Job, int] = {}
         self.store, self.scratch = store, logs.parent / ".vectors"
         self.speed = _Speed()
@@ -162,8 +165,8 @@ class Runner:
     def _progress(self, slot: _Slot) -> tuple[float, float, float]:
         """Seconds spent on a slot's job, and of the job's estimated seconds, those done and all."""
         assert slot.job is not None
-        cost, part = self.tasks[slot.job.task].cost, slot.job.part
-        texts = cost.documents / part[1] if part else cost.texts
+        task, part = self.tasks[slot.job.task], slot.job.part
+        texts = task.documents / part[1] if part else task.texts
         done = min(0.95, slot.texts / texts) if texts else 0.0
         return time.monotonic() - slot.begun, done * slot.job.seconds, slot.job.seconds
 

@@ -111,21 +111,3 @@ def _cut(work: Work, fair: float, devices: int) -> list[Job]:
     wanted = round(work.corpus_seconds / fair * _SLICES)
     count = max(2, min(work.blocks, wanted))
     return [Job(work.name, work.corpus_seconds / count, (i, count)) for i in range(count)]
-
-
-def deal(works: Sequence[Work], machines: int) -> list[list[Work]]:
-    """The share of each machine: whole tasks, the largest to whoever has least so far.
-
-    The same on every machine. Tasks over one corpus stay together.
-    """
-    groups: dict[str, list[Work]] = {}
-    for work in works:
-        groups.setdefault(work.corpus or f"task {work.name}", []).append(work)
-    shares: list[list[Work]] = [[] for _ in range(machines)]
-    totals = [0.0] * machines
-    costs = {name: sum(work.seconds for work in group) for name, group in groups.items()}
-    for name in sorted(groups, key=lambda name: (-costs[name], name)):
-        least = totals.index(min(totals))
-        shares[least] += groups[name]
-        totals[least] += costs[name]
-    return shares

@@ -4,14 +4,18 @@ import json
 import re
 import warnings
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kalm_min import Embedder
 from kalm_min.evaluation import plan as planning
 from kalm_min.evaluation.plan import (
     EvaluationConfig,
     Instruction,
+    PlannedTask,
     instruction_table,
     make_plan,
     official_means,
@@ -228,8 +232,8 @@ def test_a_torn_result_is_no_result(config, content):
 
 
 def test_longest_first(config):
-    seconds = [task.seconds for task in config().tasks]
-    assert seconds == sorted(seconds, reverse=True)
+    characters = [task.characters for task in config().tasks]
+    assert characters == sorted(characters, reverse=True)
 
 
 def test_shards_of_a_plan_are_the_same_plan(config):
@@ -241,6 +245,34 @@ def test_shards_of_a_plan_are_the_same_plan(config):
         task.name for task in plans[0].tasks
     )
     assert config().elsewhere == frozenset()
+
+
+@given(sizes=st.lists(st.integers(0, 1000), min_size=1, max_size=12), machines=st.integers(1, 5))
+def test_machines_share_the_tasks_evenly(sizes, machines):
+    """Promise: each task belongs to one machine, and no machine has far more than others."""
+    tasks = [
+        PlannedTask(f"t{i}", "STS", "m", "1", size, Instruction()) for i, size in enumerate(sizes)
+    ]
+    names = {task.name for task in tasks}
+    shares = [names - planning._elsewhere(tasks, f"{k + 1}/{machines}") for k in range(machines)]
+    assert sorted(name for share in shares for name in share) == sorted(names)
+    totals = [sum(t.characters + 1 for t in tasks if t.name in share) for share in shares]
+    assert max(totals) <= sum(totals) / machines + max(sizes) + 1
+
+
+def test_characters_are_those_that_are_encoded():
+    """Long texts count up to the limit, texts of a column once, of a sampled task the sample."""
+    column = {"total_text_length": 100_000, "average_text_length": 1000, "unique_texts": 50}
+    part = {"documents_text_statistics": column, "num_documents": 100, "label_statistics": None}
+    metadata = SimpleNamespace(descriptive_stats={"test": part, "train": part})
+    task = SimpleNamespace(metadata=metadata, eval_splits=["test"], hf_subsets=["default"])
+    sizes = {"texts": 50, "characters": 50 * 512}
+    corpus = {"documents": 50, "corpus_characters": 50 * 512}
+    assert planning._sizes(task, 128) == sizes | corpus
+    metadata.descriptive_stats = {"test": {"text_statistics": column}}
+    task.max_document_to_embed = 10
+    corpus = {"documents": 0, "corpus_characters": 0}
+    assert planning._sizes(task, None) == {"texts": 10, "characters": 10 * 1000} | corpus
 
 
 def test_what_cannot_be_run_is_said(config, tmp_path, monkeypatch, eight):

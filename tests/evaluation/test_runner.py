@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from kalm_min.evaluation.child import Child
-from kalm_min.evaluation.cost import Cost
 from kalm_min.evaluation.plan import Instruction, Plan, PlannedTask
 from kalm_min.evaluation.report import markdown, score_rows
 from kalm_min.evaluation.runner import Runner, _environment
@@ -192,8 +191,8 @@ def test_a_device_that_does_not_come_up(plan, tmp_path, devices, failed):
 def test_a_large_corpus_is_encoded_by_all_before_it_is_scored(plan, tmp_path):
     """Promise: slices first, then the task that finds them; the scratch store goes when it is done."""
     every = plan("cut-1", "ok-2", "ok-3")
-    size = (10**9, 10**6)
-    wide = replace(every.tasks[0], type="Retrieval", cost=Cost(*size, *size))
+    size = {"characters": 10**9, "corpus_characters": 10**9, "texts": 10**6, "documents": 10**6}
+    wide = replace(every.tasks[0], type="Retrieval", **size)
     every = replace(every, tasks=(wide, *every.tasks[1:]))
     stream = io.StringIO()
     assert runner(every, tmp_path, stream=stream).run() == {}
@@ -221,7 +220,7 @@ def test_workers_share_the_cores(plan, tmp_path):
 
 def test_the_time_left(plan, tmp_path):
     """A task goes on as it went; the next one takes as long, and one device does both."""
-    tasks = [replace(task, cost=Cost(texts=1000)) for task in plan("ok-1", "ok-2").tasks]
+    tasks = [replace(task, texts=1000) for task in plan("ok-1", "ok-2").tasks]
     run = runner(plan(tasks=tuple(tasks)), tmp_path, devices=("cpu",))
     seen = []
     run.display.status = lambda activities, left: seen.append((activities[0].left, left))
