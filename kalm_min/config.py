@@ -1,32 +1,28 @@
 """Frozen dataclasses <- their defaults <- a TOML file <- flags on the command line.
 
-The dataclass is the whole declaration: a field's name is the flag (`data.cache_dir` is
-`--data.cache-dir` and `[data] cache_dir`), its annotation the type, its default the default, and the
-string literal under it the help. Whatever is wrong (an unknown name, a type, a contradiction found
-by a `__post_init__`) is one sentence on stderr and exit code 2, before anything has been read.
+The dataclass is the whole declaration: the name of a field is the flag (`data.cache_dir` is
+`--data.cache-dir` and `[data] cache_dir`), its annotation the type, its default the default, and
+`Annotated[type, "text"]` adds the help. Whatever is wrong (an unknown name, a type, a contradiction
+found by a `__post_init__`) is one sentence on stderr and exit code 2, before any other file is read.
 
-Not here: the dataclasses themselves, which live with the code they steer, and any setting filled in
-later. Paths are relative to the working directory, in a TOML file too.
+Not here: the dataclasses themselves, which live with the code that they configure, and settings
+filled in later. Paths are relative to the working directory, in a TOML file too.
 """
 
 import argparse
-import ast
-import difflib
-import inspect
 import json
-import math
+import os
 import re
-import textwrap
-import tomllib
-from collections.abc import Iterator
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
-from itertools import pairwise
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import (
+    Annotated,
     Any,
     Literal,
-    NoReturn,
     TypeGuard,
     TypeVar,
     Union,
@@ -35,19 +31,71 @@ from typing import (
     get_type_hints,
 )
 
+from kalm_min.files import did_you_mean, read_toml
+
 Config = TypeVar("Config")
 
-_NOUNS = {
-    str: "a text",
-    int: "an integer",
-    float: "a number",
-    bool: "true or false",
-    Path: "a path",
+# What help and error messages call a type.
+_NAMES: dict[object, tuple[str, str]] = {
+    str: ("TEXT", "a text"),
+    int: ("INT", "an integer"),
+    float: ("NUMBER", "a number"),
+    bool: ("true|false", "true or false"),
+    Path: ("PATH", "a path"),
 }
-_METAVARS = {str: "TEXT", int: "INT", float: "NUMBER", bool: "true|false", Path: "PATH"}
+# Errors of the operating system that say that the request names a wrong path.
+_WRONG_PATH = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+_CONTINUES = "what was written is kept, the same command continues"
 
 
-def parse(config_class: type[Config], argv: list[str], *, program: str, description: str) -> Config:
+def run(
+    config_class: type[Config],
+    action: Callable[[Config], int],
+    argv: list[str],
+    *,
+    program: str,
+    description: str,
+    positional: str | None = None,
+    resumable: bool = False,
+) -> int:
+    """The `main` of a command: parse, act, and report what a person can mend in one sentence.
+
+    Args:
+        config_class, argv, program, description, positional: as for `parse`.
+        action: does the work and returns the exit code.
+        resumable: whether the same command continues after an interruption or a full disk; the
+            message then says so.
+
+    Returns the exit code: that of `action`, 2 for a ValueError or a wrong path, 1 for any other
+    OSError, 130 for Ctrl-C. A request is wrong on all processes alike, so under torchrun only the
+    first one of each machine reports it; any process reports a disk that fails.
+    """
+    config = parse(
+        config_class, argv, program=program, description=description, positional=positional
+    )
+    try:
+        return action(config)
+    except (ValueError, *_WRONG_PATH) as error:
+        if _is_first_process():
+            sys.stderr.write(f"{program}: {error}\n")
+        return 2
+    except OSError as error:
+        sys.stderr.write(f"{program}: {error}{f'; {_CONTINUES}' if resumable else ''}\n")
+        return 1
+    except KeyboardInterrupt:
+        if _is_first_process():
+            sys.stderr.write(f"interrupted{f'; {_CONTINUES}' if resumable else ''}\n")
+        return 130
+
+
+def parse(
+    config_class: type[Config],
+    argv: list[str],
+    *,
+    program: str,
+    description: str,
+    positional: str | None = None,
+) -> Config:
     """Read a configuration: defaults, then an optional leading TOML file, then flags.
 
     Args:
@@ -55,27 +103,30 @@ def parse(config_class: type[Config], argv: list[str], *, program: str, descript
         argv: the arguments without the program's name, e.g. `["run.toml", "--data.path", "x"]`.
         program: the name that opens the usage line and the errors.
         description: one or two sentences for `--help`.
+        positional: a setting whose flag may be left out where its values come first.
 
     Exits with code 2 and one sentence on stderr for what a person got wrong, 0 for `--help`.
     """
-    options = {option.name: option for option in _options(config_class)}
-    parser = _parser(config_class, options, program, description)
+    settings = {setting.name: setting for setting in _settings(config_class)}
+    parser = _parser(settings, program, description, positional)
+    options = {name: one for name, one in settings.items() if not is_dataclass(one.kind)}
     try:
-        values = {
-            name: option.default
-            for name, option in options.items()
-            if option.default is not MISSING
-        }
-        if argv and not argv[0].startswith("-"):
-            values |= _read_toml(argv[0], options)
+        values = {n: one.default for n, one in options.items() if one.default is not MISSING}
+        if argv and argv[0].endswith(".toml"):
+            values |= _from_toml(read_toml(argv[0]), argv[0], settings)
             argv = argv[1:]
-        values |= _read_flags(argv, parser, options)
+        elif argv and not argv[0].startswith("-"):
+            if positional is None:
+                raise ValueError(f"expected a .toml file or a flag, found {argv[0]!r}")
+            argv = [options[positional].flag, *argv]
+        values |= _from_flags(argv, parser, options)
         missing = [option.flag for name, option in options.items() if name not in values]
         if missing:
-            raise _ConfigError(f"{' and '.join(missing)} must be given (--help tells more)")
+            raise ValueError(f"{' and '.join(missing)} must be given (--help tells more)")
         return _build(config_class, values)
-    except _ConfigError as error:
-        parser.exit(2, f"{program}: {error}\n")
+    except (ValueError, argparse.ArgumentError) as error:
+        sentence = str(error).removeprefix("argument ")
+        parser.exit(2, f"{program}: {sentence}\n" if _is_first_process() else None)
 
 
 def to_toml(config: object) -> str:
@@ -83,308 +134,244 @@ def to_toml(config: object) -> str:
 
     None is written as the text "none", which is how a file or a flag asks for it.
     """
-    sections: dict[str, list[str]] = {}
-    for option in _options(type(config), config):
-        section, _, key = option.name.rpartition(".")
-        lines = sections.setdefault(section, [])
-        lines.append(f"{key} = {_toml_value(option.default)}\n")
-    tables = [
-        (f"[{section}]\n" if section else "") + "".join(lines)
-        # A top-level key written after a table header would belong to that table.
-        for section, lines in sorted(sections.items(), key=lambda item: item[0] != "")
-    ]
-    return "\n".join(tables)
+    # A top-level key written after a table header would belong to that table.
+    tables: dict[str, list[str]] = {"": []}
+    for setting in _settings(type(config), config):
+        section, _, key = setting.name.rpartition(".")
+        if is_dataclass(setting.kind):
+            tables[setting.name] = [f"[{setting.name}]\n"]
+        else:
+            tables[section].append(f"{key} = {_toml_value(setting.default)}\n")
+    return "\n".join("".join(lines) for lines in tables.values() if lines)
 
 
-class _ConfigError(ValueError):
-    """A sentence for the person who wrote the configuration."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Replace argparse's usage dump by our one sentence."""
-        raise _ConfigError(message.removeprefix("argument "))
+def _is_first_process() -> bool:
+    """Whether this is the only process, or the first one of this machine under torchrun."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 @dataclass(frozen=True, slots=True)
-class _Option:
+class _Setting:
     name: str  # dotted, e.g. "data.cache_dir"
-    kind: Any  # its annotation
-    default: Any  # MISSING if it must be given
+    kind: object  # its annotation; a dataclass for a section
+    default: object  # MISSING if it must be given
     help: str
 
     @property
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
 
+    @property
+    def key(self) -> str:
+        """How a TOML file spells it."""
+        section, _, key = self.name.rpartition(".")
+        return f"[{section}] {key}" if section else key
 
-def _place(name: str) -> str:
-    """How a TOML file spells a dotted name."""
-    section, _, key = name.rpartition(".")
-    return f"[{section}] {key}" if section else key
 
+def _settings(cls: type, instance: object = None, prefix: str = "") -> Iterator[_Setting]:
+    """Every field of a tree of dataclasses, sections before their fields.
 
-def _options(cls: type, instance: object = None, prefix: str = "") -> Iterator[_Option]:
-    """Every leaf of a tree of dataclasses; the defaults are those of `instance` where given."""
-    hints, helps = get_type_hints(cls), _field_helps(cls)
-    for field in _fields(cls):
-        default = _default(field) if instance is None else getattr(instance, field.name)
-        name, kind = prefix + field.name, hints[field.name]
+    The defaults are the values of `instance` where given.
+    """
+    for name, kind, text, default in _fields(cls):
+        if instance is not None:
+            default = getattr(instance, name)
         if _is_section(kind):
+            yield _Setting(prefix + name, kind, default, (kind.__doc__ or "").split("\n")[0])
             nested = None if default is MISSING else default
-            yield from _options(kind, nested, f"{name}.")
+            yield from _settings(kind, nested, f"{prefix}{name}.")
         else:
-            yield _Option(name, kind, default, helps.get(field.name, ""))
+            yield _Setting(prefix + name, kind, default, text)
 
 
-def _fields(cls: Any) -> list[Field[Any]]:
-    return [field for field in fields(cls) if field.init]
+def _fields(cls: Any) -> Iterator[tuple[str, object, str, object]]:
+    """(name, type, help, default) of each field of a dataclass, inherited ones too."""
+    hints = get_type_hints(cls, include_extras=True)
+    for field in fields(cls):
+        kind, text = hints[field.name], ""
+        if get_origin(kind) is Annotated:
+            kind, text = get_args(kind)
+        factory = field.default_factory
+        yield field.name, kind, text, field.default if factory is MISSING else factory()
 
 
-def _default(field: Field[Any]) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
+def _is_section(kind: object) -> TypeGuard[type]:
+    return is_dataclass(kind)
 
 
-def _field_helps(cls: type) -> dict[str, str]:
-    """The string literal right under each field, which Python itself throws away."""
-    helps: dict[str, str] = {}
-    for base in reversed(cls.__mro__[:-1]):
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except OSError:  # No source at hand (an interactive session): help without sentences.
-            continue
-        body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
-        for field, below in pairwise(body):
-            match field, below:
-                case (
-                    ast.AnnAssign(target=ast.Name(id=name)),
-                    ast.Expr(value=ast.Constant(value=str(text))),
-                ):
-                    helps[name] = " ".join(text.split())
-                case _:
-                    pass
-    return helps
+def _is_list(value: object) -> TypeGuard[list[object] | tuple[object, ...]]:
+    return isinstance(value, list | tuple)
+
+
+def _is_table(value: object) -> TypeGuard[dict[str, object]]:
+    return isinstance(value, dict)
 
 
 def _parser(
-    config_class: type, options: dict[str, _Option], program: str, description: str
-) -> _Parser:
-    parser = _Parser(
+    settings: dict[str, _Setting], program: str, description: str, positional: str | None
+) -> argparse.ArgumentParser:
+    first = f"FILE.toml | {positional.upper()}" if positional else "FILE.toml"
+    parser = argparse.ArgumentParser(
         prog=program,
-        usage=f"{program} [FILE.toml] [--NAME VALUE ...]",
+        usage=f"{program} [{first}] [--NAME VALUE ...]",
         description=description,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34),
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=34),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
+        exit_on_error=False,
     )
-    titles = dict(_sections(config_class))
-    groups = {name: parser.add_argument_group(title) for name, title in titles.items()}
-    for option in options.values():
-        shown = "required" if option.default is MISSING else f"default: {_shown(option.default)}"
-        groups[option.name.rpartition(".")[0]].add_argument(
-            option.flag,
-            dest=option.name,
-            help=f"{option.help} ({shown})".strip().replace("%", "%%"),
-            **_arity(option.kind),
+    groups = {"": parser.add_argument_group("settings")}
+    for name, setting in settings.items():
+        if _is_section(setting.kind):
+            groups[name] = parser.add_argument_group(f"[{name}] {setting.help}")
+            continue
+        default = setting.default
+        shown = "required" if default is MISSING else f"default: {_shown(default)}"
+        groups[name.rpartition(".")[0]].add_argument(
+            setting.flag,
+            dest=name,
+            help=f"{setting.help} ({shown})".strip().replace("%", "%%"),
+            **_arity(setting.kind),
         )
     return parser
 
 
-def _sections(cls: type, prefix: str = "", title: str = "settings") -> Iterator[tuple[str, str]]:
-    """(dotted name, heading) of each dataclass of the tree."""
-    yield prefix, title
-    for name, kind in get_type_hints(cls).items():
-        if _is_section(kind):
-            below = f"{prefix}.{name}" if prefix else name
-            sentence = (inspect.getdoc(kind) or "").split("\n")[0]
-            yield from _sections(kind, below, f"[{below}] {sentence}")
-
-
-def _arity(kind: Any) -> dict[str, Any]:
+def _arity(kind: object) -> dict[str, Any]:
     """How many words argparse gives an option, and what `--help` calls them."""
     inner = _without_none(kind)
-    if get_origin(inner) is Literal:
-        return {"metavar": "{" + ",".join(str(choice) for choice in get_args(inner)) + "}"}
-    if get_origin(inner) in (tuple, list):
-        items = get_args(inner)
+    origin, items = get_origin(inner), get_args(inner)
+    if origin is Literal:
+        return {"metavar": "{" + ",".join(map(str, items)) + "}"}
+    if origin in (tuple, list):
         # "none" is a single word, so argparse can only count where None is not allowed.
-        fixed = get_origin(inner) is tuple and Ellipsis not in items and inner is kind
-        return {"nargs": len(items) if fixed else "+", "metavar": _METAVARS.get(items[0], "TEXT")}
-    flag = {"nargs": "?", "const": "true"} if inner is bool else {}
-    return {"metavar": _METAVARS[inner], **flag}
+        fixed = origin is tuple and Ellipsis not in items and inner is kind
+        return {"nargs": len(items) if fixed else "+", "metavar": _NAMES[items[0]][0]}
+    metavar = _NAMES[inner][0]
+    return {"metavar": metavar, **({"nargs": "?", "const": "true"} if inner is bool else {})}
 
 
-def _read_flags(argv: list[str], parser: _Parser, options: dict[str, _Option]) -> dict[str, Any]:
-    given, rest = parser.parse_known_args([_dashed(word) for word in argv])
+def _from_flags(
+    argv: list[str], parser: argparse.ArgumentParser, options: dict[str, _Setting]
+) -> dict[str, object]:
+    # `--rank_range=x` is accepted for `--rank-range=x`.
+    dashed = [re.sub(r"^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in argv]
+    given, rest = parser.parse_known_args(dashed)
     for word in rest:
         if word.startswith("-"):
             name = word.partition("=")[0]
-            raise _ConfigError(_unknown(name, name, options, "flag"))
-        raise _ConfigError(f"expected a flag, found {word!r} (a TOML file comes first)")
+            raise ValueError(_unknown("flag", name, [one.flag for one in options.values()]))
+        raise ValueError(f"expected a flag, found {word!r} (a TOML file comes first)")
     return {
-        name: _checked(value, options[name], options[name].flag, text=True)
+        name: _checked(value, options[name].kind, options[name].flag, text=True)
         for name, value in vars(given).items()
     }
 
 
-def _dashed(word: str) -> str:
-    """Accept `--rank_range=x` for `--rank-range=x`."""
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value
-
-
-def _read_toml(path: str, options: dict[str, _Option]) -> dict[str, Any]:
-    if not path.endswith(".toml"):
-        raise _ConfigError(f"expected a .toml file or a flag, found {path!r}")
-    try:
-        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise _ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except tomllib.TOMLDecodeError as error:
-        line = re.search(r"line (\d+)", str(error))
-        where = f"{path}:{line[1]}" if line else path
-        raise _ConfigError(f"{where}: expected TOML, found an error: {error}") from error
-    except UnicodeDecodeError as error:
-        raise _ConfigError(f"{path}: expected UTF-8 text, found {error.reason}") from error
-    return dict(_toml_values(tree, path, options))
-
-
-def _toml_values(
-    tree: dict[str, Any], path: str, options: dict[str, _Option], prefix: str = ""
-) -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        name = prefix + key
-        is_section = any(option.startswith(f"{name}.") for option in options)
-        if name in options:
-            yield name, _checked(value, options[name], f"{path}: {_place(name)}", text=False)
-        elif is_section and _is_table(value):
-            yield from _toml_values(value, path, options, f"{name}.")
-        elif is_section:
-            raise _ConfigError(f"{path}: expected a table [{name}], found {name} = {value!r}")
+def _from_toml(
+    table: dict[str, object], path: str, settings: dict[str, _Setting], prefix: str = ""
+) -> dict[str, object]:
+    values: dict[str, object] = {}
+    for key, value in table.items():
+        setting = settings.get(prefix + key)
+        if setting is None:
+            known = [one.key for one in settings.values() if not is_dataclass(one.kind)]
+            unknown = _Setting(prefix + key, None, None, "")
+            raise ValueError(f"{path}: {_unknown('key', unknown.key, known)}")
+        if not is_dataclass(setting.kind):
+            where = f"{path}: {setting.key}"
+            values[setting.name] = _checked(value, setting.kind, where, text=False)
+        elif _is_table(value):
+            values |= _from_toml(value, path, settings, f"{setting.name}.")
         else:
-            raise _ConfigError(f"{path}: {_unknown(name, _place(name), options, 'key')}")
+            name = setting.name
+            raise ValueError(f"{path}: expected a table [{name}], found {name} = {value!r}")
+    return values
 
 
-def _unknown(name: str, spelled: str, options: dict[str, _Option], noun: str) -> str:
-    """Say that a name is not known, and which known name is the nearest."""
-    name = name.lstrip("-").replace("-", "_")
-    last = {option.rpartition(".")[2]: option for option in options}
-    near = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
-    if not near:
-        near = [last[key] for key in difflib.get_close_matches(name.rpartition(".")[2], last, n=1)]
-    if not near:
-        return f"unknown {noun} {spelled} (--help lists them all)"
-    nearest = options[near[0]].flag if noun == "flag" else _place(near[0])
-    return f"unknown {noun} {spelled}, the nearest is {nearest}"
+def _unknown(noun: str, name: str, known: Iterable[str]) -> str:
+    return f"unknown {noun} {name}{did_you_mean(name, known) or ' (--help lists them all)'}"
 
 
-def _checked(value: Any, option: _Option, where: str, *, text: bool) -> Any:
+def _checked(value: object, kind: object, where: str, *, text: bool) -> object:
     try:
-        return _convert(value, option.kind, text=text)
+        return _convert(value, kind, text=text)
     except ValueError as error:
-        found = " ".join(value) if text and _is_list(value) else value
-        raise _ConfigError(
-            f"{where}: expected {_described(option.kind)}, found {found!r}"
-        ) from error
+        found = " ".join(map(str, value)) if text and _is_list(value) else value
+        raise ValueError(f"{where}: expected {_format_kind(kind)}, found {found!r}") from error
 
 
-def _convert(value: Any, kind: Any, *, text: bool) -> Any:
+def _convert(value: object, kind: object, *, text: bool) -> object:
     """Turn the words of a flag (`text`) or a TOML value into `kind`. Raises a bare ValueError."""
     inner = _without_none(kind)
-    if inner is not kind:
-        word = value[0] if _is_list(value) and len(value) == 1 else value
-        if isinstance(word, str) and word.lower() == "none":
-            return None
-    if get_origin(inner) is Literal:
+    word = value[0] if _is_list(value) and len(value) == 1 else value
+    if inner is not kind and isinstance(word, str) and word.lower() == "none":
+        return None
+    origin, items = get_origin(inner), get_args(inner)
+    if origin is Literal:
         # Compared with its type: True is not the choice 1.
-        choices = [one for one in get_args(inner) if value == (str(one) if text else one)]
-        if not choices or not (text or type(value) is type(choices[0])):
+        for choice in items:
+            if value == str(choice) if text else (value, type(value)) == (choice, type(choice)):
+                return choice
+        raise ValueError
+    if origin in (tuple, list):
+        if not _is_list(value):
             raise ValueError
-        return choices[0]
-    if get_origin(inner) in (tuple, list):
-        return _convert_sequence(value, inner, text=text)
-    return _convert_scalar(value, inner, text=text)
-
-
-def _convert_sequence(value: Any, kind: Any, *, text: bool) -> Any:
-    items = get_args(kind)
-    if not _is_list(value):
-        raise ValueError
-    if get_origin(kind) is list or Ellipsis in items:
-        items = items[:1] * len(value)
-    if len(items) != len(value):
-        raise ValueError
-    converted = [_convert(one, item, text=text) for one, item in zip(value, items, strict=True)]
-    return converted if get_origin(kind) is list else tuple(converted)
-
-
-def _convert_scalar(value: Any, kind: type, *, text: bool) -> Any:
-    if text and kind is bool:
-        value = {"true": True, "false": False}.get(value.lower(), value)
-    elif text and kind in (int, float):
-        value = kind(value)
-    elif kind is Path and isinstance(value, str) and value:
-        value = Path(value)
-    elif kind is float and type(value) is int:
+        kinds = items[:1] * len(value) if origin is list or Ellipsis in items else items
+        converted = (_convert(one, item, text=text) for one, item in zip(value, kinds, strict=True))
+        return tuple(converted) if origin is tuple else list(converted)
+    if isinstance(value, str):
+        if inner is Path and value:
+            value = Path(value)
+        elif text and inner is bool:
+            value = {"true": True, "false": False}.get(value.lower())
+        elif text and inner is int:
+            value = int(value)
+        elif text and inner is float:
+            value = float(value)
+    elif inner is float and type(value) is int:
         value = float(value)
-    # bool is a subclass of int, but `batch_size = true` is a mistake.
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError
-    if isinstance(value, float) and math.isnan(value):
+    # bool is a subclass of int, but `batch_size = true` is a mistake; so is a number that is nan.
+    is_kind = isinstance(inner, type) and isinstance(value, inner)
+    if not is_kind or (isinstance(value, bool) and inner is not bool) or value != value:
         raise ValueError
     return value
 
 
-def _is_section(kind: Any) -> TypeGuard[type]:
-    return is_dataclass(kind)
-
-
-def _is_table(value: Any) -> TypeGuard[dict[str, Any]]:
-    return isinstance(value, dict)
-
-
-def _is_list(value: Any) -> TypeGuard[list[Any] | tuple[Any, ...]]:
-    return isinstance(value, list | tuple)
-
-
-def _without_none(kind: Any) -> Any:
-    """X of `X | None`; any other kind as it is."""
+def _without_none(kind: object) -> object:
+    """X of `X | None`; any other type as it is."""
     if get_origin(kind) not in (Union, UnionType):
         return kind
     kinds = [one for one in get_args(kind) if one is not NoneType]
-    assert len(kinds) == 1, f"a setting is one type, or that type or None, not {kind}"
+    assert len(kinds) == 1, f"a setting has one type, or that type or None, not {kind}"
     return kinds[0]
 
 
-def _described(kind: Any) -> str:
-    inner = _without_none(kind)
+def _format_kind(kind: object) -> str:
+    inner, items = _without_none(kind), get_args(kind)
     if inner is not kind:
-        return f"{_described(inner)} or none"
-    items = get_args(kind)
+        return f"{_format_kind(inner)} or none"
     if get_origin(kind) is Literal:
-        return " or ".join(str(choice) for choice in items)
+        return " or ".join(map(str, items))
     if get_origin(kind) is list or Ellipsis in items:
-        return f"a list, each {_described(items[0])}"
+        return f"a list, each {_format_kind(items[0])}"
     if get_origin(kind) is tuple:
-        return f"{len(items)} values ({', '.join(_described(item) for item in items)})"
-    return _NOUNS[kind]
+        return f"{len(items)} values ({', '.join(map(_format_kind, items))})"
+    return _NAMES[kind][1]
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """A default as one would type it on the command line."""
     if _is_list(value):
-        return " ".join(_shown(item) for item in value) or "nothing"
+        return " ".join(map(_shown, value)) or "nothing"
     if value is None or isinstance(value, bool):
         return str(value).lower()
-    spelled = str(value)
-    return spelled if re.fullmatch(r"\S+", spelled) else json.dumps(spelled, ensure_ascii=False)
+    word = str(value)
+    return word if re.fullmatch(r"\S+", word) else json.dumps(word, ensure_ascii=False)
 
 
-def _toml_value(value: Any) -> str:
+def _toml_value(value: object) -> str:
     if _is_list(value):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+        return f"[{', '.join(map(_toml_value, value))}]"
     if value is None:
         return '"none"'
     if isinstance(value, bool | int | float):
@@ -393,18 +380,15 @@ def _toml_value(value: Any) -> str:
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _build(cls: Any, values: dict[str, Any], prefix: str = "") -> Any:
+def _build(cls: type[Config], values: dict[str, object], prefix: str = "") -> Config:
     """Construct the tree of dataclasses from dotted names."""
-    arguments: dict[str, Any] = {}
-    hints = get_type_hints(cls)
-    for field in _fields(cls):
-        name, kind = prefix + field.name, hints[field.name]
-        nested = _is_section(kind)
-        arguments[field.name] = _build(kind, values, f"{name}.") if nested else values[name]
+    arguments: dict[str, object] = {
+        name: _build(kind, values, f"{prefix}{name}.")
+        if _is_section(kind)
+        else values[prefix + name]
+        for name, kind, *_ in _fields(cls)
+    }
     try:
         return cls(**arguments)
-    except _ConfigError:
-        raise
     except ValueError as error:
-        where = f"[{prefix.rstrip('.')}] " if prefix else ""
-        raise _ConfigError(f"{where}{error}") from error
+        raise ValueError(f"[{prefix[:-1]}] {error}" if prefix else str(error)) from error

@@ -7,12 +7,16 @@ one. Reading JSON reports the file and the line of what is wrong.
 Not here: locking. Two writers of one path do not tear it; the last rename wins.
 """
 
+import difflib
 import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
+import tomllib
+import zlib
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,24 +118,55 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Read a JSON file. Raises ValueError with file:line for anything that is not JSON in UTF-8."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: expected JSON, found {error.msg}") from error
+
+
+def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a TOML file. Raises ValueError with file:line for a file that is not TOML in UTF-8."""
+    try:
+        return tomllib.loads(_read_text(path))
+    except tomllib.TOMLDecodeError as error:
+        line = re.search(r"line (\d+)", str(error))
+        where = f"{path}:{line[1]}" if line else path
+        raise ValueError(f"{where}: expected TOML, found an error: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _read_text(path: str | os.PathLike[str]) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected UTF-8 text, found {error.reason}") from error
 
 
-def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(
+    path: str | os.PathLike[str], problems: list[str] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object) of a .jsonl or .jsonl.gz file, one line at a time.
 
-    Blank lines are skipped. Raises ValueError with file:line for a line that is not a JSON object.
+    Blank lines are skipped. Raises ValueError with file:line for a line that is not a JSON object,
+    or, with `problems`, appends that sentence to them and continues with the next line.
     """
     path = Path(path)
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        # Bytes, so that only \n ends a line: U+2028 inside a string must not.
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, parse_object(line, f"{path}:{number}")
+        try:
+            # Bytes, so that only \n ends a line: U+2028 inside a string must not.
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    value = parse_object(line, f"{path}:{number}")
+                except ValueError as error:
+                    if problems is None:
+                        raise
+                    problems.append(str(error))
+                else:
+                    yield number, value
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path}: expected a complete gzip file, found: {error}") from error
 
 
 def parse_object(line: bytes, where: str) -> dict[str, Any]:
@@ -148,6 +183,12 @@ def parse_object(line: bytes, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(value).__name__}")
     return cast("dict[str, Any]", value)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """` (did you mean NAME?)` with the known name nearest to an unknown one; empty if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def hash_files(files: Iterable[tuple[str, Path]]) -> str:

@@ -3,25 +3,23 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kalm_min.config import parse, to_toml
+from kalm_min.config import run as run_command
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """Where the examples are."""
 
-    path: Path
-    """File or folder of examples; 100% of it is read."""
-    cache_dir: Path | None = None
-    """Index folder."""
-    rank_range: tuple[int, int] = (50, 100)
-    """First and last rank."""
+    path: Annotated[Path, "File or folder of examples; 100% of it is read."]
+    cache_dir: Annotated[Path | None, "Index folder."] = None
+    rank_range: Annotated[tuple[int, int], "First and last rank."] = (50, 100)
 
     def __post_init__(self) -> None:
         if self.rank_range[0] >= self.rank_range[1]:
@@ -30,8 +28,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
-    temperature: float = 0.02
-    """Divides the cosines."""
+    temperature: Annotated[float, "Divides the cosines."] = 0.02
     dims: tuple[int, ...] = (896, 512)
     limit: tuple[int, int] | None = None
     names: list[str] = field(default_factory=list[str])
@@ -41,9 +38,7 @@ class LossConfig:
 class RunConfig:
     data: DataConfig
     loss: LossConfig = field(default_factory=lambda: LossConfig(temperature=0.05))
-    output: Path = Path("runs/x")
-    """Folder to
-    write."""
+    output: Annotated[Path, "Folder to write."] = Path("runs/x")
     dtype: Literal["float32", "bfloat16"] | None = None
     level: Literal[1, 2] = 1
     resume: bool = False
@@ -118,8 +113,8 @@ def test_sequences_from_flags():
     ("argv", "sentence"),
     [
         ([], "--data.path must be given (--help tells more)"),
-        (["--data.pth", "x"], "unknown flag --data.pth, the nearest is --data.path"),
-        (["--temperature=1"], "unknown flag --temperature, the nearest is --loss.temperature"),
+        (["--data.pth", "x"], "unknown flag --data.pth (did you mean --data.path?)"),
+        (["--temperature=1"], "unknown flag --temperature (did you mean --loss.temperature?)"),
         (["--xyzzy"], "unknown flag --xyzzy (--help lists them all)"),
         (["--seed", "1.5"], "--seed: expected an integer, found '1.5'"),
         (["--loss.temperature", "nan"], "--loss.temperature: expected a number, found 'nan'"),
@@ -150,8 +145,8 @@ def test_mistakes_in_flags(capsys, argv, sentence):
 @pytest.mark.parametrize(
     ("toml", "sentence"),
     [
-        ("[data]\npth = 'x'", ": unknown key [data] pth, the nearest is [data] path"),
-        ("temperature = 1", ": unknown key temperature, the nearest is [loss] temperature"),
+        ("[data]\npth = 'x'", ": unknown key [data] pth (did you mean [data] path?)"),
+        ("temperature = 1", ": unknown key temperature (did you mean [loss] temperature?)"),
         ("[optim]\nlr = 1", ": unknown key optim (--help lists them all)"),
         ("[data]\npath = 3", ": [data] path: expected a path, found 3"),
         ("data = 3", ": expected a table [data], found data = 3"),
@@ -197,12 +192,11 @@ def test_help(capsys):
 
 
 def test_an_inherited_field_keeps_its_help(capsys):
-    """Help is read from the class that declares the field."""
+    """The help of a field belongs to its annotation, wherever the field is declared."""
 
     @dataclass(frozen=True, kw_only=True, slots=True)
     class Child(LossConfig):
-        more: int = 1
-        """One more."""
+        more: Annotated[int, "One more."] = 1
 
     with pytest.raises(SystemExit):
         parse(Child, ["-h"], program="p", description="")
@@ -238,6 +232,71 @@ def test_to_toml_reads_back_equal(tmp_path_factory, config):
     file = tmp_path_factory.mktemp("config") / "config.toml"
     file.write_text(to_toml(config), encoding="utf-8", newline="")
     assert run(str(file)) == config
+
+
+def act(error: BaseException | None = None, *argv: str, **options: object) -> int:
+    """The exit code of a command that ends with `error`."""
+
+    def action(config: RunConfig) -> int:
+        if error is not None:
+            raise error
+        return config.seed
+
+    words = ["--data.path", "p", *argv]
+    return run_command(RunConfig, action, words, program="p", description="d", **options)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (ValueError("x: expected a, found b"), 2, "p: x: expected a, found b\n"),
+        (FileNotFoundError(2, "No such file", "x"), 2, "p: [Errno 2] No such file: 'x'\n"),
+        (
+            OSError(28, "No space left on device"),
+            1,
+            "p: [Errno 28] No space left on device; what was written is kept, the same command continues\n",
+        ),
+        (
+            KeyboardInterrupt(),
+            130,
+            "interrupted; what was written is kept, the same command continues\n",
+        ),
+    ],
+)
+def test_what_a_person_can_mend_is_one_sentence(capsys, monkeypatch, error, code, sentence):
+    """A wrong request is 2, a failure of the machine 1, Ctrl-C 130; never a traceback."""
+    assert act(error, resumable=True) == code
+    assert capsys.readouterr().err == sentence
+    assert act(error) == code
+    assert "continues" not in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    act(error)
+    assert bool(capsys.readouterr().err) == (code == 1)
+
+
+def test_an_error_of_the_program_is_not_hidden():
+    """What no person can mend by another request keeps its traceback; success passes through."""
+    with pytest.raises(ZeroDivisionError):
+        act(ZeroDivisionError())
+    assert act(None, "--seed", "3") == 3
+
+
+def test_the_first_setting_may_stand_without_its_flag(tmp_path):
+    """One word or several, unless a TOML file or a flag comes first."""
+
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Command:
+        inputs: tuple[str, ...]
+        output: str = "o"
+
+    def inputs(*argv: str) -> tuple[str, ...]:
+        options = {"program": "p", "description": "d", "positional": "inputs"}
+        return parse(Command, list(argv), **options).inputs
+
+    (tmp_path / "run.toml").write_text("inputs = ['c']")
+    assert inputs("a", "b", "--output", "x") == ("a", "b")
+    assert inputs("--output", "x", "--inputs", "a") == ("a",)
+    assert inputs(str(tmp_path / "run.toml")) == ("c",)
 
 
 def test_to_toml_keeps_infinity_and_defaults(tmp_path):

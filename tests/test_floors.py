@@ -173,12 +173,3 @@ def test_nothing_is_unpickled(name):
     """A file from elsewhere can lie, but it cannot run code."""
     attributes = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.Attribute)]
     assert "torch.load" not in {ast.unparse(node) for node in attributes}
-
-
-@pytest.mark.parametrize("name", SOURCES)
-def test_functions_fit_on_a_screen(name):
-    """No function is longer than 60 lines."""
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in ast.walk(TREES[name]):
-        if isinstance(node, kinds):
-            assert node.end_lineno - node.lineno < 60, f"{name}.{node.name}"
