@@ -86,14 +86,14 @@ def test_a_second_run_skips_what_is_finished(hub, tmp_path, capsys):
 
 def test_an_interrupted_file_is_absent(hub, tmp_path, monkeypatch):
     """A kill in the middle of a file leaves the finished ones and nothing of this one."""
-    check = parquet.problem_with
+    check = parquet.problem_with_line
 
     def killed(record):
         if record["query"] == "1":
             raise KeyboardInterrupt
         return check(record)
 
-    monkeypatch.setattr(parquet, "problem_with", killed)
+    monkeypatch.setattr(parquet, "problem_with_line", killed)
     with pytest.raises(KeyboardInterrupt):
         convert(hub, tmp_path / "out")
     names = [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()]

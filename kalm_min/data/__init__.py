@@ -3,6 +3,6 @@
 from kalm_min.data.batches import TextBatch, collate
 from kalm_min.data.examples import Example, TrainingData
 from kalm_min.data.jsonl import JsonlFile
-from kalm_min.data.schema import TaskSettings
+from kalm_min.data.records import TaskSettings
 
 __all__ = ["Example", "JsonlFile", "TaskSettings", "TextBatch", "TrainingData", "collate"]

@@ -7,7 +7,7 @@
 The children are plain subprocesses that speak over their pipes: no fork of a process that may hold
 threads or a GPU, and no second run of the user's main module. Only a clean file is cached.
 
-Not here: what a line must hold (schema.py), and what is done with the account (examples.py).
+Not here: what a line must hold (records.py), and what is done with the account (examples.py).
 """
 
 import json
@@ -29,12 +29,12 @@ import numpy.typing as npt
 
 from kalm_min.console import Progress
 from kalm_min.data.jsonl import JsonlFile
-from kalm_min.data.schema import problem_with
+from kalm_min.data.records import problem_with_line
 from kalm_min.files import atomic_write, parse_object, read_json, text_hash, write_json
 
 LISTED = 20  # malformed lines shown; the rest are counted
 
-_CHECKED = "checked3.json"  # raised when the rules of schema.py or the account change
+_CHECKED = "checked3.json"  # raised when the rules of records.py or the account change
 _RANGE = 20_000  # lines examined at a time
 _ALONE = 100_000  # lines that are examined before children would have started
 
@@ -195,7 +195,7 @@ def _parse(line: bytes) -> tuple[dict[str, Any], str | None]:
         record = parse_object(line, "")
     except ValueError as error:
         return {}, str(error).removeprefix(": ")
-    return record, problem_with(record)
+    return record, problem_with_line(record)
 
 
 class _Tally:

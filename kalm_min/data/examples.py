@@ -26,7 +26,8 @@ import numpy.typing as npt
 from kalm_min.data.checking import TaskAccount, account, check_all, rows_of_tasks
 from kalm_min.data.jsonl import JsonlFile
 from kalm_min.data.labels import LabelIndex
-from kalm_min.data.schema import TaskSettings, nearest, read_settings
+from kalm_min.data.records import SETTINGS, TaskSettings, read_settings
+from kalm_min.files import did_you_mean
 
 _LABEL_DRAW = 1  # the purpose of a generator, beside those of batches.py
 _NEGATIVES = 7  # of an example of a label-based task that is read without saying how many
@@ -268,9 +269,9 @@ def _all_settings(path: Path, tasks: set[str]) -> dict[str, TaskSettings]:
         if file.stem not in tasks:
             raise ValueError(
                 f"{file}: expected the settings of a task beside it, "
-                f"found none of that name: {nearest(file.stem, tasks)}"
+                f"found none named {file.stem!r}{did_you_mean(file.stem, tasks)}"
             )
-    return {file.stem: read_settings(file) for file in files}
+    return {file.stem: TaskSettings(**read_settings(file, SETTINGS)) for file in files}
 
 
 # ---- tasks of checked files ----------------------------------------------------------------------

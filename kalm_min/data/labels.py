@@ -5,7 +5,7 @@ name of the class, and the negatives are texts of other classes. Both are drawn 
 read, from an index of the rows of each class that the check of the data leaves behind; the texts
 themselves are never read whole.
 
-Not here: the settings that make a task one of classes (schema.py), and the generator (examples.py).
+Not here: the settings that make a task one of classes (records.py), and the generator (examples.py).
 """
 
 from typing import Any, NamedTuple

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kalm_min.data.checking import LISTED
-from kalm_min.data.schema import KEYS, problem_with
+from kalm_min.data.records import LINE, problem_with_line
 from kalm_min.files import atomic_write
 
 _BATCH = 1000  # rows in memory at a time
@@ -94,7 +94,7 @@ def convert_file(
         for batch in _batches(source):
             for row in batch:
                 record = _record(row, split_instruction)
-                if problem := problem_with(record):
+                if problem := problem_with_line(record):
                     done.bad += 1
                     number = done.rows + done.bad
                     done.problems += [f"{source}, row {number}: {problem}"][: LISTED - done.bad + 1]
@@ -118,7 +118,7 @@ def told(done: Converted) -> str:
 
 def _record(row: dict[str, Any], split_instruction: bool) -> dict[str, Any]:
     """A row as a line: keys in the usual order, without what is empty."""
-    record = {key: row[key] for key in KEYS if row.get(key) is not None and row[key] != []}
+    record = {key: row[key] for key in LINE if row.get(key) is not None and row[key] != []}
     plain = split_instruction and "instruction" not in record
     if plain and (match := _PREFIX.fullmatch(str(record.get("query")))):
         record["instruction"], record["query"] = match.groups()
@@ -148,7 +148,7 @@ def _batches(path: Path) -> Iterator[list[dict[str, Any]]]:
         raise ValueError(
             f"{path}: expected the columns 'query' and 'pos' (or 'group'), found {', '.join(names)}"
         )
-    columns = [name for name in names if name in KEYS]
+    columns = [name for name in names if name in LINE]
     batches = file.iter_batches(_BATCH, columns=columns, use_threads=False)
     while True:
         try:

@@ -163,7 +163,7 @@ def test_all_fields(tmp_path):
         ),
         (
             {"query": "q", "pos": "p"},
-            "expected 'pos' to be a list of at least one non-empty string, found a string",
+            "expected 'pos' to be a list of at least one non-empty string, found 'p'",
         ),
         (
             {"query": "q", "pos": {"0": "p"}},
@@ -181,7 +181,7 @@ def test_all_fields(tmp_path):
             record("q", neg=[""]),
             "expected 'neg' to be a list of non-empty strings, found an empty string as item 1",
         ),
-        (record("q", neg="n"), "expected 'neg' to be a list of non-empty strings, found a string"),
+        (record("q", neg="n"), "expected 'neg' to be a list of non-empty strings, found 'n'"),
         (
             '{"query": "half \\ud83d", "pos": ["p"]}',
             "expected 'query' to be a non-empty string, found a string with half a surrogate pair",
@@ -204,7 +204,7 @@ def test_all_fields(tmp_path):
         (record("q", group=True), "expected 'group' to be a non-empty string or a whole number, found true"),
         (record("q", task=""), "expected 'task' to be a non-empty string, found an empty string"),
         (record("q", instruction=1), "expected 'instruction' to be a string, found 1"),
-        (record("q", relevance="high"), "expected 'relevance' to be a number, found a string"),
+        (record("q", relevance="high"), "expected 'relevance' to be a number, found 'high'"),
         ('{"query": "q", "pos": ["p"]', "expected a JSON object, found Expecting"),
         ('"query"', "expected a JSON object, found str"),
         ("\0", "expected a JSON object, found a NUL byte"),
@@ -250,8 +250,10 @@ def test_the_check_is_done_once(tmp_path, monkeypatch):
     path = write(tmp_path / "b.jsonl", [GOOD])
     TrainingData.open(tmp_path)
     checked = []
-    check = checking.problem_with
-    monkeypatch.setattr(checking, "problem_with", lambda line: checked.append(line) or check(line))
+    check = checking.problem_with_line
+    monkeypatch.setattr(
+        checking, "problem_with_line", lambda line: checked.append(line) or check(line)
+    )
     TrainingData.open(tmp_path)
     assert not checked
     write(path, [record("new"), GOOD])
@@ -292,7 +294,7 @@ def test_nothing_there(tmp_path):
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("instructions = 'x'", "expected a task setting, found 'instructions'; the nearest is 'instruction'"),
+        ("instructions = 'x'", "expected a setting of a task, found 'instructions' (did you mean instruction?)"),
         ("weight = -1", "expected 'weight' to be a number, 0 or more, found -1"),
         ("weight = nan", "expected 'weight' to be a number, 0 or more, found NaN"),
         ("weight = true", "expected 'weight' to be a number, 0 or more, found true"),
@@ -300,10 +302,10 @@ def test_nothing_there(tmp_path):
         ("max_examples = 2.5", "expected 'max_examples' to be a whole number, 1 or more, found 2.5"),
         ("label_based = 1", "expected 'label_based' to be true or false, found 1"),
         ("instruction = 5", "expected 'instruction' to be a string, found 5"),
-        ("symmetric = 'yes'", "expected 'symmetric' to be true or false, found a string"),
+        ("symmetric = 'yes'", "expected 'symmetric' to be true or false, found 'yes'"),
+        ("x = 1", "expected a setting of a task, found 'x'; the settings are instruction, symmetric, in"),
         ("in_batch_negatives = 0", "expected 'in_batch_negatives' to be true or false, found 0"),
         ("symmetric = 2020-01-01", "expected 'symmetric' to be true or false, found \"2020-01-01\""),
-        ("symmetric =", "expected TOML in UTF-8, found: Invalid value (at line 1"),
     ],
 )  # fmt: skip
 def test_malformed_settings(tmp_path, line, problem):
@@ -315,11 +317,14 @@ def test_malformed_settings(tmp_path, line, problem):
     assert str(error.value).startswith(f"{path}: {problem}")
 
 
-def test_settings_that_are_not_utf8(tmp_path):
-    """The settings file is named, not the codec alone."""
+def test_settings_that_are_not_toml(tmp_path):
+    """The settings file is named, with the line where that is known."""
     write(tmp_path / "a.jsonl", [GOOD])
     (tmp_path / "a.toml").write_bytes(b"instruction = '\xff'")
-    with pytest.raises(ValueError, match=r"a\.toml: expected TOML in UTF-8, found"):
+    with pytest.raises(ValueError, match=r"a\.toml: expected UTF-8 text, found"):
+        TrainingData.open(tmp_path)
+    (tmp_path / "a.toml").write_text("\nsymmetric =\n")
+    with pytest.raises(ValueError, match=r"a\.toml:2: expected TOML, found .*Invalid value"):
         TrainingData.open(tmp_path)
 
 
@@ -328,7 +333,7 @@ def test_settings_of_no_task(tmp_path):
     write(tmp_path / "banking.jsonl", [GOOD])
     write(tmp_path / "bankin.toml", ["symmetric = true"])
     with pytest.raises(
-        ValueError, match=r"expected the settings of a task .* nearest is 'banking'"
+        ValueError, match=r"expected the settings of a task .*did you mean banking\?"
     ):
         TrainingData.open(tmp_path)
 

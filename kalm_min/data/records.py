@@ -1,0 +1,206 @@
+"""Declared fields and the check of rows and settings files against them.
+
+A table of `Field`s says what each key of a JSON object or of a TOML file may hold; `problem_with`
+describes the first violation as "expected ..., found ...", to which the caller adds file and line.
+Declared here: a line of training data (LINE) and the settings of a task (TaskSettings). Datasets
+for evaluation declare their own and use the same check.
+"""
+
+import json
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from kalm_min.files import did_you_mean, read_jsonl, read_toml
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """What the value of a key must be."""
+
+    expected: str
+    """In words: "a list of numbers"."""
+    fits: Callable[[object], bool]
+    """Whether a value, or each item of a list, is as expected."""
+    items: int | None = None
+    """The least number of items of a list; None for a single value."""
+    required: bool = False
+
+
+def problem_with(
+    record: Mapping[str, object], fields: Mapping[str, Field], *, extra: bool = False
+) -> str | None:
+    """The first violation ("expected ..., found ..."), or None. A null counts as absent.
+
+    Args:
+        record: a parsed line or settings file.
+        fields: what each key may hold.
+        extra: whether keys without a field are allowed.
+    """
+    for key, value in record.items():
+        field = fields.get(key)
+        if field is None:
+            if not extra:
+                return f"expected the keys {', '.join(fields)}, found {key!r}"
+        elif value is not None and (found := _misfit(value, field)):
+            return f"expected {key!r} to be {field.expected}, found {found}"
+    for key, field in fields.items():
+        if field.required and record.get(key) is None:
+            return f"expected {key!r} to be {field.expected}, found nothing"
+    return None
+
+
+def _misfit(value: object, field: Field) -> str | None:
+    """What was found instead of a fitting value or list; None if it fits."""
+    if field.items is None:
+        return None if field.fits(value) else _describe(value)
+    if not isinstance(value, list):
+        return _describe(value)
+    items = cast("list[object]", value)
+    if len(items) < field.items:
+        return f"{len(items)} items" if items else "an empty list"
+    if all(map(field.fits, items)):  # the usual case, fast
+        return None
+    number, item = next((n, item) for n, item in enumerate(items, 1) if not field.fits(item))
+    return f"{_describe(item)} as item {number}"
+
+
+def _describe(value: object) -> str:
+    """A JSON or TOML value in words."""
+    if isinstance(value, str):
+        if not value.strip():
+            return "an empty string"
+        return reprlib.repr(value) if is_string(value) else "a string with half a surrogate pair"
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    if isinstance(value, dict):
+        return "an object"
+    return "nothing" if value is None else json.dumps(value, default=str)
+
+
+def is_string(value: object) -> bool:
+    """A string that UTF-8 can hold; JSON can spell half a surrogate pair, which it cannot."""
+    if not isinstance(value, str):
+        return False
+    if value.isascii():
+        return True
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_text(value: object) -> bool:
+    """A string that holds more than white space."""
+    return is_string(value) and value != "" and not cast("str", value).isspace()
+
+
+def is_flag(value: object) -> bool:
+    """True or false, not 0 or 1."""
+    return isinstance(value, bool)
+
+
+def is_number(value: object, least: float = -1e300) -> bool:
+    """A finite number of at least `least`; the comparison is false for nan."""
+    return isinstance(value, int | float) and not is_flag(value) and least <= value < 1e300
+
+
+def is_label(value: object) -> bool:
+    """The name or the number of a class."""
+    return is_text(value) or (isinstance(value, int) and not is_flag(value))
+
+
+def read_rows(
+    path: Path, fields: Mapping[str, Field], problems: list[str]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, row) for each good row of a .jsonl or .jsonl.gz file.
+
+    What is wrong with the others is appended to `problems`, as `file:line: expected ..., found ...`.
+    """
+    for number, row in read_jsonl(path, problems):
+        if problem := problem_with(row, fields, extra=True):
+            problems.append(f"{path}:{number}: {problem}")
+        else:
+            yield number, row
+
+
+def read_settings(path: Path, fields: Mapping[str, Field]) -> dict[str, Any]:
+    """Read a TOML file of settings. Raises ValueError naming the file and what it may not hold."""
+    settings = read_toml(path)
+    for key in settings:
+        if key not in fields:
+            near = did_you_mean(key, fields) or f"; the settings are {', '.join(fields)}"
+            raise ValueError(f"{path}: expected a setting of a task, found {key!r}{near}")
+    if problem := problem_with(settings, fields):
+        raise ValueError(f"{path}: {problem}")
+    return settings
+
+
+# ---- training data -------------------------------------------------------------------------------
+
+LINE: dict[str, Field] = {
+    "query": Field("a non-empty string", is_text, required=True),
+    "pos": Field("a list of at least one non-empty string", is_text, items=0),
+    "neg": Field("a list of non-empty strings", is_text, items=0),
+    "task": Field("a non-empty string", is_text),
+    "instruction": Field("a string", is_string),
+    "group": Field("a non-empty string or a whole number", is_label),
+    "pos_scores": Field("a list of numbers", is_number, items=0),
+    "neg_scores": Field("a list of numbers", is_number, items=0),
+    "relevance": Field("a number", is_number),
+}
+"""The keys of a line, in the usual order."""
+
+
+def problem_with_line(record: Mapping[str, object]) -> str | None:
+    """What is wrong with a line of training data, or None.
+
+    A line with a group may have no positives: a label-based task draws them from the group.
+    """
+    if problem := problem_with(record, LINE):
+        return problem
+    if not record.get("pos") and record.get("group") is None:
+        return f"expected 'pos' to be {LINE['pos'].expected}, found {_describe(record.get('pos'))}"
+    for key in ("pos", "neg"):
+        if (scores := record.get(f"{key}_scores")) is not None:
+            found, count = (len(cast("Sized", value or ())) for value in (scores, record.get(key)))
+            if found != count:
+                wanted = f"one number per {key!r}, {count}"
+                return f"expected '{key}_scores' to hold {wanted}, found {found}"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSettings:
+    """What `<task>.toml` beside the data may set."""
+
+    instruction: str | None = None
+    """For lines without an instruction. "" means none, even where the run has a default."""
+    symmetric: bool = False
+    """Queries and documents are of one kind (similarity, duplicates): both get the instruction."""
+    in_batch_negatives: bool = True
+    """False: the candidates of a query are the documents of its line only."""
+    label_based: bool = False
+    """Positives are other texts of the line's group, negatives texts of other groups (labels.py);
+    what the lines hold as "pos" and "neg" is not trained on, and "pos" may be absent."""
+    weight: float = 1.0
+    """How often an epoch takes each example; 0.5 is half of them, a new half in each epoch."""
+    max_examples: int | None = None
+    """The maximum number of examples per epoch, a new subset in each epoch."""
+
+
+SETTINGS: dict[str, Field] = {
+    "instruction": Field("a string", is_string),
+    "symmetric": Field("true or false", is_flag),
+    "in_batch_negatives": Field("true or false", is_flag),
+    "label_based": Field("true or false", is_flag),
+    "weight": Field("a number, 0 or more", lambda value: is_number(value, least=0)),
+    "max_examples": Field(
+        "a whole number, 1 or more",
+        lambda value: isinstance(value, int) and is_number(value, least=1),
+    ),
+}
+"""What each of the settings must be."""
