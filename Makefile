@@ -1,4 +1,4 @@
-# make venv | test | fast | lint | types | demo | clean | help
+# make venv | test | fast | lint | types | size | demo | clean | help
 #
 # Everything runs in .venv, which is made anew whenever pyproject.toml or constraints.txt change.
 # Another interpreter: make PYTHON=python3.12 venv. Another torch build (an index of CPU or CUDA
@@ -12,7 +12,7 @@ EXTRAS := mining,eval,report,data
 # Two processes of tests; more threads than cores only get in each other's way.
 PYTEST := $(BIN)/python -m pytest -n 2
 
-.PHONY: help venv test fast lint types demo clean
+.PHONY: help venv test fast lint types size demo clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -28,7 +28,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]" --group dev
 	touch $@
 
-test: lint types  ## lint, format, types, import floors and all tests
+test: lint types  ## lint, format, types, import layers and all tests
 	$(PYTEST)
 
 fast: $(READY)  ## the tests that take a moment
@@ -40,6 +40,9 @@ lint: $(READY)  ## ruff: rules and format
 
 types: $(READY)  ## pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+size: $(READY)  ## how large the package is, part by part
+	$(BIN)/python benchmarks/size.py
 
 demo: $(READY)  ## from this machine's own documentation to a trained, measured model
 	$(BIN)/python examples/demo.py

@@ -1,4 +1,5 @@
-"""The imports of the project, read off its source: the floors and refusals of docs/design.md."""
+"""The imports of the project, read from its source: the layers of docs/design.md, and what may be
+imported in one place only."""
 
 import ast
 import sys
@@ -18,8 +19,8 @@ ENTRY_POINTS = (
     "kalm_min.convert",
 )
 
-# A module may import its own part, and parts of lower floors.
-FLOORS = {
+# A module may import its own part, and parts of lower layers.
+LAYERS = {
     "kalm_min.files": 0,
     "kalm_min.console": 0,
     "kalm_min.tokenizer": 0,
@@ -27,6 +28,8 @@ FLOORS = {
     "kalm_min.losses": 0,
     "kalm_min.model": 0,
     "kalm_min.shards": 1,
+    "kalm_min.vectors": 1,
+    "kalm_min.topk": 1,
     "kalm_min.data": 1,
     "kalm_min.embedder": 1,
     "kalm_min.training.distributed": 1,
@@ -40,8 +43,12 @@ FLOORS = {
     "kalm_min.config": 3,
     **dict.fromkeys(ENTRY_POINTS, 4),
 }
-# Whoever reads a folder reads it through files.
-BESIDE = {("kalm_min.model", "kalm_min.files"), ("kalm_min.tokenizer", "kalm_min.files")}
+# Parts that may also be imported from their own layer: (importer, imported).
+BESIDE = {
+    ("kalm_min.model", "kalm_min.files"),
+    ("kalm_min.tokenizer", "kalm_min.files"),
+    ("kalm_min.topk", "kalm_min.vectors"),
+}
 
 RUNTIME = {"torch", "safetensors", "tokenizers", "numpy", "huggingface_hub", "tqdm"}
 
@@ -49,8 +56,8 @@ MTEB_SIDE = tuple(
     f"kalm_min.evaluation.{name}"
     for name in ("plan", "worker", "encoder", "scoring", "local_tasks")
 )
-# What is never imported -> where it may be all the same (modules or packages).
-REFUSED = {
+# What is not imported, except in these modules or packages.
+CONFINED = {
     "torch.distributed": (
         "kalm_min.training.distributed",
         "kalm_min.training.parallel",
@@ -58,7 +65,7 @@ REFUSED = {
     ),
     "torch.nn.attention.varlen": ("kalm_min.model.attention",),
     "flash_attn": (),
-    "faiss": ("kalm_min.mining.nominees",),
+    "faiss": ("kalm_min.topk", "kalm_min.mining.nominees"),
     "mteb": MTEB_SIDE,
     "datasets": MTEB_SIDE,
     "matplotlib": ("kalm_min.mining.report", "kalm_min.evaluation.plots"),
@@ -109,15 +116,15 @@ def imports(name: str) -> Iterator[str]:
 
 
 def part_of(name: str) -> str:
-    """The longest entry of FLOORS that holds `name`."""
-    parts = [part for part in FLOORS if inside(name, part)]
-    assert parts, f"{name} has no floor: give it one in docs/design.md and here"
+    """The longest entry of LAYERS that holds `name`."""
+    parts = [part for part in LAYERS if inside(name, part)]
+    assert parts, f"{name} has no layer: give it one in docs/design.md and here"
     return max(parts, key=len)
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if name != "kalm_min"])
 def test_imports_run_down(name):
-    """No module imports one of a higher floor, nor of another part of its own floor."""
+    """No module imports one of a higher layer, nor another part of its own layer."""
     part = part_of(name)
     for other in imports(name):
         if not inside(other, "kalm_min", *ENTRY_POINTS):
@@ -125,25 +132,25 @@ def test_imports_run_down(name):
         assert other != "kalm_min", f"{name} imports the package's lazy names"
         below = part_of(other)
         siblings = part.rpartition(".")[0] == below.rpartition(".")[0] != "kalm_min"
-        level = FLOORS[part] - FLOORS[below]
+        level = LAYERS[part] - LAYERS[below]
         allowed = below == part or level > 0 or (level == 0 and siblings) or (part, below) in BESIDE
-        assert allowed, f"{name} (floor {FLOORS[part]}) imports {other} (floor {FLOORS[below]})"
+        assert allowed, f"{name} (layer {LAYERS[part]}) imports {other} (layer {LAYERS[below]})"
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_refused_imports(name):
-    """Each heavy or risky import has its one place."""
+def test_confined_imports(name):
+    """Each heavy or risky import is confined to the modules that need it."""
     for other in imports(name):
-        for refused, places in REFUSED.items():
-            assert not inside(other, refused) or inside(name, *places), f"{name} imports {other}"
+        for module, importers in CONFINED.items():
+            assert not inside(other, module) or inside(name, *importers), f"{name} imports {other}"
 
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_only_declared_dependencies(name):
-    """The core stands on its runtime dependencies; an extra is named in REFUSED with its place."""
+    """The core stands on its runtime dependencies; an extra is named in CONFINED with its modules."""
     for other in imports(name):
         root = other.partition(".")[0]
-        assert root in {*RUNTIME, *REFUSED, *sys.stdlib_module_names, "kalm_min"}, other
+        assert root in {*RUNTIME, *CONFINED, *sys.stdlib_module_names, "kalm_min"}, other
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if inside(name, "kalm_min.sampling")])
