@@ -28,8 +28,7 @@ from kalm_min import Embedder
 from kalm_min.config import parse
 from kalm_min.evaluation import worker
 from kalm_min.evaluation.encoder import Adapter
-from kalm_min.evaluation.local_data import find_datasets
-from kalm_min.evaluation.local_tasks import build_task
+from kalm_min.evaluation.local import build_task, find_datasets
 from kalm_min.evaluation.scoring import score_on_arrays
 
 _JUDGED = 5  # documents for each query

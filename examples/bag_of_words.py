@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from sklearn.feature_extraction.text import TfidfVectorizer  # comes with mteb
 from standard_library import words
 
-from kalm_min.evaluation.local_data import find_datasets, read_dataset
-from kalm_min.evaluation.local_tasks import build_task
+from kalm_min.evaluation.local import build_task, find_datasets, read_dataset
 
 
 class BagOfWords:

@@ -54,7 +54,7 @@ RUNTIME = {"torch", "safetensors", "tokenizers", "numpy", "huggingface_hub", "tq
 
 MTEB_SIDE = tuple(
     f"kalm_min.evaluation.{name}"
-    for name in ("plan", "worker", "encoder", "scoring", "local_tasks")
+    for name in ("plan", "worker", "encoder", "scoring", "local")
 )
 # What is not imported, except in these modules or packages.
 CONFINED = {

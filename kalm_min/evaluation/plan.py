@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from kalm_min.evaluation.local_data import KINDS, LocalDataset, find_datasets
+from kalm_min.evaluation.local import KINDS, LocalDataset, find_datasets
 from kalm_min.files import checkpoint_folders, hash_checkpoint, read_json
 
 _TABLES = Path(__file__).with_name("instructions.json")

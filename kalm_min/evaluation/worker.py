@@ -34,7 +34,7 @@ import torch
 
 from kalm_min.embedder import Embedder
 from kalm_min.evaluation.encoder import Adapter
-from kalm_min.evaluation.local_tasks import build_task
+from kalm_min.evaluation.local import build_task
 from kalm_min.evaluation.scoring import score_on_arrays
 from kalm_min.files import write_json
 

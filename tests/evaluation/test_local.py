@@ -1,11 +1,17 @@
-"""Datasets in folders: recognised, checked row by row, identified by their content."""
+"""Datasets in folders: recognised, checked row by row, identified by their content, run as tasks.
+
+The eight types are run as a worker runs them, against mteb with sentence-transformers.
+"""
 
 import gzip
+import json
 import re
 
 import pytest
 
-from kalm_min.evaluation.local_data import KINDS, find_datasets
+from kalm_min import Embedder
+from kalm_min.evaluation.local import KINDS, build_task, find_datasets
+from kalm_min.evaluation.worker import evaluate_task
 
 
 def append(path, line):
@@ -33,27 +39,39 @@ def test_gzipped_files_and_bitext_in_one_file(datasets):
     ("file", "line", "complaint"),
     [
         ("sts/test.jsonl", "{oops", r"sts/test.jsonl:41: expected a JSON object"),
-        ("sts/test.jsonl", '{"sentence1": "a", "score": 1}', ":41: sentence2: expected a text"),
+        (
+            "sts/test.jsonl",
+            '{"sentence1": "a", "score": 1}',
+            ":41: expected 'sentence2' to be a text",
+        ),
         (
             "sts/test.jsonl",
             '{"sentence1": "a", "sentence2": "b", "score": NaN}',
-            ":41: score: expected a number, found nan",
+            ":41: expected 'score' to be a number, found NaN",
         ),
         (
             "pair/test.jsonl",
             '{"sentence1": "a", "sentence2": "\\ud800", "label": 1}',
-            ":41: sentence2: expected a text",
+            ":41: expected 'sentence2' to be a text",
         ),
         (
             "pair/test.jsonl",
             '{"sentence1": "a", "sentence2": "b", "label": 2}',
-            ":41: label: expected 0 or 1, found 2",
+            ":41: expected 'label' to be 0 or 1, found 2",
         ),
-        ("reranking/test.jsonl", '{"query": "q", "positive": [], "negative": []}', ":11: positive"),
-        ("retrieval/corpus.jsonl", '{"_id": "d3", "text": "x"}', ":61: _id 'd3' was there before"),
+        (
+            "reranking/test.jsonl",
+            '{"query": "q", "positive": [], "negative": []}',
+            ":11: expected 'positive'",
+        ),
+        (
+            "retrieval/corpus.jsonl",
+            '{"_id": "d3", "text": "x"}',
+            ":61: _id: expected a new one, found 'd3' a second time",
+        ),
         ("retrieval/qrels/test.tsv", "1\td1", ":12: expected query id, document id"),
         ("retrieval/qrels/test.tsv", "1\tnowhere\t1", ":12: expected an _id of corpus.jsonl"),
-        ("classification/train.jsonl", '{"text": "a", "label": true}', ":46: label"),
+        ("classification/train.jsonl", '{"text": "a", "label": true}', ":46: expected 'label'"),
         (
             "summarization/test.jsonl",
             '{"text": "", "human_summaries": [""], "machine_summaries": [""], "relevance": [1, 2]}',
@@ -75,7 +93,7 @@ def test_all_malformed_rows_are_counted(datasets):
     for _ in range(30):
         append(datasets / "sts" / "test.jsonl", "[]")
     append(datasets / "pair" / "test.jsonl", "{}")
-    with pytest.raises(ValueError, match="33 malformed rows") as error:
+    with pytest.raises(ValueError, match="31 malformed rows") as error:
         find_datasets(datasets)
     assert str(error.value).count("\n") == 20
 
@@ -120,8 +138,8 @@ def test_task_toml_overrides(datasets):
     ("line", "complaint"),
     [
         ('instuction = "x"', "did you mean instruction?"),
-        ('type = "search"', "type: expected one of retrieval"),
-        ('languages = ["english"]', "languages: expected a list of codes"),
+        ('type = "search"', "expected 'type' to be one of retrieval"),
+        ('languages = ["english"]', "expected 'languages' to be a list of codes"),
         ('main_metric = "ndcg_at_10"', "expected a score of sts such as cosine_spearman"),
         ("type =", "expected TOML"),
     ],
@@ -143,3 +161,72 @@ def test_the_revision_follows_the_content(datasets):
     (datasets / "sts" / "task.toml").write_text("symmetric = true")
     seen.append(find_datasets(datasets / "sts")[0].revision)
     assert len(set(seen)) == 3
+
+
+@pytest.fixture(scope="module")
+def embedder(tiny_model_dir):
+    return Embedder.from_pretrained(tiny_model_dir, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def peers(mteb, tiny_model_dir):
+    """sentence-transformers on the same folder, by dimension."""
+    from sentence_transformers import SentenceTransformer
+
+    return {
+        dim: SentenceTransformer(str(tiny_model_dir), device="cpu", truncate_dim=dim)
+        for dim in (32, 8)
+    }
+
+
+def order(folder, name, **instructions):
+    key = {"query_instruction": "", "document_instruction": ""} | instructions
+    return {"name": name, "type": KINDS[name].type, "folder": str(folder / name), "key": key}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_equal_those_of_sentence_transformers(mteb, embedder, peers, eight, kind):
+    """Promise: the same main score to 1e-4, at each dimension, in mteb's own file format."""
+    from mteb.results import TaskResult
+
+    result = json.loads(json.dumps(evaluate_task(embedder, order(eight, kind), [32, 8])))
+    for dim, peer in peers.items():
+        expected = mteb.evaluate(
+            peer,
+            build_task(eight / kind),
+            cache=None,
+            co2_tracker=False,
+            show_progress_bar=False,
+            encode_kwargs={"normalize_embeddings": True},
+        )
+        expected = expected.task_results[0]
+        ours = result["kalm_min"]["dims"][str(dim)]
+        assert ours["main_score"] == pytest.approx(expected.get_score(), abs=1e-4)
+        assert TaskResult.from_dict(ours).scores.keys() == expected.scores.keys()
+    assert (
+        TaskResult.from_dict(result).get_score() == result["kalm_min"]["dims"]["32"]["main_score"]
+    )
+    metrics = result["scores"]["test"][0]
+    assert metrics["main_score"] == metrics[KINDS[kind].main_score]
+    if kind == "bitext":
+        assert [part["hf_subset"] for part in result["scores"]["test"]] == ["deu-eng", "fra-eng"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_instructions_reach_the_texts(embedder, eight):
+    """The prompt is the checkpoint's template around the instruction, and it is recorded."""
+    plain = evaluate_task(embedder, order(eight, "sts"), [32])
+    said = evaluate_task(embedder, order(eight, "sts", query_instruction="Compare"), [32])
+    assert said["kalm_min"]["used"]["prompts"]["query"] == "Instruct: Compare \n Query: "
+    assert said["kalm_min"]["used"]["prompts"]["document"] == ""
+    assert said["kalm_min"]["used"]["dtype"] == "float32"
+    assert plain["main_score"] != said["main_score"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_score_that_is_no_number_is_an_error(embedder, datasets):
+    """Average precision of three classes does not exist; the task fails instead of passing."""
+    (datasets / "classification" / "task.toml").write_text('main_metric = "ap"')
+    with pytest.raises(ValueError, match="main score is not a number"):
+        evaluate_task(embedder, order(datasets, "classification"), [32])
