@@ -58,7 +58,7 @@ def sampler(rows: int) -> None:
     mixed = TaskBatchSampler(parts, BATCH, homogeneous_ratio=0.5)
     capped = TaskBatchSampler(parts, BATCH, task_draws=[size // 4 for size in parts])
     for name, plan in (("", whole), (", ratio 0.5", mixed), (", capped", capped)):
-        line(f"epoch{name}", rows, lambda plan=plan: next(iter(plan)), 4 * sum(plan.task_draws))
+        line(f"epoch{name}", rows, lambda plan=plan: next(iter(plan)), 4 * sum(plan.draws))
 
 
 def files(lines: int, path: Path) -> None:

@@ -382,7 +382,7 @@ def _sampler(data: TrainingData, sampling: SamplingConfig) -> TaskBatchSampler:
         task_draws=task_draws(
             data.task_sizes,
             weights=[task.weight for task in data.settings],
-            most=[task.max_examples for task in data.settings],
+            caps=[task.max_examples for task in data.settings],
             size_exponent=sampling.size_exponent,
         ),
     )

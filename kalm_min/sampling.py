@@ -1,0 +1,269 @@
+"""Which examples form a batch, and which texts share a forward: integer arithmetic, no torch.
+
+Semi-homogeneous task batching (KaLM-Embedding V1, section on data batching): each task is shuffled
+and cut into blocks of the global batch; the left-overs of all tasks are joined, shuffled and cut
+into mixed blocks. With homogeneous ratio r the last int(B(1-r)) positions of every block are pooled
+over all blocks, shuffled and distributed again. Then the order of the blocks is shuffled.
+
+The order of an epoch is a pure function of (sizes, draws, batch size, ratio, seed, epoch). Every
+rank computes all of it and takes its slice of each block, without communication. A plan is one
+array of indices (4 bytes each below 2^31 rows), made at a peak of about two such arrays.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Indices = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+
+
+def task_draws(
+    task_sizes: Sequence[int],
+    *,
+    weights: Sequence[float] | None = None,
+    caps: Sequence[int | None] | None = None,
+    size_exponent: float = 1.0,
+) -> list[int]:
+    """How many examples an epoch takes of each task: in proportion to weight * size^exponent.
+
+    At exponent 1 that is every example `weight` times; at 0 equally many of each task; between them
+    small tasks gain and large ones lose, at temperature 1 / exponent. Weights change the length of
+    the epoch, the exponent does not.
+
+    Args:
+        task_sizes: (T,) the number of examples of each task.
+        weights: (T,) not negative; 0 leaves the task out. 1 by default.
+        caps: (T,) the maximum number of examples per epoch; None for no maximum. A capped task also
+            counts as one of that size, so that it does not enlarge the others.
+        size_exponent: from 0 to 1.
+
+    Returns (T,) numbers, at least 1 unless the size or the weight is 0.
+    """
+    assert 0 <= size_exponent <= 1, "the exponent is from 0 to 1"
+    assert all(weight >= 0 for weight in weights or ()), "weights are not negative"
+    bounds = [math.inf if cap is None else cap for cap in caps or [None] * len(task_sizes)]
+    sizes = [min(size, bound) for size, bound in zip(task_sizes, bounds, strict=True)]
+    powers = [size**size_exponent if size else 0.0 for size in sizes]
+    scale = sum(sizes) / sum(powers) if size_exponent != 1 and any(sizes) else 1.0
+    factors = weights or [1.0] * len(sizes)
+    return [
+        int(min(max(1, round(weight * power * scale)), bound)) if weight and power else 0
+        for weight, power, bound in zip(factors, powers, bounds, strict=True)
+    ]
+
+
+@dataclass(eq=False)
+class TaskBatchSampler:
+    """Iterate over this rank's global example indices, one list per training step.
+
+    Example i of task t has the global index sum(task_sizes[:t]) + i. Concatenating the lists of all
+    ranks in rank order gives the global batch, whatever the number of ranks. The examples that fill
+    no global batch are left out, different ones in each epoch. All arguments but `rank` must be the
+    same on every rank. Raises ValueError for arguments that contradict each other.
+    """
+
+    task_sizes: Sequence[int]
+    batch_size: int
+    """The global batch, over all ranks; a multiple of `world_size`."""
+    _: KW_ONLY
+    homogeneous_ratio: float = 1.0
+    """The share of a block that stays with one task: 1 is one task per block, 0 random sampling."""
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    drop_last: bool = True
+    """Only True is supported: all batches are equally large."""
+    task_draws: Sequence[int] | None = None
+    """The examples an epoch takes of each task; None takes each once. Below the size of the task
+    they are a random subset; above it come rounds of all its examples, each shuffled by itself, and
+    a subset as the remainder."""
+
+    def __post_init__(self) -> None:
+        self.task_sizes = sizes = [int(size) for size in self.task_sizes]
+        self.draws = [int(n) for n in (sizes if self.task_draws is None else self.task_draws)]
+        self.epoch = 0
+        self._first = 0  # where the next iteration starts; not 0 only after load_state_dict
+        self._step = 0  # batches of this epoch handed out so far
+        batch, ranks, ratio = self.batch_size, self.world_size, self.homogeneous_ratio
+        if batch < 1:
+            raise ValueError(f"batch_size must be at least 1, found {batch}")
+        if not 0 <= self.rank < ranks:
+            raise ValueError(f"rank must be from 0 to world_size - 1, found {self.rank} of {ranks}")
+        if batch % ranks:
+            raise ValueError(
+                "batch_size is the batch over all ranks and must be a multiple of world_size, "
+                f"found batch_size {batch} with world_size {ranks}"
+            )
+        if not 0.0 <= ratio <= 1.0:
+            raise ValueError(f"homogeneous_ratio must be from 0 to 1, found {ratio}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, found {self.seed}")
+        if not self.drop_last:
+            raise ValueError("drop_last must be True, found False: all batches are equally large")
+        if len(self.draws) != len(sizes):
+            raise ValueError(
+                f"task_draws must hold one number for each of the {len(sizes)} tasks, "
+                f"found {len(self.draws)}"
+            )
+        for number, (size, count) in enumerate(zip(sizes, self.draws, strict=True)):
+            if count < 0 or (count and not size):
+                raise ValueError(f"cannot draw {count} examples of task {number}, which has {size}")
+        if len(self) == 0:
+            raise ValueError(
+                f"an epoch has no batch: the data holds {sum(self.draws)} examples and a batch "
+                f"takes {batch}; lower the batch size"
+            )
+
+    def __len__(self) -> int:
+        """Steps of an epoch, equal on every rank."""
+        return sum(self.draws) // self.batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next iteration that of `epoch`, from its start; a no-op for the current epoch.
+
+        So a loop that sets the epoch before iterating does not undo load_state_dict.
+        """
+        if epoch < 0:
+            raise ValueError(f"epoch must not be negative, found {epoch}")
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self._first = self._step = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield one list of global indices per step, from the loaded step or from the start."""
+        first, self._first = self._first, 0
+        self._step = first
+        order, blocks = self._plan()
+        share = self.batch_size // self.world_size
+        for step in range(first, len(self)):
+            start = int(blocks[step]) * self.batch_size + self.rank * share
+            self._step = step + 1
+            yield order[start : start + share].tolist()
+
+    def _plan(self) -> tuple[Indices, npt.NDArray[np.int64]]:
+        """The indices of the epoch, block after block, and the order of the blocks."""
+        rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(self.epoch,)))
+        # Rounded because 10 * (1 - 0.9) is 0.99...98, which int() would take to 0.
+        mixed = int(round(self.batch_size * (1.0 - self.homogeneous_ratio), 6))
+        sizes, draws = self.task_sizes, self.draws
+        if mixed == self.batch_size and draws == sizes:
+            # Every position is drawn anew: the tasks no longer matter, and one shuffle will do.
+            sizes = draws = [sum(sizes)]
+        order = _draw_tasks(sizes, draws, self.batch_size, rng)
+        if mixed == self.batch_size and draws != sizes:
+            rng.shuffle(order)
+        order = order[: len(self) * self.batch_size]
+        if 0 < mixed < self.batch_size:
+            last = order.reshape(-1, self.batch_size)[:, -mixed:]  # (steps, mixed)
+            pool = last.flatten()
+            rng.shuffle(pool)
+            last[:] = pool.reshape(-1, mixed)
+        return order, rng.permutation(len(self))
+
+    def state_dict(self) -> dict[str, object]:
+        """The position in the data, JSON-ready: `step` batches of `epoch` have been handed out.
+
+        A consumer that prefetches is behind this position and should overwrite "step" with its own
+        count. The number of ranks is not part of it: a run may resume on more or fewer.
+        """
+        return {"epoch": self.epoch, "step": self._step, **self._fingerprint()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Make the next iteration continue from `state`.
+
+        Raises ValueError when the state belongs to other data or settings: the order would differ.
+        """
+        for key, current in self._fingerprint().items():
+            if state.get(key) != current:
+                raise ValueError(
+                    f"cannot resume: the checkpoint was made with {key} {state.get(key)}, "
+                    f"this run has {current}; the order of the data would differ"
+                )
+        epoch, step = state["epoch"], state["step"]
+        if epoch < 0 or not 0 <= step <= len(self):
+            raise ValueError(f"cannot resume at step {step} of {len(self)} in epoch {epoch}")
+        self.epoch = epoch
+        self._first = self._step = step
+
+    def _fingerprint(self) -> dict[str, object]:
+        """What the order depends on, besides the epoch."""
+        return {
+            "task_sizes": self.task_sizes,
+            "task_draws": None if self.draws == self.task_sizes else self.draws,
+            "batch_size": self.batch_size,
+            "homogeneous_ratio": self.homogeneous_ratio,
+            "seed": self.seed,
+            # Versions before the second drew other subsets, and knew drop_last = False.
+            "order_version": None if self.draws == self.task_sizes else 2,
+            "drop_last": True,
+        }
+
+
+def _draw_tasks(
+    sizes: Sequence[int], draws: Sequence[int], batch_size: int, rng: np.random.Generator
+) -> Indices:
+    """Draw and shuffle each task; return the full blocks of all tasks, then the left-overs."""
+    dtype = np.int32 if sum(sizes) < 2**31 else np.int64
+    order: Indices = np.empty(sum(draws), dtype)
+    full: list[Indices] = []
+    rest: list[Indices] = []
+    first = end = 0  # of the task's rows; of the task's draws in `order`
+    for size, count in zip(sizes, draws, strict=True):
+        drawn = order[end : end + count]
+        end += count
+        for start in range(0, count, size or 1):
+            part = drawn[start : start + size]
+            if len(part) == size:  # a round of all rows
+                part[:] = np.arange(first, first + size, dtype=dtype)
+                rng.shuffle(part)
+            else:  # numpy takes at most 8 bytes per row of the task for this
+                part[:] = rng.choice(size, len(part), replace=False) + first
+        first += size
+        full.append(drawn[: count - count % batch_size])
+        rest.append(drawn[count - count % batch_size :])
+    left_over = np.concatenate(rest)
+    rng.shuffle(left_over)
+    return np.concatenate([*full, left_over])
+
+
+def token_budget_batches(lengths: Sequence[int], max_tokens: int) -> list[npt.NDArray[np.int64]]:
+    """Cut the texts, longest first, into batches of at most `max_tokens` tokens.
+
+    Batches are packed, so a batch costs its tokens; sorting by length only keeps the longest
+    sequence of a batch (which sets the attention kernel's grid) close to the others.
+
+    Args:
+        lengths: (n,) tokens of each text, all positive.
+        max_tokens: the budget of a batch. A single longer text is a batch by itself.
+
+    Returns arrays of indices into `lengths`, none empty; equal lengths keep their order. There are
+    as few batches as the order allows, and the fullest is as small as their number allows.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)  # (n,)
+    assert sizes.ndim == 1 and (sizes > 0).all(), "every text needs at least one token"
+    assert max_tokens > 0, "the token budget must be positive"
+    if len(sizes) == 0:
+        return []
+    order = np.argsort(-sizes, kind="stable")  # (n,)
+    ends = np.cumsum(sizes[order])  # (n,) tokens up to and with each text
+
+    def cuts_of(budget: int) -> list[int]:
+        """The (exclusive) end of each batch when every batch is filled up to the budget."""
+        cuts: list[int] = []
+        start = used = 0
+        while start < len(ends):
+            # At least one text: one that is longer than the budget is alone.
+            start = max(start + 1, int(np.searchsorted(ends, used + budget, side="right")))
+            used = int(ends[start - 1])
+            cuts.append(start)
+        return cuts
+
+    fewest = len(cuts_of(max_tokens))
+    # The smallest budget that needs no more batches.
+    budget = 1 + bisect_left(range(1, max_tokens), -fewest, key=lambda b: -len(cuts_of(b)))
+    return np.split(order, cuts_of(budget)[:-1])
