@@ -1,12 +1,12 @@
-"""How long MTEB(eng, v1) takes on 1 to 16 devices, by the schedule that evaluate.py runs.
+"""How long MTEB(eng, v1) takes on 1 to 16 devices, by the jobs that evaluate.py makes.
 
     python benchmarks/schedule.py [--benchmark "MTEB(eng, v1)"] [--devices 1 4 8 16] [--loading 15]
 
-A clock runs the real schedule, which orders and cuts by characters. A task takes the seconds that KaLM
+A clock runs the real jobs, which are ordered and cut by characters. A task takes the seconds that KaLM
 v2's authors recorded for it (recorded_seconds.json, which holds the source), or, in a second table, a
 share of their sum in proportion to its characters: the difference between the two tables is what the
-schedule loses because characters predict seconds imperfectly. Each slice costs `--loading` seconds
-more, for opening the data once again. The lower bound is the work divided by the devices. Nothing is
+order loses because characters predict seconds imperfectly. Each slice costs `--loading` seconds more,
+for opening the data once again. The lower bound is the work divided by the devices. Nothing is
 downloaded.
 """
 
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Annotated
 
 from kalm_min.config import parse
-from kalm_min.evaluation.plan import EvaluationConfig, find_tasks
-from kalm_min.evaluation.schedule import BLOCK, Job, Schedule, Work
+from kalm_min.evaluation.plan import EvaluationConfig, PlannedTask, find_tasks
+from kalm_min.evaluation.runner import Job, make_jobs, next_job
 
 _RECORDED = Path(__file__).with_name("recorded_seconds.json")
 
@@ -41,25 +41,21 @@ def main(argv: list[str]) -> None:
     options = parse(Options, argv, program="schedule.py", description="A run, simulated.")
     config = EvaluationConfig(model="none", benchmark=(options.benchmark,))
     tasks, _, aggregates = find_tasks(config)
-    works = [
-        Work(task.name, task.characters, task.corpus_characters, task.documents // BLOCK)
-        for task in tasks
-    ]
-    recorded = recorded_seconds(works, aggregates)
+    recorded = recorded_seconds(tasks, aggregates)
     hours = sum(recorded.values()) / 3600
-    speed = hours * 3600 / sum(work.seconds for work in works)
+    speed = hours * 3600 / sum(task.characters for task in tasks)
     kinds = {
         "as recorded": recorded,
-        "in proportion to characters": {work.name: work.seconds * speed for work in works},
+        "in proportion to characters": {task.name: task.characters * speed for task in tasks},
     }
     for kind, seconds in kinds.items():
-        print(f"\n{options.benchmark}, {len(works)} leaf tasks, {hours:.2f} hours, {kind}\n")
+        print(f"\n{options.benchmark}, {len(tasks)} leaf tasks, {hours:.2f} hours, {kind}\n")
         print("| devices | lower bound, h | uncut, h | with slices, h | above the bound | slices |")
         print("|---|---|---|---|---|---|")
         for devices in options.devices:
             bound = hours / devices
-            uncut, _ = simulate([replace(work, blocks=1) for work in works], seconds, devices, 0.0)
-            span, slices = simulate(works, seconds, devices, options.loading)
+            uncut, _ = simulate([replace(task, documents=0) for task in tasks], seconds, devices)
+            span, slices = simulate(tasks, seconds, devices, options.loading)
             print(
                 f"| {devices} | {bound:.2f} | {uncut / 3600:.2f} | {span / 3600:.2f} "
                 f"| {span / 3600 / bound - 1:+.1%} | {slices} |"
@@ -67,34 +63,32 @@ def main(argv: list[str]) -> None:
 
 
 def recorded_seconds(
-    works: Sequence[Work], aggregates: dict[str, tuple[str, ...]]
+    tasks: Sequence[PlannedTask], aggregates: dict[str, tuple[str, ...]]
 ) -> dict[str, float]:
     """Recorded seconds by task; those of an aggregate are divided by characters."""
     seconds: dict[str, float] = json.loads(_RECORDED.read_text())["seconds"]
-    characters = {work.name: work.seconds for work in works}
+    characters = {task.name: task.characters for task in tasks}
     for name, leaves in aggregates.items():
         total = sum(characters[leaf] for leaf in leaves)
         seconds |= {leaf: seconds[name] * characters[leaf] / total for leaf in leaves}
-    return {work.name: seconds[work.name] for work in works}
+    return {task.name: seconds[task.name] for task in tasks}
 
 
 def simulate(
-    works: Sequence[Work], seconds: dict[str, float], devices: int, loading: float
+    tasks: Sequence[PlannedTask], seconds: dict[str, float], devices: int, loading: float = 0.0
 ) -> tuple[float, int]:
     """Seconds until the last job is done, and how many of the jobs were slices."""
-    schedule, clock, slices = Schedule(works, devices), 0.0, 0
-    characters = {work.name: work.seconds for work in works}
+    jobs, clock, slices = make_jobs(tasks, devices), 0.0, 0
     free = list(range(devices))
     busy: list[tuple[float, int, Job]] = []
-    while not schedule.is_empty() or busy:
-        while free and (job := schedule.next()):
+    while jobs or busy:
+        while free and (job := next_job(jobs, [job for *_, job in busy])):
             slices += job.part is not None
-            duration = seconds[job.task] * job.seconds / characters[job.task]
+            duration = seconds[job.task.name] * job.characters / job.task.characters
             end = clock + duration + (loading if job.part else 0.0)
             heapq.heappush(busy, (end, free.pop(), job))
-        clock, device, job = heapq.heappop(busy)
+        clock, device, _ = heapq.heappop(busy)
         free.append(device)
-        schedule.done(job)
     return clock, slices
 
 

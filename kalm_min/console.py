@@ -11,17 +11,23 @@ from typing import Self, TextIO
 
 from tqdm import tqdm  # comes with tokenizers, through huggingface_hub
 
-_INTERVAL = 10.0  # seconds between two plain lines
-
 
 class Progress:
     """`with Progress(...) as progress: ... progress.update(n, "loss 0.31")`."""
 
     def __init__(
-        self, total: int, unit: str, stream: TextIO, *, title: str = "", done: int = 0
+        self,
+        total: int,
+        unit: str,
+        stream: TextIO,
+        *,
+        title: str = "",
+        done: int = 0,
+        interval: float = 10.0,
     ) -> None:
-        """Start at `done` of `total` units, drawn on `stream`."""
+        """Start at `done` of `total` units, drawn on `stream`; `interval` seconds between plain lines."""
         self.total, self.unit, self.stream, self.title = total, unit, stream, title
+        self.interval = interval
         self.done = self.first = done
         self._start = self._last = time.monotonic()
         self._bar = (
@@ -36,8 +42,14 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(steps)
-        elif time.monotonic() - self._last >= _INTERVAL or self.done >= self.total:
+        elif time.monotonic() - self._last >= self.interval or self.done >= self.total:
             self._line(note)
+
+    def line(self, text: str) -> None:
+        """Write a line that stays, on a terminal above the bar."""
+        tqdm.write(text, file=self.stream)
+        self.stream.flush()
+        self._last = time.monotonic()
 
     def _line(self, note: str) -> None:
         """One plain line: how far, how it goes, how long still."""

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from kalm_min import shards
 from kalm_min.embedder import Embedder
-from kalm_min.evaluation.schedule import BLOCK
 from kalm_min.evaluation.scoring import Ranking, rows_of
 
+BLOCK = 50_000  # documents of a corpus encoded and searched at a time
 _QUERIES = 1024  # queries compared with a slice at a time: 0.2 GB of scores
 _PAIRS = 65_536  # queries compared with a candidate each at a time
 

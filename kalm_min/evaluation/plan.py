@@ -59,7 +59,7 @@ class EvaluationConfig:
     shard: str = ""
     """This machine's part of the plan, e.g. 2/4; the parts meet in the same --output."""
     timeout: float = 1800.0
-    """Seconds without progress after which a worker is replaced; longer for tasks estimated longer."""
+    """Seconds without progress after which a worker is replaced."""
     dry_run: bool = False
     """Print the plan and stop."""
     datasets: Path | None = None

@@ -1,76 +1,170 @@
-"""Run a plan: one worker process per device, whatever happens to them.
+"""Run a plan: one worker process per device, and no failure costs another task its result.
 
-The parent owns the schedule and hands out one job at a time: a task, or a slice of its corpus. A
-worker that dies, hangs, runs out of memory or writes something that is no message is killed with all
-its children and replaced, and its job is tried again with half the batch; after three tries it is
-reported as failed, with the tail of its log, and the others go on (a task whose slice failed encodes
-it itself). A finished task is a file that no longer needs anybody: whoever stops, the same command
-continues.
-
-Not here: models, devices and scores (`worker`), what to run (`plan`).
+The parent hands out one job at a time: a task, or a slice of a large corpus that any worker encodes
+into the store before its task runs. A worker that dies, hangs, runs out of memory or writes anything
+that is not a message is killed with its children and replaced; its job is tried again with half the
+batch, and after three attempts reported as failed with the tail of the log. A task is finished when
+its result file is valid, so the same command continues an interrupted run. No torch is imported.
 """
 
 import json
 import os
 import platform
-import selectors
+import queue
 import shutil
+import signal
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO, TypedDict
 
-from kalm_min.console import format_duration
-from kalm_min.evaluation.child import Child
-from kalm_min.evaluation.plan import Plan
-from kalm_min.evaluation.schedule import BLOCK, Job, Schedule, Work
-from kalm_min.evaluation.watch import Activity, Display
+from kalm_min.console import Progress, format_duration
+from kalm_min.evaluation.plan import Plan, PlannedTask
 
 WORKER = (sys.executable, "-m", "kalm_min.evaluation.worker")
-_TRIES = 3
-_STARTS = 2  # times a device may fail to come up before it is given up
-_SILENCE = 300.0  # seconds without a heartbeat: library calls that let no thread run are shorter
-_PATIENCE = 3.0  # times its estimate that a task may take without any progress
+_ATTEMPTS = 3
+_STARTS = 2  # times a device may fail to start before it is given up
+_SILENCE = 300.0  # seconds without a heartbeat; library calls that hold the GIL are shorter
+_SLICES = 10  # per device's fair share, so that all devices finish at about the same time
+_SLICE_DOCUMENTS = 50_000  # at least, because every slice opens the dataset again
+_SCORING = 0.02  # of a corpus's cost remains when its vectors are stored
+_MAX_LINE = 1 << 20  # bytes; no message is that long
+_LOG_LINES = 15
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
+class Settings(TypedDict):
+    """The first line that a worker reads: the model to open."""
+
+    model: str
+    device: str
+    dtype: str
+    causal: bool | None
+    pooling: str | None
+    max_length: int | None
+    dims: list[int]
+
+
+class Order(TypedDict):
+    """Every further line: a task to run, or a slice of its corpus to encode."""
+
+    name: str
+    type: str
+    folder: str | None
+    mirror: str | None
+    key: dict[str, object]
+    attempt: int
+    slice: tuple[int, int] | None
+    store: str
+    result: str
+
+
+class Failure(NamedTuple):
     """Why a task has no result, and the last lines of its worker's log."""
 
     reason: str
     log: str
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Work for one device: a task, or the encoding of slice `part` (index, count) of its corpus."""
+
+    task: PlannedTask
+    characters: float
+    part: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        return (
+            f"{self.task.name} {self.part[0] + 1}/{self.part[1]}" if self.part else self.task.name
+        )
+
+
+def make_jobs(tasks: Iterable[PlannedTask], devices: int) -> list[Job]:
+    """The jobs in the order they start: the largest first, slices of a corpus before its task.
+
+    A corpus larger than half a device's fair share is cut into slices of a tenth of that share.
+    """
+    tasks = sorted(tasks, key=lambda task: -task.characters)
+    fair = max(1.0, sum(task.characters for task in tasks) / max(1, devices))
+    jobs: list[tuple[float, Job]] = []
+    for task in tasks:
+        size, corpus = task.characters, task.corpus_characters
+        count = min(task.documents // _SLICE_DOCUMENTS, round(corpus / fair * _SLICES))
+        if devices < 2 or corpus <= fair / 2 or count < 2:
+            jobs.append((size, Job(task, size)))
+            continue
+        # All alike, so that one corpus is complete, and its vectors deleted, before the next.
+        rank = fair / _SLICES
+        jobs += [(rank, Job(task, corpus / count, (i, count))) for i in range(count)]
+        jobs.append((rank, Job(task, size - (1 - _SCORING) * corpus)))
+    return [job for _, job in sorted(jobs, key=lambda pair: -pair[0])]
+
+
+def next_job(jobs: list[Job], running: Iterable[Job]) -> Job | None:
+    """Take the first job whose task waits for no slice off the list; None while all of them wait."""
+    sliced = {job.task.name for job in (*jobs, *running) if job.part}
+    for i, job in enumerate(jobs):
+        if job.part or job.task.name not in sliced:
+            return jobs.pop(i)
+    return None
+
+
 @dataclass(slots=True)
 class _Slot:
-    """A device, the worker on it, and the job that one is at."""
+    """A device, the worker process on it and that worker's job; times are time.monotonic()."""
 
     name: str
     device: str
     log: Path
-    child: Child | None = None
+    process: subprocess.Popen[bytes] | None = None
     is_ready: bool = False
     failed_starts: int = 0
     job: Job | None = None
-    attempt: int = 0
-    begun: float = 0.0
-    moved: float = 0.0
-    """When there was progress last (time.monotonic)."""
+    started: float = 0.0
+    last_progress: float = 0.0
+    last_heartbeat: float = 0.0
     texts: int = 0
+    characters: int = 0
+    log_start: int = 0  # where in the log the current job begins
+    busy: float = 0.0  # seconds spent on jobs
 
-    def activity(self, left: float | None) -> Activity:
-        """What is shown of it."""
-        if self.job is None:
-            return Activity(self.name, "(idle)" if self.is_ready else "(starting)")
-        age = time.monotonic() - self.begun
-        return Activity(self.name, _title(self.job), self.texts, age, left)
+    def send(self, line: Mapping[str, object]) -> None:
+        """Write a line to the worker's stdin, which begins a start or a job."""
+        assert self.process is not None
+        assert self.process.stdin is not None
+        self.log_start = self.log.stat().st_size
+        self.started = self.last_progress = self.last_heartbeat = time.monotonic()
+        self.texts = self.characters = 0
+        with suppress(BrokenPipeError):  # the end of its stdout will report that it died
+            self.process.stdin.write(json.dumps(line).encode() + b"\n")
+            self.process.stdin.flush()
+
+    def kill(self) -> None:
+        """End the worker and every process it started."""
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            assert self.process.stdin is not None
+            with suppress(BrokenPipeError):  # unsent bytes
+                self.process.stdin.close()
+            self.process, self.is_ready = None, False
+
+    def log_tail(self) -> str:
+        """The last lines that were logged since the current job began."""
+        with self.log.open("rb") as file:
+            file.seek(self.log_start)
+            lines = file.read().decode("utf-8", "replace").strip().splitlines()
+        return "\n".join(lines[-_LOG_LINES:])
 
 
 class Runner:
-    """Runs the tasks of a plan that have no valid result; `run` returns what failed."""
+    """Runs the tasks of a plan that have no valid result; `run` returns the failures."""
 
     def __init__(
         self,
@@ -88,278 +182,241 @@ class Runner:
 
         Args:
             plan: what to run.
-            devices: one worker each; no more are started than there are tasks.
+            devices: one worker each; no more are started than there are jobs.
             environment: of the workers; their share of the cores is added.
-            logs: folder for one log file per worker, and timeline.jsonl: who was at what, when.
-            timeout: seconds without progress after which a worker is replaced; a task whose estimate
-                says so may take longer.
-            stream: where progress is shown; a table drawn in place if it is a terminal.
-            store: folder in which vectors are kept; without one those of cut corpora stand beside the
-                logs until their tasks are done.
+            logs: folder for one log file per worker, and timeline.jsonl with every attempt.
+            timeout: seconds without progress after which a worker is replaced.
+            stream: where progress is shown.
+            store: folder in which vectors are kept. Without one, the vectors of each task lie
+                beside the logs until it is done.
             command: what starts a worker.
         """
         self.plan, self.timeout, self.command = plan, timeout, tuple(command)
-        todo = [
+        self.tasks = [
             task
             for task in plan.tasks
             if task.name not in plan.elsewhere and plan.result(task) is None
         ]
-        self.tasks = {task.name: task for task in todo}
-        works = [
-            Work(t.name, t.characters, t.corpus_characters, t.documents // BLOCK) for t in todo
-        ]
-        self.schedule = Schedule(works, len(devices))
+        self.jobs = make_jobs(self.tasks, len(devices))
         self.attempts: dict[Job, int] = {}
-        self.store, self.scratch = store, logs.parent / ".vectors"
-        self.speed = _Speed()
-        many = len(set(devices)) < len(devices)
+        repeated = len(set(devices)) < len(devices)
         self.slots = [
-            _Slot(f"{device}#{i}" if many else device, device, logs / f"worker{i}.log")
-            for i, device in enumerate(devices[: self.schedule.jobs])
+            _Slot(f"{device}#{i}" if repeated else device, device, logs / f"worker{i}.log")
+            for i, device in enumerate(devices[: len(self.jobs)])
         ]
-        self.environment = _environment(environment, len(self.slots))
+        self.environment = worker_environment(environment, len(self.slots))
+        self.store, self.scratch = store, logs.parent / ".vectors"
+        self.timeline = logs / "timeline.jsonl"
         self.failures: dict[str, Failure] = {}
         self.start_failure = Failure("no worker could start", "")
-        self.selector = selectors.DefaultSelector()
-        self.display = Display(stream, todo)
-        self.timeline = logs / "timeline.jsonl"
+        self.lines: queue.Queue[tuple[_Slot, subprocess.Popen[bytes], bytes]] = queue.Queue()
+        self.total = max(1, round(sum(job.characters for job in self.jobs)))
+        self.progress = Progress(self.total, "characters", stream, interval=60)
+        self.done_characters, self.done_tasks = 0.0, 0
 
     def run(self) -> dict[str, Failure]:
         """Run everything and return the failures by task name. However it ends, no child is left."""
-        try:
-            while not self.schedule.is_empty() or any(slot.job for slot in self.slots):
+        begun = time.monotonic()
+        with self.progress:
+            try:
+                while self.jobs or any(slot.job for slot in self.slots):
+                    for slot in self.slots:
+                        self._employ(slot)
+                    if not any(slot.process for slot in self.slots):
+                        break
+                    with suppress(queue.Empty):
+                        line = self.lines.get(timeout=min(0.5, self.timeout))
+                        while True:
+                            self._handle(*line)
+                            line = self.lines.get_nowait()
+                    for slot in self.slots:
+                        self._check_life(slot)
+                    self._show()
+            finally:
                 for slot in self.slots:
-                    self._employ(slot)
-                if not any(slot.child for slot in self.slots):
-                    break
-                for key, _ in self.selector.select(timeout=min(0.5, self.timeout)):
-                    self._listen(key.data)
-                for slot in self.slots:
-                    self._check_life(slot)
-                self._show()
-        finally:
-            self.display.clear()
-            for slot in self.slots:
-                if slot.child:
-                    slot.child.kill()
-            self.selector.close()
-        for job in self.schedule.left():
-            self.failures[job.task] = self.start_failure
-        return self.failures
-
-    def _show(self) -> None:
-        """Redraw what goes on, and estimate how long it will go on."""
-        pace = self.speed.pace(self._progress(slot) for slot in self.slots if slot.job)
-        left = {slot.name: 0.0 for slot in self.slots if slot.child}
-        for slot in self.slots:
-            if slot.job:
-                age, done, whole = self._progress(slot)
-                left[slot.name] = age * (whole / done - 1) if done else whole * (pace or 0)
-        waiting = self.schedule.seconds_left() * (pace or 0)
-        total = max([*left.values(), (sum(left.values()) + waiting) / max(1, len(left))])
-        self.display.status(
-            [slot.activity(left[slot.name] if pace else None) for slot in self.slots if slot.child],
-            total if pace else None,
-        )
-
-    def _progress(self, slot: _Slot) -> tuple[float, float, float]:
-        """Seconds spent on a slot's job, and of the job's estimated seconds, those done and all."""
-        assert slot.job is not None
-        task, part = self.tasks[slot.job.task], slot.job.part
-        texts = task.documents / part[1] if part else task.texts
-        done = min(0.95, slot.texts / texts) if texts else 0.0
-        return time.monotonic() - slot.begun, done * slot.job.seconds, slot.job.seconds
+                    slot.kill()
+            elapsed = time.monotonic() - begun
+            busy = [f"{slot.name} {slot.busy / elapsed:.0%}" for slot in self.slots]
+            if busy:
+                self.progress.line(f"busy during {format_duration(elapsed)}: {', '.join(busy)}")
+        return self.failures | {job.task.name: self.start_failure for job in self.jobs}
 
     def _employ(self, slot: _Slot) -> None:
         """Give a free device a worker, and a free worker a job, while there is one."""
-        if self.schedule.is_empty() or slot.job:
+        if not self.jobs or slot.job:
             return
-        if slot.child is None and slot.failed_starts < _STARTS:
-            slot.child, slot.moved = self._start(slot), time.monotonic()
-            self.selector.register(slot.child, selectors.EVENT_READ, slot)
-        elif slot.child and slot.is_ready and (job := self.schedule.next()):
-            self._hand_out(slot, slot.child, job)
+        if slot.process is None and slot.failed_starts < _STARTS:
+            self._start(slot)
+        elif slot.is_ready:
+            slot.job = next_job(self.jobs, [other.job for other in self.slots if other.job])
+            if slot.job:
+                slot.send(self._order(slot.job))
 
-    def _start(self, slot: _Slot) -> Child:
-        child = Child.start(self.command, self.environment, slot.log)
-        names = ("dtype", "causal", "pooling", "max_length")
-        settings = {name: self.plan.settings[name] for name in names}
-        settings |= {"model": self.plan.model, "dims": list(self.plan.dims)}
-        child.send(settings | {"device": slot.device})
-        return child
+    def _start(self, slot: _Slot) -> None:
+        slot.log.parent.mkdir(parents=True, exist_ok=True)
+        with slot.log.open("a", encoding="utf-8") as log:
+            log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(self.command)}\n")
+            log.flush()
+            process = slot.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=self.environment,
+                start_new_session=True,  # its own process group, and no Ctrl-C from the terminal
+            )
 
-    def _hand_out(self, slot: _Slot, child: Child, job: Job) -> None:
-        task = self.tasks[job.task]
-        slot.job, slot.attempt, slot.texts = job, self.attempts.get(job, 0), 0
-        slot.begun = slot.moved = child.heard = time.monotonic()
-        child.mark_log()
-        path = self.plan.result_path(task)
-        for scrap in path.parent.glob(f".{path.name}.*.tmp"):  # of a worker killed while writing
-            scrap.unlink(missing_ok=True)
-        store = self.store
-        if store is None and task.name in self.schedule.stored:
-            store = self.scratch / self.schedule.stored[task.name]
-        order = {
+        def read() -> None:
+            assert process.stdout is not None
+            with process.stdout as stdout:
+                while line := stdout.readline(_MAX_LINE):
+                    self.lines.put((slot, process, line))
+            self.lines.put((slot, process, b""))
+
+        threading.Thread(target=read, daemon=True).start()
+        model = {"model": self.plan.model, "device": slot.device, "dims": self.plan.dims}
+        slot.send({**self.plan.settings, **model})
+
+    def _order(self, job: Job) -> Order:
+        task, path = job.task, self.plan.result_path(job.task)
+        for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a worker killed while writing
+            leftover.unlink(missing_ok=True)
+        return {
             "name": task.name,
             "type": task.type,
             "folder": str(task.folder) if task.folder else None,
             "mirror": str(task.mirror) if task.mirror else None,
             "key": self.plan.key(task),
-            "attempt": slot.attempt,
+            "attempt": self.attempts.get(job, 0),
             "slice": job.part,
-            "store": str(store.absolute()) if store else None,
+            "store": str((self.store or self.scratch / task.name).absolute()),
             "result": str(path.absolute()),
         }
-        child.send(order)
 
-    def _listen(self, slot: _Slot) -> None:
-        assert slot.child is not None
-        messages, end = slot.child.read()
-        for message in messages:
-            match message["event"]:
-                case "ready":
-                    slot.is_ready = True
-                case "alive":
-                    pass  # `heard` is all it says
-                case "progress":
-                    slot.texts, slot.moved = message["texts"], time.monotonic()
-                case "unusable":
-                    slot.failed_starts = _STARTS  # The next try would end the same way.
-                    end = message["error"]
-                case "done" | "failed" if not slot.job or message["task"] != slot.job.task:
-                    end = f"speaks of {message['task']}, which it was not given"
-                case "done" if slot.job:
-                    self._finish(slot, slot.job)
-                case "failed" if slot.job and message["memory"]:
-                    end = "ran out of memory"
-                case "failed" if slot.job:
-                    self._fail(slot, slot.job, message["error"])
-        if end:
-            self._replace(slot, end)
+    def _handle(self, slot: _Slot, process: subprocess.Popen[bytes], line: bytes) -> None:
+        """Act on a line from a worker, or on the end of its output."""
+        if slot.process is not process:  # killed since
+            return
+        slot.last_heartbeat = time.monotonic()
+        job, message = slot.job, None
+        with suppress(ValueError):
+            message = json.loads(line)
+        match message:
+            case {"event": "ready"}:
+                slot.is_ready = True
+            case {"event": "alive"}:
+                pass
+            case {"event": "progress", "texts": int(texts), "characters": int(characters)}:
+                slot.last_progress = time.monotonic()
+                slot.texts, slot.characters = texts, characters
+            case {"event": "unusable", "error": str(error)}:
+                slot.failed_starts = _STARTS  # The next attempt would end in the same way.
+                self._replace(slot, error)
+            case {"event": "done" | "failed", "task": name} if not job or name != job.task.name:
+                self._replace(slot, f"reported on {name}, which it was not given")
+            case {"event": "done", "task": _} if job:
+                self._finish(slot, job)
+            case {"event": "failed", "memory": True} if job:
+                self._replace(slot, "ran out of memory")
+            case {"event": "failed", "error": str(error)} if job:
+                self._fail(slot, job, error)
+            case _ if line:
+                self._replace(slot, f"wrote {line[:60].rstrip()!r} where a message belongs")
+            case _:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=5)
+                code = process.returncode or 0
+                reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+                self._replace(slot, f"died ({reason})")
 
     def _check_life(self, slot: _Slot) -> None:
-        """Replace a worker without a heartbeat, or without progress for longer than its job may take."""
-        if slot.child is None or (slot.job is None and slot.is_ready):
+        """Replace a worker that makes no progress, or that does not even send heartbeats."""
+        if slot.process is None or (slot.job is None and slot.is_ready):
             return
         now = time.monotonic()
-        allowed = _PATIENCE * self.speed.expect(slot.job) if slot.job else _SILENCE
-        limit = max(self.timeout, allowed)
-        if now - slot.moved > limit:
+        limit = self.timeout if slot.job else max(self.timeout, _SILENCE)
+        if now - slot.last_progress > limit:
             self._replace(slot, f"made no progress for {format_duration(limit)}")
-        elif now - slot.child.heard > max(_SILENCE, self.timeout):
-            self._replace(
-                slot, f"gave no sign of life for {format_duration(now - slot.child.heard)}"
-            )
+        elif now - slot.last_heartbeat > _SILENCE:
+            self._replace(slot, f"gave no sign of life for {format_duration(_SILENCE)}")
 
     def _finish(self, slot: _Slot, job: Job) -> None:
         """Believe the file, not the message."""
-        seconds = time.monotonic() - slot.begun
         if job.part is None:
-            result = self.plan.result(self.tasks[job.task])
+            result = self.plan.result(job.task)
             if result is None:
                 self._fail(slot, job, "said it was done and left no valid result file")
                 return
             score = result["kalm_min"]["dims"][str(self.plan.dims[0])]["main_score"]
-            self.display.done(self.tasks[job.task], f"{100 * score:.2f}", seconds, slot.name)
-        self.speed.add(job, seconds)
-        self._release(slot, "done")
-        self.schedule.done(job)
-        if job.part is None:
-            self._tidy(job)
-
-    def _tidy(self, job: Job) -> None:
-        """Delete vectors that no task needs any more."""
-        folder = self.schedule.stored.pop(job.task, None)
-        if folder and folder not in self.schedule.stored.values():
-            shutil.rmtree(self.scratch / folder, ignore_errors=True)
-            with suppress(OSError):
+            self._announce(slot, job, f"{100 * score:.2f}")
+            shutil.rmtree(self.scratch / job.task.name, ignore_errors=True)
+            with suppress(OSError):  # absent, or holds the vectors of other tasks
                 self.scratch.rmdir()
+        self._release(slot, job, "done")
 
     def _fail(self, slot: _Slot, job: Job, reason: str) -> None:
-        """Report a task as failed; a slice is left to its task."""
-        log = slot.child.tail() if slot.child else ""
+        """Report a failed task. What a failed slice lacks is encoded by its task."""
         if job.part is None:
-            self.failures[job.task] = Failure(reason, log)
-            seconds = time.monotonic() - slot.begun
-            self.display.done(self.tasks[job.task], "failed", seconds, slot.name)
-        else:
-            self.display.line(f"{_title(job)} failed")
-        self.display.line(f"    {reason}")
-        self._release(slot, "failed")
-        self.schedule.done(job)
+            self.failures[job.task.name] = Failure(reason, slot.log_tail())
+        self._announce(slot, job, "failed")
+        self.progress.line(f"    {reason}")
+        self._release(slot, job, "failed")
 
-    def _release(self, slot: _Slot, outcome: str) -> None:
-        """Take a slot's job away, and note where and when it was worked at."""
-        assert slot.job is not None
-        end = time.time()
-        span = {
-            "task": _title(slot.job),
-            "type": self.tasks[slot.job.task].type,
-            "host": platform.node(),
-            "device": slot.name,
-            "start": round(end - (time.monotonic() - slot.begun), 3),
-            "end": round(end, 3),
-            "outcome": outcome,
-        }
-        slot.job = None
-        with suppress(OSError), self.timeline.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(span) + "\n")  # of use, but no reason to stop a run
+    def _announce(self, slot: _Slot, job: Job, score: str) -> None:
+        self.done_tasks += job.part is None
+        number = f"[{self.done_tasks:{len(str(len(self.tasks)))}}/{len(self.tasks)}]"
+        duration = format_duration(time.monotonic() - slot.started)
+        self.progress.line(
+            f"{number} {job}  {job.task.main_score} {score}  {duration}  {slot.name}"
+        )
 
     def _replace(self, slot: _Slot, reason: str) -> None:
         """Kill a worker; its job is the next one again, or is given up."""
-        assert slot.child is not None
-        self.selector.unregister(slot.child)
-        slot.child.kill()
-        if slot.job and slot.attempt + 1 < _TRIES:
-            self.display.line(f"{_title(slot.job)}: worker {slot.name} {reason}; trying again")
-            self.attempts[slot.job] = slot.attempt + 1
-            self.schedule.again(slot.job)
-            self._release(slot, "again")
-        elif slot.job:
-            self._fail(slot, slot.job, f"worker {slot.name} {reason}, {_TRIES} times")
-        elif not slot.is_ready:
+        job, was_ready = slot.job, slot.is_ready
+        slot.kill()
+        if job:
+            self.attempts[job] = self.attempts.get(job, 0) + 1
+        if job and self.attempts[job] < _ATTEMPTS:
+            self.progress.line(f"{job}: worker {slot.name} {reason}; trying again")
+            self._release(slot, job, "again")
+            self.jobs.insert(0, job)
+        elif job:
+            self._fail(slot, job, f"worker {slot.name} {reason}, {_ATTEMPTS} times")
+        elif not was_ready:
             slot.failed_starts += 1
-            self.start_failure = Failure(f"no worker could start: {reason}", slot.child.tail())
-            self.display.line(f"worker {slot.name} did not start: {reason}")
-        slot.child, slot.is_ready = None, False
+            self.start_failure = Failure(f"no worker could start: {reason}", slot.log_tail())
+            self.progress.line(f"worker {slot.name} did not start: {reason}")
+
+    def _release(self, slot: _Slot, job: Job, outcome: str) -> None:
+        """Take a slot's job away, and record the attempt in the timeline."""
+        seconds, end = time.monotonic() - slot.started, time.time()
+        self.done_characters += job.characters if outcome != "again" else 0
+        slot.job = None
+        slot.busy += seconds
+        span = {"task": str(job), "type": job.task.type, "host": platform.node()}
+        span |= {"device": slot.name, "start": round(end - seconds, 3), "end": round(end, 3)}
+        with suppress(OSError), self.timeline.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(span | {"outcome": outcome}) + "\n")  # no reason to stop a run
+
+    def _show(self) -> None:
+        """Show what is done, and what each worker is doing."""
+        done = self.done_characters
+        notes = [f"{self.done_tasks}/{len(self.tasks)} tasks"]
+        for slot in self.slots:
+            if slot.job:
+                done += min(slot.characters, 0.95 * slot.job.characters)
+                age = format_duration(time.monotonic() - slot.started)
+                notes.append(f"{slot.name} {slot.job} {slot.texts} texts {age}")
+        done = min(round(done), self.total - 1)
+        self.progress.update(done - self.progress.done, " | ".join(notes))
 
 
-class _Speed:
-    """How many seconds a second of the estimates takes here, measured as the run goes."""
-
-    def __init__(self) -> None:
-        self.taken = self.estimated = 0.0
-
-    def add(self, job: Job, seconds: float) -> None:
-        """A job took so many seconds."""
-        self.taken += seconds
-        self.estimated += job.seconds
-
-    def pace(self, running: Iterable[tuple[float, float, float]]) -> float | None:
-        """The same with the jobs that run counted in (`_progress`); None while nothing is known."""
-        spent, done = self.taken, self.estimated
-        for age, part, _ in running:
-            spent, done = spent + age, done + part
-        return spent / done if done else None
-
-    def expect(self, job: Job) -> float:
-        """Seconds; 0 while nothing is known."""
-        return job.seconds * self.taken / self.estimated if self.estimated else 0.0
-
-
-def _title(job: Job) -> str:
-    return f"{job.task} {job.part[0] + 1}/{job.part[1]}" if job.part else job.task
-
-
-def _environment(environment: Mapping[str, str], workers: int) -> dict[str, str]:
-    """A worker's environment: its share of the cores unless told, no progress bars, this package."""
+def worker_environment(environment: Mapping[str, str], workers: int) -> dict[str, str]:
+    """A worker's environment: its share of the cores unless the user set one, and this package."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     threads = str(max(1, cores // max(1, workers)))
-    package = str(Path(__file__).parents[2])
-    paths = [package, environment.get("PYTHONPATH", "")]
-    chosen = {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads} | dict(environment)
-    return chosen | {
-        "TQDM_DISABLE": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-    }
+    paths = [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]
+    defaults = {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}
+    path = os.pathsep.join(filter(None, paths))
+    return defaults | dict(environment) | {"TQDM_DISABLE": "1", "PYTHONPATH": path}

@@ -57,7 +57,7 @@ def main():
             write("Downloading: 45%")
         elif name == "half":
             say(event="progress")
-        elif name == "stranger":
+        elif name == "imposter":
             say(event="done", task="somebody else's")
         elif name == "hang":
             child = subprocess.Popen(["sleep", "600"])

@@ -1,5 +1,6 @@
-"""Workers that die, hang and lie: every other result is there, and what failed is named."""
+"""Jobs in order, and workers that die, hang and lie: every other result is there, failures are named."""
 
+import heapq
 import io
 import json
 import os
@@ -13,11 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from kalm_min.evaluation.child import Child
-from kalm_min.evaluation.plan import Instruction, Plan, PlannedTask
+from kalm_min.evaluation.plan import (
+    EvaluationConfig,
+    Instruction,
+    Plan,
+    PlannedTask,
+    find_tasks,
+)
 from kalm_min.evaluation.report import markdown, score_rows
-from kalm_min.evaluation.runner import Runner, _environment
+from kalm_min.evaluation.runner import WORKER, Runner, make_jobs, next_job, worker_environment
 from kalm_min.files import read_jsonl
 
 FAKE = (sys.executable, "-S", str(Path(__file__).with_name("fake_worker.py")))
@@ -82,8 +90,9 @@ def test_all_go_well(plan, tmp_path):
     assert runner(every, tmp_path, stream=stream).run() == {}
     assert all(every.result(task) for task in every.tasks)
     lines = stream.getvalue().splitlines()
-    assert len(lines) == 6
-    assert re.fullmatch(r"\[6/6\] ok-\d  cosine_spearman 50.00  0s  cpu#[01]", lines[-1])
+    assert len(lines) == 7
+    assert re.fullmatch(r"\[6/6\] ok-\d  cosine_spearman 50.00  0s  cpu#[01]", lines[-2])
+    assert re.fullmatch(r"busy during \d+s: cpu#0 \d+%, cpu#1 \d+%", lines[-1])
 
 
 @pytest.mark.parametrize(
@@ -93,7 +102,7 @@ def test_all_go_well(plan, tmp_path):
         ("exit", "died (exit code 3), 3 times"),
         ("garbage", "wrote b'Downloading: 45%' where a message belongs, 3 times"),
         ("half", "where a message belongs"),
-        ("stranger", "speaks of somebody else's, which it was not given"),
+        ("imposter", "reported on somebody else's, which it was not given"),
         ("memory", "ran out of memory, 3 times"),
         ("error", "ValueError: no"),
         ("liar", "said it was done and left no valid result file"),
@@ -153,7 +162,7 @@ def test_ctrl_c_ends_the_children_and_keeps_results(plan, tmp_path):
     thread.join()
     assert are_gone(marker.read_text().split())
     again = runner(every, tmp_path)
-    assert list(again.tasks) == ["hang-2"]
+    assert [task.name for task in again.tasks] == ["hang-2"]
 
 
 def test_what_is_done_is_not_done_again(plan, tmp_path):
@@ -201,7 +210,7 @@ def test_a_large_corpus_is_encoded_by_all_before_it_is_scored(plan, tmp_path):
         result["kalm_min"]["dims"]["32"]["main_score"] == 20
     )  # slices, all before the task itself
     assert not (tmp_path / ".vectors").exists()
-    assert len(stream.getvalue().splitlines()) == 3  # slices make no lines of their own
+    assert len(stream.getvalue().splitlines()) == 4  # slices make no lines of their own
 
 
 def test_another_machines_tasks_are_left_to_it(plan, tmp_path):
@@ -218,18 +227,17 @@ def test_workers_share_the_cores(plan, tmp_path):
     assert len(runner(plan("ok-1"), tmp_path, devices=("cpu",) * 9).slots) == 1
 
 
-def test_the_time_left(plan, tmp_path):
-    """A task goes on as it went; the next one takes as long, and one device does both."""
-    tasks = [replace(task, texts=1000) for task in plan("ok-1", "ok-2").tasks]
-    run = runner(plan(tasks=tuple(tasks)), tmp_path, devices=("cpu",))
-    seen = []
-    run.display.status = lambda activities, left: seen.append((activities[0].left, left))
+def test_progress_is_shown(plan, tmp_path):
+    """Lines without a terminal: the share of all characters that is done, and every worker's job."""
+    stream = io.StringIO()
+    run = runner(plan("ok-1", "ok-2"), tmp_path, devices=("cpu",), stream=stream)
     (slot,) = run.slots
-    slot.child, slot.is_ready, slot.job = object(), True, run.schedule.next()
+    slot.job, slot.started = next_job(run.jobs, []), time.monotonic()
+    slot.texts, slot.characters = 5, 500
+    run.progress.interval = 0
     run._show()
-    slot.begun, slot.texts = time.monotonic() - 10, 500
-    run._show()
-    assert seen == [(None, None), (pytest.approx(10, abs=0.1), pytest.approx(30, abs=0.3))]
+    line = "500/2000 characters | 0/2 tasks | cpu ok-1 5 texts 0s | 0s elapsed, 0s left\n"
+    assert stream.getvalue() == line
 
 
 def test_the_timeline_tells_every_attempt(plan, tmp_path):
@@ -247,25 +255,23 @@ def test_the_timeline_tells_every_attempt(plan, tmp_path):
 
 @pytest.fixture
 def real_worker(tmp_path, tiny_model_dir):
-    """A started worker of the real kind, told of its model, when it is ready."""
+    """A real worker process that has read its settings and opened its model."""
     settings = {"model": str(tiny_model_dir), "device": "cpu", "dtype": "float32", "dims": [32]}
     settings |= {"causal": None, "pooling": None, "max_length": None}
-    command = (sys.executable, "-m", "kalm_min.evaluation.worker")
     environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": os.environ["PATH"]}
-    child = Child.start(command, environment | {"OMP_NUM_THREADS": "1"}, tmp_path / "log")
-    child.send(settings)
-    messages, end = child.read()
-    assert not end, child.tail()
-    assert messages[0]["event"] == "ready"
-    assert messages[0]["dtype"] == "float32"
-    yield child
-    child.kill()
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(WORKER, env=environment | {"OMP_NUM_THREADS": "1"}, **options) as process:
+        process.stdin.write(json.dumps(settings) + "\n")
+        process.stdin.flush()
+        assert json.loads(process.stdout.readline())["event"] == "ready"
+        yield process
+        process.kill()
 
 
 def test_an_orphan_ends(real_worker):
     """Bug to avoid: a killed parent leaves workers that hold the GPU."""
-    real_worker.process.stdin.close()
-    assert real_worker.process.wait(timeout=20) == 0
+    real_worker.stdin.close()
+    assert real_worker.wait(timeout=20) == 0
 
 
 def test_noise_on_stdout_goes_to_the_log(tmp_path):
@@ -284,6 +290,61 @@ def test_noise_on_stdout_goes_to_the_log(tmp_path):
 def test_a_worker_takes_the_threads_it_is_given():
     """OMP_NUM_THREADS of the user's shell holds for the workers; else they share the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert _environment({"OMP_NUM_THREADS": "3"}, 1)["OMP_NUM_THREADS"] == "3"
-    assert _environment({}, 1)["OMP_NUM_THREADS"] == str(cores)
-    assert _environment({}, 10 * cores)["RAYON_NUM_THREADS"] == "1"
+    assert worker_environment({"OMP_NUM_THREADS": "3"}, 1)["OMP_NUM_THREADS"] == "3"
+    assert worker_environment({}, 1)["OMP_NUM_THREADS"] == str(cores)
+    assert worker_environment({}, 10 * cores)["RAYON_NUM_THREADS"] == "1"
+
+
+def simulate(tasks, devices):
+    """Run the jobs by a clock, a character per second: (makespan, jobs in the order they ended)."""
+    jobs, clock, free = make_jobs(tasks, devices), 0.0, list(range(devices))
+    busy, ended = [], []
+    while jobs or busy:
+        while free and (job := next_job(jobs, [job for *_, job in busy])):
+            heapq.heappush(busy, (clock + job.characters, free.pop(), job))
+        clock, device, job = heapq.heappop(busy)
+        free.append(device)
+        ended.append(job)
+    return clock, ended
+
+
+def sized(name, characters, share=0.0, documents=0):
+    sizes = {"corpus_characters": round(share * characters), "documents": documents}
+    return PlannedTask(name, "Retrieval", "ndcg", "1", characters, Instruction(), **sizes)
+
+
+@st.composite
+def some_tasks(draw):
+    share, documents = st.sampled_from([0.0, 0.5, 0.99]), st.integers(0, 10**7)
+    return [
+        sized(f"t{number}", draw(st.integers(0, 10**6)), draw(share), draw(documents))
+        for number in range(draw(st.integers(1, 12)))
+    ]
+
+
+@given(tasks=some_tasks(), devices=st.integers(1, 9))
+def test_every_task_is_run_once_after_its_slices(tasks, devices):
+    _, ended = simulate(tasks, devices)
+    names = [job.task.name for job in ended if job.part is None]
+    assert sorted(names) == sorted(task.name for task in tasks)
+    for name in names:
+        jobs = [job for job in ended if job.task.name == name]
+        assert jobs[-1].part is None
+        slices = sorted(job.part for job in jobs[:-1])
+        assert slices == [(number, len(slices)) for number in range(len(slices))]
+
+
+def test_the_largest_task_does_not_decide():
+    """Promise: one corpus larger than all the rest is spread over the devices."""
+    tasks = [sized("wide", 1000, 0.99, 10**7), *(sized(f"t{i}", 10) for i in range(40))]
+    assert simulate(tasks, 4)[0] < 1.1 * 1400 / 4
+    assert simulate([sized("wide", 1000), *tasks[1:]], 4)[0] == 1000
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("devices", [4, 8])
+def test_mteb_in_english_takes_its_share(mteb, devices):
+    """Promise: within 5 % of the work divided by the devices, slices of MSMARCO and its like included."""
+    tasks, _, _ = find_tasks(EvaluationConfig(model="none", benchmark=("MTEB(eng, v1)",)))
+    needed = sum(task.characters for task in tasks)
+    assert simulate(tasks, devices)[0] < 1.05 * needed / devices
