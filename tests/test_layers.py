@@ -47,7 +47,8 @@ LAYERS = {
 BESIDE = {
     ("kalm_min.model", "kalm_min.files"),
     ("kalm_min.tokenizer", "kalm_min.files"),
-    ("kalm_min.topk", "kalm_min.vectors"),
+    ("kalm_min.vectors", "kalm_min.embedder"),
+    ("kalm_min.vectors", "kalm_min.topk"),
 }
 
 RUNTIME = {"torch", "safetensors", "tokenizers", "numpy", "huggingface_hub", "tqdm"}

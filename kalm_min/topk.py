@@ -1,0 +1,301 @@
+"""Exact nearest neighbours by inner product: the same ids from every device, backend and block size.
+
+A float32 product differs in its last bits with the blocking, so two libraries order near-ties
+differently. Here float32 products only draw up a shortlist. All vectors lie on a grid of 2^-26: the
+products of two unit vectors are then multiples of 2^-52 and every partial sum is below 2, which
+float64 holds exactly, so a float64 score is the same number in whatever order it was summed. The
+shortlist is scored so, and ordered by (-score, id). A bound on the float32 error proves that no
+document outside the shortlist belongs to the top k; queries without that proof are searched in float64.
+
+Does not: search approximately, except in `ApproximateIndex`, whose scores and order are exact.
+
+Q queries    N documents    D dimension    S length of a shortlist    q, n  those of a block
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Vectors = NDArray[np.float32]
+Ints = NDArray[np.int64]
+Span = tuple[int, int]
+Backend = Literal["torch", "faiss"]
+_Pairs = tuple[Tensor, Tensor]  # ids and scores
+
+_GRID = np.float32(2.0**26)
+_HELD = 8192  # queries compared with all documents in one pass over these
+_QUERIES = {"cpu": 512, "cuda": 8192}  # multiplied at a time
+_DOCUMENTS = {"cpu": 8192, "cuda": 65_536}  # multiplied at a time
+_INDEXED = 65_536  # documents given to faiss at a time
+_SPARE = 64  # documents on a shortlist beyond k
+_RESCORED = {"cpu": 1 << 18, "cuda": 1 << 24}  # coordinates in float64 at a time; a cache-full
+_SAMPLE = 200_000  # documents an approximate index is trained on
+
+
+class Rows(Protocol):
+    """(n, D) float32 unit or zero vectors on the grid: an array, or vectors on disk."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: Any, /) -> Vectors:
+        """The rows of a slice, or those numbered by an array."""
+        ...
+
+
+class Neighbours(NamedTuple):
+    """The nearest documents of Q queries, best first, ties by id."""
+
+    ids: Ints
+    """(Q, k); -1 where an approximate search found no more."""
+    scores: NDArray[np.float64]
+    """(Q, k) exact inner products; -inf where an approximate search found no more."""
+
+
+def on_grid(vectors: Vectors | NDArray[np.float64]) -> Vectors:
+    """Round unit vectors to multiples of 2^-26, by at most 7.5e-9 per coordinate.
+
+    That is less than float32's own error. Rounding again changes nothing.
+    """
+    return np.asarray(np.rint(vectors * _GRID) / _GRID, np.float32)
+
+
+def top_k(
+    queries: Rows,
+    documents: Rows,
+    k: int,
+    *,
+    device: torch.device | str = "cpu",
+    backend: Backend = "torch",
+    span: Span | None = None,
+) -> Neighbours:
+    """The k documents with the highest inner product, for each query.
+
+    Args:
+        queries: (Q, D) unit or zero vectors on the grid (`on_grid`).
+        documents: (N, D) likewise. They are read in blocks, twice per 8,192 queries.
+        k: at least 1; with fewer documents there are that many columns.
+        device: of the products.
+        backend: what draws up the shortlists: "torch", or "faiss" (an extra, on the CPU).
+        span: search documents span[0] to span[1] only; ids stay those of the full set.
+
+    Raises:
+        ValueError: for vectors longer than 1, or a torch that was told to multiply less exactly
+            than float32.
+    """
+    if torch.get_float32_matmul_precision() != "highest":
+        raise ValueError("torch.set_float32_matmul_precision: the search needs 'highest'")
+    span = span or (0, len(documents))
+    k = min(k, span[1] - span[0])
+    size = min(k + _SPARE, span[1] - span[0])
+    found = [Neighbours(np.empty((0, k), np.int64), np.empty((0, k)))]
+    for start in range(0, len(queries) if k else 0, _HELD):
+        block = _read(queries, start, min(start + _HELD, len(queries))).to(device)  # (Q, D)
+        if backend == "faiss":
+            ids, scores = _shortlist_of_faiss(block, documents, span, size)
+        else:
+            ids, scores = _shortlist(block, documents, span, size)
+        error = float32_error(block.shape[1])
+        # At least k documents reach scores[k - 1] - error exactly, and no document exceeds its
+        # float32 score by more than error.
+        lower_bound = scores[:, k - 1 : k] - 2 * error  # (Q, 1)
+        may_be_in_topk = scores >= lower_bound  # (Q, S)
+        is_certified = (scores[:, -1] < lower_bound[:, 0]) | (size == span[1] - span[0])  # (Q,)
+        may_be_in_topk &= is_certified[:, None]
+        nearest = _rescore(block, documents, ids, may_be_in_topk, k)
+        rest = (~is_certified).nonzero()[:, 0]
+        for part in rest.split(_QUERIES["cpu"]) if len(rest) else ():
+            ids, scores = _exhaustive(block[part], documents, k, span)
+            nearest[0][part], nearest[1][part] = ids, scores
+        found.append(Neighbours(*(values.cpu().numpy() for values in nearest)))
+    return Neighbours(*map(np.concatenate, zip(*found, strict=True)))
+
+
+def merge(parts: Sequence[Neighbours], k: int) -> Neighbours:
+    """The k best of the neighbours found in disjoint parts of the documents."""
+    ids = np.concatenate([part.ids for part in parts], axis=1)
+    scores = np.concatenate([part.scores for part in parts], axis=1)
+    order = np.lexsort((ids, -scores))[:, :k]
+    return Neighbours(np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1))
+
+
+def float32_error(dim: int) -> float:
+    """The most by which a float32 product of two unit vectors is off, in any order of summation."""
+    return 1.01 * (dim + 2) * 2.0**-24
+
+
+def _read(rows: Rows, start: int, stop: int) -> Tensor:
+    """(n, D) rows, checked: exact scores are exact for vectors of at most unit length."""
+    vectors = rows[start:stop]
+    if len(vectors) and np.einsum("nd,nd->n", vectors, vectors).max() > 1.001:
+        raise ValueError("expected vectors of length 1, found a longer one")
+    return torch.from_numpy(np.require(vectors, np.float32, ["C", "W"]))
+
+
+def _shortlist(queries: Tensor, documents: Rows, span: Span, size: int) -> _Pairs:
+    """(Q, S) ids and float32 scores, highest first, by blocks of products."""
+    device = queries.device
+    chunks = queries.split(_QUERIES.get(device.type, 512))
+    step = max(size, _DOCUMENTS.get(device.type, 8192))
+    best: list[_Pairs] = []
+    # One buffer for all products: fresh memory of this size costs as much as a pass over it.
+    scratch = queries.new_empty(len(chunks[0]) * min(step, span[1] - span[0]))
+    for start in range(span[0], span[1], step):
+        block = _read(documents, start, min(start + step, span[1])).to(device)  # (n, D)
+        for i, chunk in enumerate(chunks):
+            scores = scratch[: len(chunk) * len(block)].view(len(chunk), len(block))
+            torch.mm(chunk, block.T, out=scores)  # (q, n)
+            if start == span[0]:
+                values, columns = scores.topk(size)
+                best.append((columns + start, values))
+            else:
+                best[i] = _join(best[i], scores, start)
+    ids, scores = (torch.cat(part) for part in zip(*best, strict=True))
+    return ids, scores
+
+
+def _join(best: _Pairs, scores: Tensor, start: int) -> _Pairs:
+    """Join the (q, n) scores of documents start, start + 1, ... to the (q, S) best ids and scores."""
+    size = best[0].shape[1]
+    if scores.is_cuda:
+        new, ids = scores.topk(min(size, scores.shape[1]))
+    else:
+        # Only scores above the lowest on the list are looked at: a topk of all takes 5 to 10 times
+        # as long on a CPU, and numpy finds the few faster than torch.
+        is_above = (scores > best[1][:, -1:]).numpy()
+        rows, columns = np.divmod(np.flatnonzero(is_above), scores.shape[1])
+        counts = np.bincount(rows, minlength=len(scores))
+        slots = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        ids = torch.zeros(len(scores), int(counts.max()), dtype=torch.int64)
+        new = torch.full(ids.shape, -torch.inf)
+        at = torch.from_numpy(rows), torch.from_numpy(slots)
+        ids[at] = torch.from_numpy(columns)
+        new[at] = scores[at[0], ids[at]]
+    return _keep(best, (ids + start, new), size)
+
+
+def _keep(best: _Pairs, new: _Pairs, size: int) -> _Pairs:
+    """The `size` highest of two sets of (q, any) ids and scores."""
+    ids, scores = (torch.cat(pair, 1) for pair in zip(best, new, strict=True))
+    scores, order = scores.topk(min(size, scores.shape[1]))
+    return ids.gather(1, order), scores
+
+
+def _shortlist_of_faiss(queries: Tensor, documents: Rows, span: Span, size: int) -> _Pairs:
+    """The same by faiss's flat search of one block after another, which holds one block in memory."""
+    faiss = _import_faiss()
+    knn = faiss.knn
+    if queries.is_cuda and getattr(faiss, "get_num_gpus", int)():
+        knn = partial(faiss.knn_gpu, faiss.StandardGpuResources())
+    best = torch.empty(len(queries), 0, dtype=torch.int64), torch.empty(len(queries), 0)
+    step = max(size, _INDEXED)
+    for start in range(span[0], span[1], step):
+        block = _read(documents, start, min(start + step, span[1])).numpy()
+        k = min(size, len(block))
+        new, ids = knn(queries.cpu().numpy(), block, k, metric=faiss.METRIC_INNER_PRODUCT)
+        best = _keep(best, (torch.from_numpy(ids) + start, torch.from_numpy(new)), size)
+    return best[0].to(queries.device), best[1].to(queries.device)
+
+
+def _rescore(queries: Tensor, documents: Rows, ids: Tensor, is_candidate: Tensor, k: int) -> _Pairs:
+    """(Q, k) ids and exact scores of the nearest of (Q, S) candidates; rows without any are to be filled."""
+    ids, order = ids.sort(1)  # so that a stable sort by score leaves ties in the order of ids
+    rows, columns = is_candidate.gather(1, order).nonzero(as_tuple=True)  # (P,) pairs
+    wanted, order = ids[rows, columns].sort()  # so that documents are read in order
+    rows, columns = rows[order], columns[order]
+    scores = torch.full(ids.shape, -torch.inf, dtype=torch.float64, device=queries.device)
+    exact = queries.double()  # (Q, D)
+    step = max(1, _RESCORED.get(queries.device.type, 1 << 18) // queries.shape[1])
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        here, index = wanted[part].unique_consecutive(return_inverse=True)
+        vectors = torch.from_numpy(documents[here.cpu().numpy()]).to(queries.device)
+        scores[rows[part], columns[part]] = (exact[rows[part]] * vectors[index]).sum(1)
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    return ids.gather(1, order)[:, :k], scores[:, :k]
+
+
+def _exhaustive(queries: Tensor, documents: Rows, k: int, span: Span) -> _Pairs:
+    """(q, k) ids and scores, every document scored in float64: for crowds of nearly equal vectors."""
+    ids, scores = queries.new_empty(len(queries), 0).long(), queries.new_empty(len(queries), 0)
+    scores = scores.double()
+    for start in range(span[0], span[1], _DOCUMENTS["cpu"]):
+        block = _read(documents, start, min(start + _DOCUMENTS["cpu"], span[1])).to(queries)
+        new_ids = torch.arange(start, start + len(block), device=ids.device)
+        ids = torch.cat([ids, new_ids.expand(len(queries), -1)], 1)
+        scores = torch.cat([scores, queries.double() @ block.double().T], 1)
+        scores, order = scores.sort(
+            dim=1, descending=True, stable=True
+        )  # ties stay in order of ids
+        ids, scores = ids.gather(1, order)[:, :k], scores[:, :k]
+    return ids, scores
+
+
+class ApproximateIndex:
+    """A faiss index made from a factory string, for corpora too large to multiply with.
+
+    Its neighbours are scored exactly and ordered as always, but some are missed: measure how many
+    with `recall`. On several processes each indexes its part, so what is missed depends on their number.
+    """
+
+    def __init__(self, documents: Rows, factory: str, span: Span | None = None) -> None:
+        """Train on a sample and add the documents of `span`.
+
+        Args:
+            documents: (N, D) on the grid.
+            factory: for example "IVF4096,Flat;nprobe=64": after the semicolon, search parameters.
+            span: the part of the documents to index.
+        """
+        faiss = _import_faiss()
+        name, _, parameters = factory.partition(";")
+        self.documents, self.span = documents, span or (0, len(documents))
+        first, last = self.span
+        try:
+            self.index = faiss.index_factory(
+                documents[:1].shape[1], name, faiss.METRIC_INNER_PRODUCT
+            )
+            if not self.index.is_trained:
+                step = max(1, -(-(last - first) // _SAMPLE))
+                self.index.train(documents[np.arange(first, last, step)])
+            for start in range(first, last, _INDEXED):
+                self.index.add(_read(documents, start, min(start + _INDEXED, last)).numpy())
+            if parameters:
+                faiss.ParameterSpace().set_index_parameters(self.index, parameters)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"index {factory!r}: faiss refused it ({reason})") from error
+
+    def top_k(self, queries: Rows, k: int) -> Neighbours:
+        """About the k nearest of each query."""
+        size = self.span[1] - self.span[0]
+        k = min(k, size)
+        found = [Neighbours(np.empty((0, k), np.int64), np.empty((0, k)))]
+        for start in range(0, len(queries), _HELD):
+            block = _read(queries, start, min(start + _HELD, len(queries)))
+            ids = torch.from_numpy(self.index.search(block.numpy(), min(2 * k, size))[1])
+            is_found = ids >= 0
+            ids, scores = _rescore(block, self.documents, ids + self.span[0], is_found, k)
+            ids[scores == -torch.inf] = -1
+            found.append(Neighbours(ids.numpy(), scores.numpy()))
+        return Neighbours(*map(np.concatenate, zip(*found, strict=True)))
+
+
+def recall(found: Neighbours, exact: Neighbours) -> float:
+    """The share of the exact neighbours that were found, over all queries."""
+    hits = sum(len(np.intersect1d(a[a >= 0], b)) for a, b in zip(found.ids, exact.ids, strict=True))
+    return hits / max(1, int((exact.ids >= 0).sum()))
+
+
+def _import_faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise ValueError(
+            'faiss is not installed: pip install "kalm-min[mining]" (or [mining-gpu]), '
+            "or search with torch, which finds the same"
+        ) from error
+    return faiss

@@ -1,0 +1,239 @@
+"""Vectors of texts on disk: each text encoded once, in shards that are complete or absent.
+
+    <folder>/manifest.json       whose vectors these are: checkpoint, dtype, maximum length, ...
+    <folder>/shards/<name>.npy   (n, D) float32, unit length, on the grid of topk.py
+
+A text set is cut into shards after texts that their own hash chooses, and a shard is named by the
+hashes of its texts and their prompts. So a shard is found again whatever task, run or process needs
+it, and a changed data set costs only the shards that changed. A kill costs at most the shards being
+encoded. Shards that nothing refers to any more stay until the folder is deleted.
+
+Does not: decide which texts there are, or who encodes which shard.
+"""
+
+import copy
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kalm_min.embedder import Embedder
+from kalm_min.files import atomic_write, digest, read_json, text_hash, write_json
+from kalm_min.topk import Ints, Vectors, on_grid
+
+_LAYOUT = 2  # raised when shards are cut, named or encoded in another way
+
+# A shard ends after a text whose hash is divisible by _MEAN, so that an added or removed text moves
+# the bounds of its own shard only; and before it gets larger than what a kill may cost.
+_MEAN = 1024
+_LONGEST = 4096  # texts
+_LARGEST = 1 << 20  # characters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextSet:
+    """n texts that can be read again by position, so that a large corpus is never held."""
+
+    hashes: Ints
+    """(n,) `text_hash` of the texts, without prompts."""
+    sizes: Ints
+    """(n,) characters."""
+    prompts: tuple[str, ...]
+    """The different prompts that are put before texts."""
+    prompt_ids: Ints
+    """(n,) the position in `prompts` of each text's prompt."""
+    read: Callable[[int, int], Sequence[str]]
+    """read(start, stop) gives texts start to stop, without prompts."""
+
+    @classmethod
+    def of(cls, read: Callable[[int, int], Sequence[str]], count: int, prompt: str = "") -> Self:
+        """Read `count` texts once, in blocks, and keep their hashes and sizes."""
+        hashes, sizes = np.empty((2, count), np.int64)
+        for start in range(0, count, _LONGEST):
+            block = slice(start, min(start + _LONGEST, count))
+            texts = read(block.start, block.stop)
+            hashes[block] = [text_hash(text) for text in texts]
+            sizes[block] = [len(text) for text in texts]
+        ids = np.zeros(count, np.int64)
+        return cls(hashes=hashes, sizes=sizes, prompts=(prompt,), prompt_ids=ids, read=read)
+
+
+def cuts(hashes: Ints, sizes: Ints) -> Ints:
+    """(shards + 1,) bounds: texts cuts[i] to cuts[i + 1] are shard i.
+
+    Args:
+        hashes: (n,) of the texts.
+        sizes: (n,) their characters.
+    """
+    natural = [*(np.flatnonzero(hashes % _MEAN == 0) + 1).tolist(), len(hashes)]
+    total = np.concatenate([[0], np.cumsum(sizes)])
+    bounds = [0]
+    for end in natural:
+        while bounds[-1] < end:
+            start = bounds[-1]
+            fits = int(np.searchsorted(total, total[start] + _LARGEST, side="right")) - 1
+            bounds.append(min(end, start + _LONGEST, max(fits, start + 1)))
+    return np.array(bounds, np.int64)
+
+
+def describe(embedder: Embedder, checkpoint: str) -> dict[str, object]:
+    """Everything that vectors depend on besides their texts, for the manifest."""
+    return {
+        "layout": _LAYOUT,
+        "checkpoint": checkpoint,
+        "dtype": str(embedder.dtype).removeprefix("torch."),
+        "max_length": embedder.max_length,
+        "causal": embedder.causal,
+        "pooling": embedder.pooling,
+        "instruction_template": embedder.instruction_template,
+        "dimension": embedder.dimension,
+    }
+
+
+def check_manifest(folder: Path, manifest: Mapping[str, object], *, begin: bool = True) -> None:
+    """Begin a folder of vectors, or check that it is the one that `manifest` describes.
+
+    Raises ValueError naming what differs where the folder holds another model's vectors.
+    """
+    path = folder / "manifest.json"
+    if path.is_file():
+        stored: dict[str, object] = read_json(path)
+        different = [
+            f"{key}: expected {manifest.get(key)!s:.40}, found {stored.get(key)!s:.40}"
+            for key in sorted(stored.keys() | manifest.keys())
+            if stored.get(key) != manifest.get(key)
+        ]
+        if different:
+            raise ValueError(
+                f"{folder} holds the vectors of another model ({'; '.join(different)}); "
+                "give another --store, or delete the folder"
+            )
+    elif begin:
+        write_json(path, manifest)
+
+
+def write_array(path: Path, array: NDArray[Any]) -> None:
+    """Write an .npy file, complete or not at all."""
+    with atomic_write(path) as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array)  # np.save would report a full disk as so many items not written
+
+
+def read_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """An .npy file, mapped for the moment only: what stays mapped counts as memory.
+
+    Raises OSError if it does not exist, ValueError for anything but such an array.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        found = f"{array.shape} {array.dtype}"
+    except (ValueError, EOFError) as error:
+        array, found = None, str(error)
+    if array is None or array.shape != shape or array.dtype != dtype:
+        raise ValueError(
+            f"{path}: expected {shape} {dtype}, found {found}; run again to replace it"
+        )
+    return array
+
+
+class StoredVectors:
+    """(n, D) float32 vectors of a text set, as `topk.Rows`: read from their files when needed.
+
+    Reading a row of a shard that is not there raises FileNotFoundError: encode what is `missing`.
+    """
+
+    def __init__(self, folder: Path | None, texts: TextSet, dimension: int) -> None:
+        """Find the shards of `texts` in a folder; without a folder, vectors stay in memory."""
+        self.folder, self.texts, self.dimension = folder, texts, dimension
+        self.cuts = cuts(texts.hashes, texts.sizes)
+        codes = np.array([text_hash(prompt) for prompt in texts.prompts], np.int64)
+        pairs = np.stack([codes[texts.prompt_ids], texts.hashes], axis=1)  # (n, 2)
+        parts = [pairs[start:stop].tobytes() for start, stop in pairwise(self.cuts.tolist())]
+        self._names = [f"shards/{digest(part)[:32]}.npy" for part in parts]
+        self.key = digest(*self._names)[:32]
+        """A digest of all texts and prompts, in order."""
+        self._in_memory: dict[int, Vectors] = {}
+        self._stored_dimension = dimension
+
+    def __len__(self) -> int:
+        return len(self.texts.hashes)
+
+    def cut(self, dim: int) -> Self:
+        """The same vectors cut to their first `dim` coordinates, at unit length (Matryoshka)."""
+        view = copy.copy(self)
+        view.dimension = dim
+        return view
+
+    def missing(self) -> list[int]:
+        """The shards that are not stored, or stored but unreadable."""
+        found: list[int] = []
+        for shard in range(len(self._names)):
+            try:
+                self._shard(shard)
+            except (OSError, ValueError):
+                found.append(shard)
+        return found
+
+    def encode(self, shard: int, embedder: Embedder, *, needs_disk: bool = True) -> None:
+        """Encode a shard and write it. What is encoded together is always the same texts.
+
+        Args:
+            shard: its number.
+            embedder: the model.
+            needs_disk: whether a full disk is an OSError; if not, vectors that cannot be written
+                stay in memory.
+
+        Raises ValueError for vectors that are not finite.
+        """
+        start, stop = self.cuts[shard : shard + 2].tolist()
+        texts = self.texts.read(start, stop)
+        vectors = np.empty((stop - start, self._stored_dimension), np.float32)
+        for number in np.unique(self.texts.prompt_ids[start:stop]).tolist():
+            rows = np.flatnonzero(self.texts.prompt_ids[start:stop] == number)
+            chosen = [texts[row] for row in rows.tolist()]
+            vectors[rows] = embedder.encode(chosen, self.texts.prompts[number])
+        if not np.isfinite(vectors).all():
+            raise ValueError(
+                f"the model gives vectors with NaN or infinity in {embedder.dtype}; "
+                "try --dtype float32"
+            )
+        self._in_memory[shard] = on_grid(vectors)
+        if self.folder is not None:
+            path = self.folder / self._names[shard]
+            try:
+                write_array(path, self._in_memory[shard])
+                del self._in_memory[shard]
+            except OSError as error:
+                if needs_disk:
+                    raise
+                sys.stderr.write(f"{path} was not kept: {error}\n")
+
+    def _shard(self, shard: int) -> Vectors:
+        """(n, D) vectors of a shard, at the stored dimension."""
+        if shard in self._in_memory:
+            return self._in_memory[shard]
+        if self.folder is None:
+            raise FileNotFoundError(f"shard {shard} is not encoded")
+        shape = (int(self.cuts[shard + 1] - self.cuts[shard]), self._stored_dimension)
+        return read_array(self.folder / self._names[shard], shape, np.dtype(np.float32))
+
+    def __getitem__(self, key: slice | Ints) -> Vectors:
+        """The rows of a slice without step, or those numbered by an array in any order."""
+        numbers = np.arange(*key.indices(len(self))) if isinstance(key, slice) else key
+        rows = np.empty((len(numbers), self.dimension), np.float32)
+        order = np.argsort(numbers, kind="stable")
+        ordered = numbers[order]
+        bounds = np.searchsorted(ordered, self.cuts)
+        for shard in np.flatnonzero(np.diff(bounds)).tolist():
+            part = slice(bounds[shard], bounds[shard + 1])
+            vectors = self._shard(shard)[ordered[part] - self.cuts[shard], : self.dimension]
+            if self.dimension < self._stored_dimension:
+                norms = np.sqrt(np.square(vectors, dtype=np.float64).sum(1, keepdims=True))
+                vectors = on_grid(vectors / np.where(norms > 0, norms, 1))
+            rows[order[part]] = vectors
+        return rows
