@@ -1,62 +1,62 @@
-"""The process group, as functions that do nothing alone.
+"""The process group, as functions that also work without one.
 
-W  processes    n  rows of this process    N  rows of all processes    D  width
+W  processes    n  rows of this process    N  rows of all processes
 
-Every function here works without a process group too (one process, world size 1), so the same
-training step runs on a laptop, in a unit test and on many nodes. How many nodes there are is
-torchrun's business.
+Alone, a process has rank 0 and world size 1, so the same training step runs on a laptop, in a unit
+test and on many nodes. Starting processes, and how many nodes there are, is torchrun's business.
 """
 
 import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 # torch 2.13 renames both and warns at the old names, which 2.11 has alone.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-_TIMEOUT = timedelta(minutes=30)  # a step's exchange that takes longer never ends
-_PATIENCE = timedelta(days=7)  # one process may read data or write files for hours
+_STEP_TIMEOUT = timedelta(minutes=30)  # a step's exchange that takes longer never ends
+_WAIT_TIMEOUT = timedelta(days=7)  # one process may read data or write files for hours
 
-# Processes that wait for one another do it on the CPU, apart from a step's exchanges and with more
-# patience; a process that is gone ends the wait at once, its connections being closed.
-_waiting: dist.ProcessGroup | None = None
+# Processes wait for one another on the CPU, apart from a step's exchanges and with a longer timeout;
+# a process that is gone ends the wait at once, because its connections close.
+_wait_group: dist.ProcessGroup | None = None
 
 T = TypeVar("T")
 
 
-def start(environment: dict[str, str], device: torch.device) -> None:
+def start(environment: Mapping[str, str], device: torch.device) -> None:
     """Join the group that torchrun's variables describe; nothing happens without them."""
-    global _waiting
+    global _wait_group
     if "WORLD_SIZE" in environment:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=_TIMEOUT)
-        group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        dist.init_process_group(backend, timeout=_STEP_TIMEOUT)
+        group = dist.new_group(backend="gloo", timeout=_WAIT_TIMEOUT)
         assert isinstance(group, dist.ProcessGroup), "every process is a member"
-        _waiting = group
+        _wait_group = group
 
 
 def stop() -> None:
     """Leave the group, if in one."""
-    global _waiting
+    global _wait_group
     if dist.is_initialized():
-        _waiting = None
+        _wait_group = None
         gc.collect()  # wrapped models are reference cycles that hold on to the group's threads
         dist.destroy_process_group()
 
 
 def hard_exit(code: int) -> NoReturn:
-    """Exit; a process that was in a group does so without the interpreter's own ending.
+    """Exit; a process that was in a group skips the interpreter's shutdown.
 
-    Caches of torch hold on to the group of a sharded model past `stop`, and its threads: one that
-    wants the interpreter while it ends aborts the process, whose work was done.
+    Caches of torch keep the group of a sharded model alive past `stop`, and a thread of it that
+    wants the interpreter during shutdown aborts the process, whose work was done.
     """
     if "WORLD_SIZE" in os.environ:
         sys.stdout.flush()
@@ -70,8 +70,8 @@ def is_loss_of_peer(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
-def local_device(environment: dict[str, str]) -> torch.device:
-    """This process's own GPU, else the CPU."""
+def local_device(environment: Mapping[str, str]) -> torch.device:
+    """The GPU of this process, or the CPU where there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(environment.get("LOCAL_RANK", "0")))
@@ -80,36 +80,36 @@ def local_device(environment: dict[str, str]) -> torch.device:
 
 
 def rank() -> int:
-    """This process's number, 0 alone."""
+    """This process's number, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of processes, 1 alone."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def barrier() -> None:
     """Wait for every process, however long it takes."""
     if dist.is_initialized():
-        dist.barrier(_waiting)
+        dist.barrier(_wait_group)
 
 
 def rank_zero_first(action: Callable[[], T]) -> T:
-    """Do something on rank 0, then on the others, which find what it left (an index, say).
+    """Call `action` on rank 0, then on the others, which find what it left (an index, say).
 
-    What rank 0 refuses with a ValueError is refused on all.
+    A ValueError on rank 0 is raised on all.
     """
-    result: list[T] = []
-    refusal: ValueError | None = None
-    if rank() == 0:
-        try:
-            result.append(action())
-        except ValueError as error:
-            refusal = error
-    if refusal := gather_objects(refusal)[0]:
-        raise refusal
-    return result[0] if result else action()
+    results: list[T] = []
+    error: ValueError | None = None
+    try:
+        if rank() == 0:
+            results.append(action())
+    except ValueError as found:
+        error = found
+    if error := gather_objects(error)[0]:
+        raise error
+    return results[0] if results else action()
 
 
 def mean(value: Tensor) -> Tensor:
@@ -121,31 +121,27 @@ def mean(value: Tensor) -> Tensor:
     return value / world_size()
 
 
-def max_over_ranks(number: int, device: torch.device) -> int:
-    """The largest number any process has: all decide alike."""
-    if world_size() == 1:
-        return number
-    value = torch.tensor(number, device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return int(value)
-
-
-def gather_objects(value: object) -> list[Any]:
+def gather_objects(value: T) -> list[T]:
     """A small Python object of every process, by rank, however long one of them takes."""
     if world_size() == 1:
         return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value, group=_waiting)
+    values = [value] * world_size()
+    dist.all_gather_object(values, value, group=_wait_group)
     return values
 
 
 def row_counts(rows: int, device: torch.device) -> list[int]:
-    """How many rows each process has, by rank."""
+    """How many rows (or of whatever else) each process has, by rank."""
     if world_size() == 1:
         return [rows]
     counts = torch.empty(world_size(), dtype=torch.int64, device=device)
     _all_gather(counts, torch.tensor([rows], device=device))
     return counts.tolist()
+
+
+def max_over_ranks(number: int, device: torch.device) -> int:
+    """The largest number any process has, so that all decide alike."""
+    return max(row_counts(number, device))
 
 
 def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
@@ -163,31 +159,36 @@ def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
     """
     if world_size() == 1:
         return rows
-    most = max(counts)
-    padding = rows.new_zeros(most - len(rows), *rows.shape[1:])
-    gathered = _GatherEqual.apply(torch.cat([rows, padding]))  # (W * most, ...)
-    return torch.cat([gathered[i * most : i * most + n] for i, n in enumerate(counts)])  # (N, ...)
+    padded = max(counts)
+    padding = rows.new_zeros(padded - len(rows), *rows.shape[1:])
+    gathered = _GatherEqual.apply(torch.cat([rows, padding]))  # (W * padded, ...)
+    parts = [gathered[i * padded : i * padded + count] for i, count in enumerate(counts)]
+    return torch.cat(parts)  # (N, ...)
 
 
 class _GatherEqual(torch.autograd.Function):
-    """all_gather forward, reduce_scatter (sum) backward; every process has as many rows."""
+    """all_gather forward, reduce_scatter (sum) backward; every process has as many rows.
+
+    torch 2.13 warns that torch.distributed.nn.functional.all_gather is deprecated; what it names
+    instead is private, and 2.11 does not have it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, rows: Tensor) -> Tensor:
         gathered = rows.new_empty(world_size() * rows.shape[0], *rows.shape[1:])
         _all_gather(gathered, rows.contiguous())
         return gathered
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (gradient,) = gradients
-        own = gradient.new_empty(gradient.shape[0] // world_size(), *gradient.shape[1:])
-        _reduce_scatter(own, gradient.contiguous())
-        return own
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> Tensor:
+        (gradient,) = gradients  # (W * n, ...)
+        local = gradient.new_empty(gradient.shape[0] // world_size(), *gradient.shape[1:])
+        _reduce_scatter(local, gradient.contiguous())
+        return local  # (n, ...)
 
 
-def describe() -> dict[str, Any]:
-    """What a run's environment.json says of the group."""
+def describe() -> dict[str, object]:
+    """The group's part of a run's environment.json."""
     return {
         "world_size": world_size(),
         "backend": dist.get_backend() if dist.is_initialized() else None,

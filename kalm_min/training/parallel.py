@@ -1,20 +1,18 @@
-"""Distribution applied to a finished model, from outside.
-
-The model knows nothing of processes. Here it is changed in place or wrapped, always in this order:
-activation checkpointing (what is kept for backward), compilation (of each layer), and then either
+"""Distribution applied to a finished model, from outside: the model knows nothing of processes.
 
     ddp     every process holds all parameters; gradients are averaged during backward
     fsdp    parameters, gradients and moments are sharded over processes (FSDP2, `fully_shard`);
             a layer's parameters are gathered while it runs
 
-Both give the gradient of the mean of the processes' losses.
+Both give the gradient of the mean of the processes' losses. Activation checkpointing and the
+compilation of each layer come before either.
 """
 
 import os
 import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,18 +26,23 @@ from kalm_min.training import distributed
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
-    """How the model is laid over processes, and what backward keeps."""
+    """How the model is distributed over processes, and what is kept for backward."""
 
-    strategy: Literal["ddp", "fsdp"] = "ddp"
-    """ddp: a copy on every process; fsdp: parameters and optimizer sharded over them."""
-    gradient_checkpointing: bool = False
-    """Keep only each layer's input for backward and compute the layer again: less memory."""
-    compile: bool = False
-    """Compile each layer with torch.compile; pays on CUDA, after a slow first step."""
+    strategy: Annotated[
+        Literal["ddp", "fsdp"],
+        "ddp: a copy on every process; fsdp: parameters and optimizer state sharded over them.",
+    ] = "ddp"
+    gradient_checkpointing: Annotated[
+        bool,
+        "Keep only the input of each layer and compute the layer again in backward: less memory.",
+    ] = False
+    compile: Annotated[
+        bool, "Compile each layer with torch.compile; pays on CUDA, after a slow first step."
+    ] = False
 
 
 def wrap(model: Qwen2, config: ParallelConfig, *, bfloat16: bool = False) -> nn.Module:
-    """Lay the model over the process group; returns what to call in place of it.
+    """Distribute the model over the process group; returns what to call in place of it.
 
     Args:
         model: the same parameters on every process; changed in place.
@@ -47,13 +50,11 @@ def wrap(model: Qwen2, config: ParallelConfig, *, bfloat16: bool = False) -> nn.
         bfloat16: under fsdp, gather parameters and compute in bfloat16, reduce gradients in
             float32. (ddp leaves the precision to autocast.)
 
-    Raises ValueError where compilation is asked for and there is nothing to compile with.
+    Raises ValueError where compilation is requested and there is no compiler.
     """
     model.gradient_checkpointing = config.gradient_checkpointing
     if config.compile:
-        compiler = os.environ.get(
-            "CXX", "g++"
-        )  # what torch takes on a CPU; on CUDA triton compiles
+        compiler = os.environ.get("CXX", "g++")  # torch's choice on a CPU; on CUDA triton compiles
         if next(model.parameters()).device.type == "cpu" and not shutil.which(compiler):
             raise ValueError(f"--parallel.compile: expected a C++ compiler, {compiler}, found none")
         for layer in model.layers:
@@ -77,21 +78,21 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def no_sync(model: nn.Module) -> AbstractContextManager[None]:
-    """Backward passes inside leave the gradients where they are; the next one outside averages all.
+    """Backward passes inside leave the gradients local; the next one outside averages all of them.
 
-    Sharded models reduce after every backward: keeping whole gradients until the last one would
+    Sharded models reduce after every backward: keeping full gradients until the last one would
     cost the memory that sharding saves.
     """
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor put together from its shards; every process must call it. Itself when not sharded."""
+    """A tensor put together from its shards, which every process must call; others unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(value: Tensor, tensor: Tensor) -> Tensor:
-    """`value`, whole, laid out as `tensor` is."""
+    """The full `value` on the device of `tensor`, sharded as `tensor` is."""
     value = value.to(tensor.device)
     if not isinstance(tensor, DTensor) or value.dim() == 0:
         return value
