@@ -27,8 +27,7 @@ from kalm_min.config import parse
 from kalm_min.data import TrainingData, collate
 from kalm_min.sampling import TaskBatchSampler
 from kalm_min.training.batch_loss import LossConfig
-from kalm_min.training.optimizer import OptimizerConfig
-from kalm_min.training.trainer import LoopConfig, Recipe, SamplingConfig, Trainer
+from kalm_min.training.trainer import LoopConfig, OptimizerConfig, Recipe, SamplingConfig, Trainer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -35,7 +35,6 @@ LAYERS = {
     "kalm_min.training.distributed": 1,
     "kalm_min.training.gradcache": 1,
     "kalm_min.training.parallel": 1,
-    "kalm_min.training.optimizer": 1,
     "kalm_min.training.batch_loss": 1,
     "kalm_min.training": 2,
     "kalm_min.mining": 2,
@@ -54,8 +53,7 @@ BESIDE = {
 RUNTIME = {"torch", "safetensors", "tokenizers", "numpy", "huggingface_hub", "tqdm"}
 
 MTEB_SIDE = tuple(
-    f"kalm_min.evaluation.{name}"
-    for name in ("plan", "worker", "encoder", "scoring", "local")
+    f"kalm_min.evaluation.{name}" for name in ("plan", "worker", "encoder", "scoring", "local")
 )
 # What is not imported, except in these modules or packages.
 CONFINED = {

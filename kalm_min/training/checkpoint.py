@@ -1,36 +1,72 @@
-"""Checkpoints that are complete or do not exist, and hold everything a run needs to go on.
+"""The folder of a run: it explains itself, and the same command resumes it.
 
-`<output>/checkpoints/step_00001000/` is a folder that `Embedder.from_pretrained` opens (a model, or
-with LoRA an adapter, whose frozen base stays where it is), plus `optimizer.safetensors` (moments and
-step count by parameter name) and `state.json` (where the run is). It appears in one rename. There is
-no random state to save: order, draws and learning rate are pure functions of the seed, the epoch and
-the step. Nothing is pickled.
+    <output>/config.toml        the resolved configuration
+    <output>/environment.json   versions, machine, processes
+    <output>/log.jsonl          one object per step
+    <output>/checkpoints/       step_00001000/ and so on, complete ones only
+    <output>/final/             the finished model
+    <output>/adapter/           with LoRA, what was trained, by itself
+
+A folder belongs to one configuration; a run resumed under other settings would be neither of the
+two, so it is refused. There is no random state to save: order, draws and learning rate are pure
+functions of the seed, the epoch and the step. Nothing is pickled.
 """
 
+import json
+import platform
 import shutil
-from collections.abc import Iterable, Iterator
+import tomllib
+from collections.abc import Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+)
 
 from kalm_min.embedder import Embedder
-from kalm_min.files import atomic_directory, read_json, write_json
+from kalm_min.files import atomic_directory, atomic_write, read_json, write_json, write_text
 from kalm_min.training import distributed, parallel
 
 _STATE, _OPTIMIZER = "state.json", "optimizer.safetensors"
+_PACKAGES = ("torch", "safetensors", "tokenizers", "numpy")
+
+# Shards are put together one tensor at a time, on the CPU of rank 0; other ranks get nothing.
+_ALL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_TRAINABLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
-def save(
-    root: Path, embedder: Embedder, optimizer: torch.optim.Optimizer, state: dict[str, Any]
-) -> None:
-    """Write the checkpoint of `state["step"]` below `root`; every process calls it, rank 0 writes."""
-    named = embedder.model.named_parameters()
-    weights = _collect((name, parameter) for name, parameter in named if parameter.requires_grad)
-    moments = _collect(_moments(embedder.model, optimizer))
+class State(TypedDict):
+    """Where a run is: `state.json` of a checkpoint."""
+
+    step: int
+    """Steps taken."""
+    sampler: dict[str, Any]
+    """The sampler's position and fingerprint."""
+    validation: float | None
+    """Mean reciprocal rank of the validation at this step, if there was one."""
+
+
+def save(root: Path, embedder: Embedder, optimizer: torch.optim.Optimizer, state: State) -> None:
+    """Write the checkpoint of `state["step"]` below `root`; every process calls it, rank 0 writes.
+
+    It is a folder that `Embedder.from_pretrained` opens (a model, or with LoRA an adapter, whose
+    frozen base stays where it is), plus `optimizer.safetensors` ("step/", "exp_avg/" and
+    "exp_avg_sq/" followed by a parameter's name) and `state.json`. It appears in one rename.
+    """
+    weights = cast("dict[str, Tensor]", get_model_state_dict(embedder.model, options=_TRAINABLE))
+    moments: dict[str, Tensor] = {}
+    if optimizer.state:  # else every step was skipped, and torch would take one to make a state
+        full = get_optimizer_state_dict(embedder.model, optimizer, options=_TRAINABLE)
+        for name, values in cast("dict[str, dict[str, Tensor]]", full.get("state", {})).items():
+            moments |= {f"{kind}/{name}": value for kind, value in values.items()}
     if distributed.rank() == 0:
         with atomic_directory(root / f"step_{state['step']:08d}") as folder:
             embedder.write_files(folder, weights, merged=False)
@@ -42,10 +78,10 @@ def save(
 def save_model(path: Path, embedder: Embedder) -> None:
     """Write a finished model; every process calls it, rank 0 writes.
 
-    With LoRA it is merged, and the adapter by itself goes into `adapter/` beside it, before it: a
-    model that is there is the end of the run.
+    With LoRA it is merged, and the adapter by itself is written to `adapter/` beside it first: a
+    model at `path` is the end of the run.
     """
-    weights = _collect(embedder.model.state_dict().items())
+    weights = cast("dict[str, Tensor]", get_model_state_dict(embedder.model, options=_ALL))
     if distributed.rank() == 0:
         if embedder.adapter:
             with atomic_directory(path.with_name("adapter")) as folder:
@@ -55,54 +91,34 @@ def save_model(path: Path, embedder: Embedder) -> None:
     distributed.barrier()
 
 
-def _collect(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Tensors put together from their shards, one at a time, and kept on rank 0's CPU."""
-    kept: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors:
-        full = parallel.full_tensor(tensor.detach())
-        if distributed.rank() == 0:
-            kept[name] = full.cpu().contiguous()
-    return kept
+def restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimizer the moments of the checkpoint, bit for bit.
+
+    One tensor at a time: torch's `set_optimizer_state_dict` needs all of them in the memory of
+    every process. Raises ValueError where the checkpoint is of other parameters.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with safe_open(path / _OPTIMIZER, framework="pt") as reader:
+        stored = {key.partition("/")[2] for key in reader.keys()}  # noqa: SIM118 -- not a dict
+        if stored and stored != trainable.keys():
+            different = ", ".join(sorted(stored ^ trainable.keys())[:5])
+            raise ValueError(f"{path / _OPTIMIZER}: of another model, differing in {different}")
+        # In one order on every process: laying out shards is a joint act.
+        for name, parameter in trainable.items() if stored else ():
+            optimizer.state[parameter] = {
+                kind: parallel.shard_like(reader.get_tensor(f"{kind}/{name}").clone(), parameter)
+                for kind in ("step", "exp_avg", "exp_avg_sq")
+            }
+
+
+def read_state(path: Path) -> State:
+    """Where the run was at the checkpoint `path`."""
+    return read_json(path / _STATE)
 
 
 def newest(root: Path) -> Path | None:
     """The checkpoint of the highest step, if any. Unfinished ones have other names."""
     return max(root.glob("step_*"), default=None)
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """Where the run was."""
-    return read_json(path / _STATE)
-
-
-def restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Give the optimizer the moments of the checkpoint, bit for bit.
-
-    Raises ValueError where the checkpoint is of other parameters.
-    """
-    with safe_open(path / _OPTIMIZER, framework="pt") as reader:
-        names = {name for name, p in model.named_parameters() if p.requires_grad}
-        stored = {key.partition("/")[2] for key in reader.keys()}  # noqa: SIM118 -- not a dict
-        if stored - names or (stored and names - stored):
-            odd = ", ".join(sorted(stored ^ names)[:5])
-            raise ValueError(f"{path / _OPTIMIZER}: of another model, differing in {odd}")
-        for name, parameter in model.named_parameters():
-            if name in stored:
-                optimizer.state[parameter] = {
-                    kind: parallel.shard_like(
-                        reader.get_tensor(f"{kind}/{name}").clone(), parameter
-                    )
-                    for kind in ("step", "exp_avg", "exp_avg_sq")
-                }
-
-
-def _moments(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """("exp_avg/<parameter name>", tensor), and so on."""
-    for name, parameter in model.named_parameters():
-        for kind, value in optimizer.state.get(parameter, {}).items():
-            yield f"{kind}/{name}", value
 
 
 def best(root: Path) -> Path | None:
@@ -114,9 +130,72 @@ def best(root: Path) -> Path | None:
 
 def prune(root: Path, keep: int) -> None:
     """Delete all checkpoints but the best and the `keep` newest, and what interrupted writes left."""
-    for left in root.glob(".step_*.tmp"):
-        shutil.rmtree(left)
+    for unfinished in root.glob(".step_*.tmp"):
+        shutil.rmtree(unfinished)
     kept = [best(root), *sorted(root.glob("step_*"))[-keep:]]
     for old in set(root.glob("step_*")).difference(kept):
         # Renamed first, so that a kill in the middle leaves no folder that looks complete.
         shutil.rmtree(old.rename(old.with_name(f".{old.name}.tmp")))
+
+
+def claim(output: Path, config_toml: str) -> Path | None:
+    """Check that `output` is free or of this very configuration; the newest checkpoint to resume.
+
+    Raises ValueError naming the settings that differ.
+    """
+    path, checkpoint = output / "config.toml", newest(output / "checkpoints")
+    # Where nothing has been trained there is nothing to protect.
+    if checkpoint is not None and path.is_file():
+        stored = dict(_settings(tomllib.loads(path.read_text(encoding="utf-8"))))
+        current = dict(_settings(tomllib.loads(config_toml)))
+        differences = [
+            f"{flag} was {stored.get(flag)}, is {current.get(flag)}"
+            for flag in sorted(stored.keys() | current.keys())
+            if stored.get(flag) != current.get(flag)
+        ]
+        if differences:
+            raise ValueError(
+                f"{output} holds a run with other settings ({'; '.join(differences[:5])}); "
+                "give another --output, or delete the folder"
+            )
+    return checkpoint
+
+
+def _settings(tree: Mapping[str, object], prefix: str = "--") -> Iterator[tuple[str, object]]:
+    """(flag, value) of every setting of a parsed config.toml."""
+    for key, value in tree.items():
+        flag = prefix + key.replace("_", "-")
+        if isinstance(value, dict):
+            yield from _settings(value, f"{flag}.")
+        else:
+            yield flag, value
+
+
+def write_description(output: Path, config_toml: str, device: torch.device) -> None:
+    """Write config.toml and environment.json; called on one process."""
+    write_text(output / "config.toml", config_toml)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    environment = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": f"{device.type} {name}".strip(),
+        **{package: metadata.version(package) for package in _PACKAGES},
+        **distributed.describe(),
+    }
+    write_json(output / "environment.json", environment)
+
+
+def cut_log(path: Path, last_step: int) -> None:
+    """Drop what was logged after the step a run resumes from, and a last line torn by a kill."""
+    if not path.is_file():
+        return
+    kept: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            step = json.loads(line)["step"]
+        except json.JSONDecodeError:
+            break
+        if step <= last_step:
+            kept.append(line + "\n")
+    with atomic_write(path, "w") as file:
+        file.writelines(kept)

@@ -1,12 +1,12 @@
 """The training loop.
 
-    for epoch, for batch of the sampler:
-        texts -> ids (prepared ahead, in a thread)
-        gradients of the global batch   (step.py)
+    for every batch of the sampler:
+        tokenize                        (ahead of time, in a thread)
+        gradient of the global batch    (step.py)
         clip, update, log, now and then validate and save
 
 Everything a step does is a pure function of the configuration, the data and the step's number, so
-a run that is killed and started again goes on bit for bit (on a CPU; a GPU's sums may reorder).
+a run that is killed resumes bit for bit (on a CPU; a GPU's sums may reorder).
 """
 
 import ctypes
@@ -20,91 +20,124 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kalm_min.data import TrainingData, collate
 from kalm_min.embedder import Embedder, fastest_safe_dtype
 from kalm_min.model import Packed, pool
 from kalm_min.sampling import TaskBatchSampler, task_draws
 from kalm_min.tokenizer import prefetch
-from kalm_min.training import checkpoint, distributed, parallel, run_folder
+from kalm_min.training import checkpoint, distributed, parallel
 from kalm_min.training.batch_loss import LossConfig
-from kalm_min.training.optimizer import OptimizerConfig, build_optimizer, learning_rate
 from kalm_min.training.parallel import ParallelConfig
-from kalm_min.training.step import (
-    StepResult,
-    TokenBatch,
-    contrastive_step,
-    tokenize,
-)
+from kalm_min.training.step import TokenBatch, contrastive_step, tokenize
 from kalm_min.training.validation import validate
 
-_PREPARED = 4  # batches tokenised ahead of the step
-_TIDY_EVERY = 16  # steps
+_PREPARED = 4  # batches tokenized ahead of the step
 _NAMED = 20  # examples of a failed step that are named
+
+# On a CPU, glibc keeps what chunks of ever other sizes leave in pieces: 7 GiB were measured around
+# a model of 0.03 GiB. It is given back every 16 steps.
+_TRIM_EVERY = 16
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+LogLine = dict[str, Any]  # a line of log.jsonl: of a step, or {"step": ..., "validation": ...}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig:
     """Which examples meet in a batch."""
 
-    batch_size: int = 512
-    """Queries of one step over all processes; it must divide by their number."""
-    homogeneous_ratio: float = 1.0
-    """Share of each batch that is of one task; 1 is one task a batch, 0 mixes all."""
-    num_negatives: int = 7
-    """Hard negatives drawn for each query, at most."""
-    size_exponent: float = 1.0
-    """An epoch draws examples of a task ~ size^this: 1 is each once, 0 equally many of each task."""
-    seed: int = 0
-    """Of the order of examples and of the positives and negatives drawn."""
+    batch_size: Annotated[
+        int, "Queries per optimizer step, over all processes; a multiple of their number."
+    ] = 512
+    homogeneous_ratio: Annotated[
+        float, "Share of each batch that is of one task: 1 is one task per batch, 0 mixes all."
+    ] = 1.0
+    num_negatives: Annotated[int, "Maximum number of hard negatives drawn per query."] = 7
+    size_exponent: Annotated[
+        float,
+        "An epoch draws from each task in proportion to its size to this power: at 1 every "
+        "example once, at 0 equally many examples of each task.",
+    ] = 1.0
+    seed: Annotated[int, "Seed of the order of examples and of the texts drawn from them."] = 0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be sampled."""
+        """Validate the values."""
         if self.batch_size < 2:
             raise ValueError(f"batch_size: expected at least 2 queries, found {self.batch_size}")
-        if not 0 <= self.homogeneous_ratio <= 1:
-            raise ValueError(f"homogeneous_ratio: expected 0 to 1, found {self.homogeneous_ratio}")
-        if not 0 <= self.size_exponent <= 1:
-            raise ValueError(f"size_exponent: expected 0 to 1, found {self.size_exponent}")
+        for name in ("homogeneous_ratio", "size_exponent"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected 0 to 1, found {getattr(self, name)}")
         if self.num_negatives < 0:
             raise ValueError(f"num_negatives: expected 0 or more, found {self.num_negatives}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW; the defaults are those of the public fine-tuning script (paper notes, section 1.2)."""
+
+    learning_rate: Annotated[float, "Peak learning rate."] = 1e-5
+    warmup_ratio: Annotated[
+        float, "Share of all steps over which the learning rate rises from 0 to its peak."
+    ] = 0.1
+    weight_decay: Annotated[float, "Decay of weight matrices; biases and norms never decay."] = 0.0
+    betas: Annotated[tuple[float, float], "Decay rates of the first and second moment."] = (
+        0.9,
+        0.999,
+    )
+    eps: Annotated[float, "Added to the square root of the second moment."] = 1e-8
+    max_grad_norm: Annotated[
+        float, "The gradients of all parameters together are scaled down to this L2 norm."
+    ] = 1.0
+
+    def __post_init__(self) -> None:
+        """Validate the values."""
+        for name in ("learning_rate", "max_grad_norm"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: expected more than 0, found {getattr(self, name)}")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"warmup_ratio: expected 0 to 1, found {self.warmup_ratio}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoopConfig:
     """How long to train, and what to do on the way."""
 
-    epochs: int = 1
-    """Passes over the data."""
-    max_steps: int | None = None
-    """Stop after this many steps, whatever the epochs; the learning rate ends there too."""
-    tokens_per_batch: int = 16_384
-    """Tokens of one forward on one process; bounds the memory, changes no result."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the products; weights and optimizer stay float32. auto: bfloat16 where it is native."""
-    save_every: int = 500
-    """Steps between checkpoints."""
-    keep_checkpoints: int = 3
-    """Newest checkpoints that are kept, besides the best of those made right after a validation."""
-    non_finite: Literal["stop", "skip"] = "stop"
-    """A step whose loss or gradient is not finite stops the run, or changes nothing and is logged."""
-    validate_every: int = 500
-    """Steps between validations, where validation data is given."""
-    validation_limit: int = 500
-    """Pairs of each held-out task that a validation looks at."""
+    epochs: Annotated[int, "Passes over the data."] = 1
+    max_steps: Annotated[
+        int | None, "Stop after this many steps, whatever the epochs; the schedule ends there too."
+    ] = None
+    tokens_per_batch: Annotated[
+        int, "Tokens per forward pass of a process; bounds the memory, changes no result."
+    ] = 16_384
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        "Precision of matrix products; weights and optimizer stay float32. auto: bfloat16 where it "
+        "is native.",
+    ] = "auto"
+    save_every: Annotated[int, "Steps between checkpoints."] = 500
+    keep_checkpoints: Annotated[
+        int, "Newest checkpoints to keep, besides the best of those made right after a validation."
+    ] = 3
+    non_finite: Annotated[
+        Literal["stop", "skip"],
+        "Whether a step whose loss or gradient is not finite stops the run, or is logged and "
+        "changes nothing.",
+    ] = "stop"
+    validate_every: Annotated[int, "Steps between validations, with validation data."] = 500
+    validation_limit: Annotated[int, "Pairs per held-out task that a validation looks at."] = 500
 
     def __post_init__(self) -> None:
-        """Refuse counts below one."""
-        for name in ("epochs", "tokens_per_batch", "save_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"max_steps: expected at least 1, found {self.max_steps}")
+        """Validate the counts."""
+        for name in ("epochs", "max_steps", "tokens_per_batch", "save_every", "keep_checkpoints"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, found {value}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,18 +151,34 @@ class Recipe:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
-class _Prepared(NamedTuple):
-    """A batch ready for its step."""
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters, matrices with weight decay and vectors without."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
+    )
 
-    indices: list[int]
-    """This process's examples."""
-    task: str
-    """Their task, "mixed" where there are several."""
+
+def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
+    """The rate of update `step` (from 0) of `total`: Hugging Face's linear schedule with warm-up."""
+    warmup = round(config.warmup_ratio * total)
+    if step < warmup:
+        return config.learning_rate * step / warmup
+    return config.learning_rate * (total - step) / max(1, total - warmup)
+
+
+class _Batch(NamedTuple):
+    indices: list[int]  # this process's examples
+    task: str  # their task, "mixed" where there are several
     tokens: TokenBatch
 
 
 class Trainer:
-    """Owns one run: `run` takes it from where it is to its end, or to `stop`."""
+    """One run: `run` takes it from where it is to its end, or to `stop`."""
 
     def __init__(
         self,
@@ -155,22 +204,41 @@ class Trainer:
         self.embedder, self.data, self.validation = embedder, data, validation
         self.output, self.recipe = output, recipe
         sampling, loop = recipe.sampling, recipe.training
-        if too_wide := [d for d in recipe.loss.matryoshka_dims if d > embedder.dimension]:
+        if too_large := [d for d in recipe.loss.matryoshka_dims if d > embedder.dimension]:
             raise ValueError(
-                f"matryoshka_dims: expected at most {embedder.dimension}, the width of the model, "
-                f"found {too_wide[0]}"
+                f"--loss.matryoshka-dims: expected at most {embedder.dimension}, the dimension of "
+                f"the model, found {too_large[0]}"
+            )
+        if sampling.batch_size % distributed.world_size():
+            raise ValueError(
+                f"--sampling.batch-size: expected a multiple of the {distributed.world_size()} "
+                f"processes, found {sampling.batch_size}"
             )
         if recipe.loss.distillation_weight:
             data.refuse_unscored()
-        self.sampler = _sampler(data, sampling)
-        whole = loop.epochs * len(self.sampler)
-        self.total_steps = min(whole, loop.max_steps or whole)
+        self.sampler = TaskBatchSampler(
+            data.task_sizes,
+            sampling.batch_size,
+            homogeneous_ratio=sampling.homogeneous_ratio,
+            seed=sampling.seed,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            task_draws=task_draws(
+                data.task_sizes,
+                weights=[task.weight for task in data.settings],
+                caps=[task.max_examples for task in data.settings],
+                size_exponent=sampling.size_exponent,
+            ),
+        )
         self.step = 0
-        self.stop = False
-        """Set from outside (a signal) to save and return after the current step."""
-        self._score: float | None = None  # of the validation at this very step
-        self._clock = 0.0  # when the last step ended
-        bfloat16 = _wants_bfloat16(loop.precision, embedder.device)
+        """Steps taken."""
+        self.total_steps = loop.epochs * len(self.sampler)
+        self.total_steps = min(self.total_steps, loop.max_steps or self.total_steps)
+        self.stop = 0
+        """A signal's number, set on any process, saves and returns after the current step."""
+        bfloat16 = loop.precision == "bfloat16" or (
+            loop.precision == "auto" and fastest_safe_dtype(embedder.device) is torch.bfloat16
+        )
         self.model = parallel.wrap(embedder.model, recipe.parallel, bfloat16=bfloat16)
         self.optimizer = build_optimizer(embedder.model, recipe.optimizer)
         self.autocast = partial(
@@ -185,7 +253,7 @@ class Trainer:
             self.step = state["step"]
             self.sampler.load_state_dict(state["sampler"])
 
-    def run(self, report: Callable[[dict[str, Any]], None]) -> bool:
+    def run(self, report: Callable[[LogLine], None]) -> bool:
         """Train to the end; True when it was reached, False when stopped.
 
         Args:
@@ -194,50 +262,52 @@ class Trainer:
         Raises:
             FloatingPointError: loss or gradient is not finite; the weights are as before the step.
         """
-        main = distributed.rank() == 0
-        loop = self.recipe.training
-        log_path = self.output / "log.jsonl" if main else Path(os.devnull)
-        if main:
-            checkpoint.prune(self.output / "checkpoints", loop.keep_checkpoints)
-            run_folder.cut_log(log_path, self.step)
-        self._clock = time.perf_counter()
+        loop, is_main = self.recipe.training, distributed.rank() == 0
+        checkpoints, log_path = self.output / "checkpoints", self.output / "log.jsonl"
+        if is_main:
+            checkpoint.prune(checkpoints, loop.keep_checkpoints)
+            checkpoint.cut_log(log_path, self.step)
+
+        def write(line: LogLine) -> None:
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            if is_main:
+                report(line)
+
+        def is_due(every: int) -> bool:
+            return self.step % every == 0 or self.step == self.total_steps
+
         # Without a checkpoint a run begins anew, whatever an earlier start has logged.
-        with log_path.open("a" if self.step else "w", encoding="utf-8") as log:
-
-            def write(line: dict[str, Any]) -> None:
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                if main:
-                    report(line)
-
-            if self.validation is not None and self.step == 0:
-                self._validate(self.validation, write)
-            for batch in self._batches():
-                write(self._step(batch))
-                if self.step % _TIDY_EVERY == 0:
-                    _return_memory(self.embedder.device)
-                self.step, self._score = self.step + 1, None
-                if self.validation is not None and self._due(loop.validate_every):
-                    self._validate(self.validation, write)
-                stop = distributed.max_over_ranks(int(self.stop), self.embedder.device) > 0
-                if stop or self._due(loop.save_every):
-                    if main:
+        mode = "a" if self.step else "w"
+        with (log_path if is_main else Path(os.devnull)).open(mode, encoding="utf-8") as log:
+            if self.step == 0:
+                self._validate(write)
+            clock = time.perf_counter()
+            for batch in prefetch(self._prepare, self._remaining(), _PREPARED):
+                line = self._train_step(batch)
+                self.step += 1
+                now = time.perf_counter()
+                seconds, clock = now - clock, now
+                line["tokens_per_second"] = round(line["tokens"] / seconds)
+                write(line | {"seconds": round(seconds, 4)})
+                score = self._validate(write) if is_due(loop.validate_every) else None
+                stop = distributed.max_over_ranks(self.stop, self.embedder.device)
+                if stop or is_due(loop.save_every):
+                    if is_main:
                         os.fsync(log.fileno())  # no checkpoint knows of steps that the log lost
-                    self._save()
+                    epoch, step = divmod(self.step, len(self.sampler))
+                    sampler = self.sampler.state_dict() | {"epoch": epoch, "step": step}
+                    state = checkpoint.State(step=self.step, sampler=sampler, validation=score)
+                    checkpoint.save(checkpoints, self.embedder, self.optimizer, state)
+                    if is_main:
+                        checkpoint.prune(checkpoints, loop.keep_checkpoints)
                 if stop and self.step < self.total_steps:
+                    self.stop = stop
                     return False
         checkpoint.save_model(self.output / "final", self.embedder)
         return True
 
-    def _due(self, every: int) -> bool:
-        """Whether something done every so many steps, and at the end, is to be done now."""
-        return self.step % every == 0 or self.step == self.total_steps
-
-    def _batches(self) -> Iterator[_Prepared]:
-        """The remaining batches, tokenised ahead of time in a thread."""
-        return prefetch(lambda step: self._prepare(*step), self._plan(), _PREPARED)
-
-    def _plan(self) -> Iterator[tuple[list[int], int]]:
+    def _remaining(self) -> Iterator[tuple[list[int], int]]:
         """(this process's examples, epoch) of every remaining step."""
         left = self.total_steps - self.step
         for epoch in range(self.step // len(self.sampler), self.recipe.training.epochs):
@@ -246,8 +316,9 @@ class Trainer:
                 yield indices, epoch
                 left -= 1
 
-    def _prepare(self, indices: list[int], epoch: int) -> _Prepared:
-        """Draw, prompt and tokenise one batch."""
+    def _prepare(self, step: tuple[list[int], int]) -> _Batch:
+        """Draw the texts of one batch, put prompts before them, tokenize."""
+        indices, epoch = step
         draw = {
             "epoch": epoch,
             "seed": self.recipe.sampling.seed,
@@ -258,155 +329,93 @@ class Trainer:
         tokens = tokenize(batch, self.embedder.tokenizer, max_length=self.embedder.max_length)
         tasks = {example.task for example in examples}
         name = self.data.task_names[tasks.pop()] if len(tasks) == 1 else "mixed"
-        return _Prepared(indices, name, tokens)
+        return _Batch(indices, name, tokens)
 
-    def _embed(self, packed: Packed) -> Tensor:
-        """(b, D) vectors with a graph."""
-        # Autocast is entered once a chunk: a weight cast without a graph in the first pass of
-        # gradient caching must not be reused by the second.
-        with self.autocast():
-            hidden = self.model(packed, causal=self.embedder.causal)  # (T, D)
-        return pool(hidden, packed.cu_seqlens, self.embedder.pooling)
-
-    def _step(self, batch: _Prepared) -> dict[str, Any]:
-        """Gradients, clipping, update; the log line of the step."""
-        rate = learning_rate(self.recipe.optimizer, self.step, self.total_steps)
+    def _train_step(self, batch: _Batch) -> LogLine:
+        """One update: gradient of the global batch, clipping, AdamW; what the log says of it."""
+        config, device = self.recipe, self.embedder.device
+        rate = learning_rate(config.optimizer, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
         result = contrastive_step(
             batch.tokens,
             self._embed,
-            self.recipe.loss,
-            device=self.embedder.device,
-            tokens_per_batch=self.recipe.training.tokens_per_batch,
+            config.loss,
+            device=device,
+            tokens_per_batch=config.training.tokens_per_batch,
             no_sync=lambda: parallel.no_sync(self.model),
             sharded=parallel.is_sharded(self.model),
         )
-        norm = parallel.full_tensor(
-            torch.nn.utils.clip_grad_norm_(
-                self.embedder.model.parameters(), self.recipe.optimizer.max_grad_norm
-            )
-        )
-        loss, sums = self._joined(result)
-        line = {
+        parameters, max_norm = self.embedder.model.parameters(), config.optimizer.max_grad_norm
+        norm = parallel.full_tensor(nn.utils.clip_grad_norm_(parameters, max_norm)).item()
+        # Over all processes, so that all decide alike.
+        values = [result.loss.item(), *result.counts.values()]
+        loss, *means = distributed.mean(
+            torch.tensor(values, dtype=torch.float64, device=device)
+        ).tolist()
+        is_finite = math.isfinite(loss) and math.isfinite(norm)
+        sums = [mean * distributed.world_size() for mean in means]
+        counts = dict(zip(result.counts, sums, strict=True))
+        line: LogLine = {
             "step": self.step + 1,
             "epoch": self.step // len(self.sampler),
-            "loss": _or_none(loss),
+            "loss": loss if math.isfinite(loss) else None,  # JSON has no infinity
             "lr": rate,
-            "grad_norm": _or_none(norm.item()),
+            "grad_norm": norm if math.isfinite(norm) else None,
             "task": batch.task,
+            "tokens": round(counts.pop("tokens")),
         }
-        if None not in line.values():
+        if is_finite:
             self.optimizer.step()
-        else:  # on all processes: both numbers are joint ones
+        else:
             line["skipped"] = self._offenders(batch, result.finite)
-            if self.recipe.training.non_finite == "stop":
+            if config.training.non_finite == "stop":
                 raise FloatingPointError(
-                    f"step {self.step + 1}: loss {loss} and gradient norm {norm.item()} must be "
+                    f"step {self.step + 1}: loss {loss} and gradient norm {norm} must be "
                     f"finite; the weights are untouched; look at {', '.join(line['skipped'])}"
                 )
-        now = time.perf_counter()
-        seconds, self._clock = now - self._clock, now
-        tokens = sums.pop("tokens")
-        line |= {
-            "tokens": int(tokens),
-            "tokens_per_second": round(tokens / seconds),
-            "seconds": round(seconds, 4),
-        }
-        return line | {
-            name: value / self.recipe.sampling.batch_size for name, value in sums.items()
-        }
+        if _malloc_trim is not None and device.type == "cpu" and self.step % _TRIM_EVERY == 0:
+            _malloc_trim(0)
+        per_query = {name: count / config.sampling.batch_size for name, count in counts.items()}
+        return line | per_query
 
-    def _offenders(self, batch: _Prepared, finite: Tensor) -> list[str]:
-        """`file:line` of the step's examples with a vector that is not finite, else of any; some."""
+    def _embed(self, packed: Packed) -> Tensor:
+        """(B, D) vectors with a graph."""
+        # Autocast is entered once per chunk: a weight cast without a graph in the first pass of
+        # gradient caching must not be reused by the second.
+        with self.autocast():
+            hidden = self.model(packed, causal=self.embedder.causal)  # (T, D)
+        return pool(hidden, packed.cu_seqlens, self.embedder.pooling)
+
+    def _offenders(self, batch: _Batch, finite: Tensor) -> list[str]:
+        """`file:line` of some of the step's examples with a vector that is not finite, else of any."""
         text = batch.tokens.text
         owners = np.concatenate([np.arange(len(text.queries)), text.document_owner])
-        broken = np.unique(owners[~finite.cpu().numpy()]).tolist()
-        found: list[str] = []
-        for places in (broken, range(len(batch.indices))):
-            named = [self.data.location(batch.indices[i]) for i in places[:_NAMED]]
-            found = found or [*chain.from_iterable(distributed.gather_objects(named))]
+        broken: list[int] = np.unique(owners[~finite.cpu().numpy()]).tolist()
+        for positions in (broken, range(len(batch.indices))):
+            local = [self.data.location(batch.indices[i]) for i in positions[:_NAMED]]
+            if found := [*chain.from_iterable(distributed.gather_objects(local))]:
+                break
         return found[:_NAMED]
 
-    def _joined(self, result: StepResult) -> tuple[float, dict[str, float]]:
-        """The loss, mean over processes, and the counts, summed over them."""
-        numbers = torch.tensor(
-            [*result.counts.values()], dtype=torch.float64, device=result.loss.device
-        )
-        joined = distributed.mean(torch.cat([result.loss.double().view(1), numbers])).tolist()
-        sums = [value * distributed.world_size() for value in joined[1:]]
-        return joined[0], dict(zip(result.counts, sums, strict=True))
-
     @torch.no_grad()
-    def _validate(self, data: TrainingData, write: Callable[[dict[str, Any]], None]) -> None:
-        """Measure on the held-out pairs; every process takes part."""
-        embedder = self.embedder
+    def _validate(self, write: Callable[[LogLine], None]) -> float | None:
+        """Measure on the held-out pairs, if any; every process takes part. The score to keep by."""
+        if self.validation is None:
+            return None
 
         def embed(texts: list[str]) -> Tensor:
             with self.autocast():
-                return torch.from_numpy(embedder.encode(texts)).to(embedder.device)
+                return torch.from_numpy(self.embedder.encode(texts)).to(self.embedder.device)
 
-        numbers = validate(
-            data,
+        scores = validate(
+            self.validation,
             embed,
-            template=embedder.instruction_template,
+            template=self.embedder.instruction_template,
             batch_size=self.recipe.sampling.batch_size,
             limit=self.recipe.training.validation_limit,
             together=parallel.is_sharded(self.model),
         )
-        self._score = numbers["mrr"]
-        write({"step": self.step, "validation": numbers})
-
-    def _save(self) -> None:
-        """A checkpoint of the current step."""
-        epoch, within = divmod(self.step, len(self.sampler))
-        place = {"epoch": epoch, "step": within}
-        state = {"step": self.step, "sampler": self.sampler.state_dict() | place}
-        state["validation"] = self._score
-        root = self.output / "checkpoints"
-        checkpoint.save(root, self.embedder, self.optimizer, state)
-        if distributed.rank() == 0:
-            checkpoint.prune(root, self.recipe.training.keep_checkpoints)
-
-
-def _sampler(data: TrainingData, sampling: SamplingConfig) -> TaskBatchSampler:
-    """This process's batches of the data, as the settings of its tasks weigh them."""
-    return TaskBatchSampler(
-        data.task_sizes,
-        sampling.batch_size,
-        homogeneous_ratio=sampling.homogeneous_ratio,
-        seed=sampling.seed,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        task_draws=task_draws(
-            data.task_sizes,
-            weights=[task.weight for task in data.settings],
-            caps=[task.max_examples for task in data.settings],
-            size_exponent=sampling.size_exponent,
-        ),
-    )
-
-
-def _return_memory(device: torch.device) -> None:
-    """Give what is free back to the system, where torch allocates with glibc.
-
-    Chunks of ever other sizes leave it in pieces, and a run on a CPU came to hold 7 GiB around a
-    model of 0.03.
-    """
-    if device.type == "cpu" and sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
-        if trim is not None:
-            trim(0)
-
-
-def _wants_bfloat16(precision: str, device: torch.device) -> bool:
-    """Whether products are taken in bfloat16."""
-    if precision == "auto":
-        return fastest_safe_dtype(device) is torch.bfloat16
-    return precision == "bfloat16"
-
-
-def _or_none(number: float) -> float | None:
-    """A number that JSON can hold."""
-    return number if math.isfinite(number) else None
+        write({"step": self.step, "validation": scores})
+        return scores["mrr"]

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from kalm_min import Embedder
 from kalm_min.training import checkpoint
+from kalm_min.training.trainer import OptimizerConfig, build_optimizer
 from tests.training.runs import (
     PATIENCE,
     ROOT,
@@ -144,7 +146,7 @@ def test_what_is_not_finite_is_skipped_when_told(broken, tmp_path, processes, st
             shutil.rmtree(path)
     result = run(broken[0], output, *extra, processes=processes)
     assert result.returncode == 0, result.stderr
-    assert f"going on from step {first}" in result.stderr
+    assert f"resuming from step {first}" in result.stderr
     assert log(output) == lines
     assert same(weights(output), trained)
 
@@ -177,6 +179,16 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000030"]
 
 
+def test_a_checkpoint_before_the_first_update_has_no_moments(tiny_model_dir, tmp_path):
+    """Where every step so far was skipped, saving and resuming count no step."""
+    embedder = Embedder.from_pretrained(tiny_model_dir, dtype="float32")
+    optimizer = build_optimizer(embedder.model, OptimizerConfig())
+    state = checkpoint.State(step=1, sampler={}, validation=None)
+    checkpoint.save(tmp_path, embedder, optimizer, state)
+    checkpoint.restore_optimizer(checkpoint.newest(tmp_path), embedder.model, optimizer)
+    assert not optimizer.state
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_every_option_goes_on_bit_for_bit_in_the_second_epoch(arguments, tmp_path, strategy):
@@ -193,7 +205,7 @@ def test_every_option_goes_on_bit_for_bit_in_the_second_epoch(arguments, tmp_pat
         shutil.rmtree(output / "checkpoints" / f"step_{step:08d}")
     result = run(arguments, output, *extra, processes=2)
     assert result.returncode == 0, result.stderr
-    assert "going on from step 10" in result.stderr
+    assert "resuming from step 10" in result.stderr
     assert log(output) == lines
     assert same(weights(output), trained)
     again = output / "checkpoints" / "step_00000021" / "optimizer.safetensors"
@@ -278,7 +290,7 @@ def test_a_lost_process_comes_back_from_the_last_checkpoint(arguments, on_two_no
     kill_a_worker(agents[1])
     codes, said = ends(agents)
     assert codes == [0, 0], said
-    assert "going on from step" in said
+    assert "resuming from step" in said
     assert log(output) == log(on_two_nodes)
     assert same(weights(output), weights(on_two_nodes))
 
@@ -295,7 +307,7 @@ def test_a_lost_process_ends_the_run_with_a_message(arguments, tmp_path):
     assert all(codes)
     assert time.monotonic() - began < PATIENCE / 4
     assert "lost another process of the group" in said
-    assert "the same command goes on from the last checkpoint" in said
+    assert "the same command continues from the last checkpoint" in said
 
 
 # ---- teachers and compilers ----------------------------------------------------------------------

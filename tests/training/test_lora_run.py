@@ -84,7 +84,7 @@ def test_goes_on_bit_for_bit(arguments, finished, tmp_path):
         shutil.rmtree(finished / left)
     result = run(arguments, finished)
     assert result.returncode == 0, result.stderr
-    assert "going on from step 4" in result.stderr
+    assert "resuming from step 4" in result.stderr
     assert log(finished) == lines
     assert digests(finished / "final") | digests(finished / "adapter") == before
     newest = f"checkpoints/step_{STEPS:08d}"
@@ -117,7 +117,7 @@ def test_what_cannot_be_adapted_is_one_sentence(arguments, finished, tiny_model_
     fresh = ["--model.tokenizer", tiny_model_dir, *arguments[2:]]
     other = ["--model.path", finished / "adapter", *arguments[2:]]
     for given, extra, message in (
-        (fresh, (), "lora: expected model.path, a checkpoint to adapt"),
+        (fresh, (), "--lora.rank: expected --model.path, a checkpoint to adapt"),
         (other, (), "an adapter cannot be the base of another"),
         (arguments, ("--lora.target-modules", "c_attn"), "found 'c_attn'"),
         (arguments, ("--lora.rank", "-1"), "rank: expected 0 (off) or more"),

@@ -11,7 +11,7 @@ import pytest
 
 from kalm_min import Embedder
 from kalm_min.training import checkpoint
-from kalm_min.training.run_folder import cut_log
+from kalm_min.training.checkpoint import cut_log
 from tests.training.runs import command, environment, log, run, wait_for_steps
 
 STEPS = 12
@@ -101,7 +101,7 @@ def test_stopping_saves_a_checkpoint(arguments, tmp_path, number):
     assert process.returncode == 128 + number, stderr
     saved = checkpoint.newest(tmp_path / "run" / "checkpoints")
     assert checkpoint.read_state(saved)["step"] == len(log(tmp_path / "run"))
-    assert "the same command goes on from there" in stderr
+    assert "the same command continues from there" in stderr
     assert "Traceback" not in stderr
 
 
@@ -109,7 +109,7 @@ def test_a_folder_belongs_to_one_configuration(arguments, unbroken):
     """Other settings in the same folder are refused by name; the same command has nothing to do."""
     result = run(arguments, unbroken, "--optimizer.learning-rate", "0.5")
     assert result.returncode == 2
-    assert "optimizer.learning_rate was 0.01, is 0.5" in result.stderr
+    assert "--optimizer.learning-rate was 0.01, is 0.5" in result.stderr
     assert "Traceback" not in result.stderr
     before = (unbroken / "log.jsonl").read_text()
     result = run(arguments, unbroken)
