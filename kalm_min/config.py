@@ -45,7 +45,6 @@ _NAMES: dict[object, tuple[str, str]] = {
 }
 # Errors of the operating system that say that the request names a wrong path.
 _WRONG_PATH = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
-_CONTINUES = "what was written is kept, the same command continues"
 
 
 def run(
@@ -54,7 +53,7 @@ def run(
     argv: list[str],
     *,
     program: str,
-    description: str,
+    description: str = "",
     positional: str | None = None,
     resumable: bool = False,
 ) -> int:
@@ -73,19 +72,21 @@ def run(
     config = parse(
         config_class, argv, program=program, description=description, positional=positional
     )
+    kept = "; what was written is kept, the same command continues" if resumable else ""
     try:
         return action(config)
-    except (ValueError, *_WRONG_PATH) as error:
-        if _is_first_process():
-            sys.stderr.write(f"{program}: {error}\n")
-        return 2
+    except ValueError as error:
+        code, sentence = 2, f"{program}: {error}"
+    except _WRONG_PATH as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        code, sentence = 2, f"{program}: {what}"
     except OSError as error:
-        sys.stderr.write(f"{program}: {error}{f'; {_CONTINUES}' if resumable else ''}\n")
-        return 1
+        code, sentence = 1, f"{program}: {error}{kept}"
     except KeyboardInterrupt:
-        if _is_first_process():
-            sys.stderr.write(f"interrupted{f'; {_CONTINUES}' if resumable else ''}\n")
-        return 130
+        code, sentence = 130, f"interrupted{kept}"
+    if code == 1 or _is_first_process():
+        sys.stderr.write(f"{sentence}\n")
+    return code
 
 
 def parse(
@@ -93,7 +94,7 @@ def parse(
     argv: list[str],
     *,
     program: str,
-    description: str,
+    description: str = "",
     positional: str | None = None,
 ) -> Config:
     """Read a configuration: defaults, then an optional leading TOML file, then flags.
@@ -102,13 +103,13 @@ def parse(
         config_class: a dataclass; its nested dataclasses are the sections.
         argv: the arguments without the program's name, e.g. `["run.toml", "--data.path", "x"]`.
         program: the name that opens the usage line and the errors.
-        description: one or two sentences for `--help`.
+        description: one or two sentences for `--help`; by default the docstring of the dataclass.
         positional: a setting whose flag may be left out where its values come first.
 
     Exits with code 2 and one sentence on stderr for what a person got wrong, 0 for `--help`.
     """
     settings = {setting.name: setting for setting in _settings(config_class)}
-    parser = _parser(settings, program, description, positional)
+    parser = _parser(settings, program, description or config_class.__doc__ or "", positional)
     options = {name: one for name, one in settings.items() if not is_dataclass(one.kind)}
     try:
         values = {n: one.default for n, one in options.items() if one.default is not MISSING}

@@ -250,7 +250,7 @@ def act(error: BaseException | None = None, *argv: str, **options: object) -> in
     ("error", "code", "sentence"),
     [
         (ValueError("x: expected a, found b"), 2, "p: x: expected a, found b\n"),
-        (FileNotFoundError(2, "No such file", "x"), 2, "p: [Errno 2] No such file: 'x'\n"),
+        (FileNotFoundError(2, "No such file", "x"), 2, "p: x: No such file\n"),
         (
             OSError(28, "No space left on device"),
             1,
