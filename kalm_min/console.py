@@ -6,7 +6,6 @@ line goes out every few seconds, with the time that is left.
 
 import time
 from collections.abc import Collection, Sequence
-from types import TracebackType
 from typing import Self, TextIO
 
 from tqdm import tqdm  # comes with tokenizers, through huggingface_hub
@@ -25,25 +24,35 @@ class Progress:
         done: int = 0,
         interval: float = 10.0,
     ) -> None:
-        """Start at `done` of `total` units, drawn on `stream`; `interval` seconds between plain lines."""
+        """Start at `done` of `total` units, on `stream`; `interval` seconds between plain lines."""
         self.total, self.unit, self.stream, self.title = total, unit, stream, title
         self.interval = interval
         self.done = self.first = done
         self._start = self._last = time.monotonic()
-        self._bar = (
-            tqdm(total=total, unit=unit, file=stream, initial=done, desc=title, smoothing=0.1)
-            if stream.isatty()
-            else None
+        # Plain lines are our own: tqdm overwrites its line, and closes it with an empty one.
+        self._bar = tqdm(
+            total=total,
+            unit=unit,
+            file=stream,
+            initial=done,
+            desc=title,
+            smoothing=0.1,
+            disable=not stream.isatty(),
         )
 
     def update(self, steps: int, note: str = "") -> None:
-        """Advance by `steps`; `note` says how it goes."""
+        """Advance by `steps`; `note` is shown beside the count."""
         self.done += steps
-        if self._bar is not None:
-            self._bar.set_postfix_str(note, refresh=False)
-            self._bar.update(steps)
-        elif time.monotonic() - self._last >= self.interval or self.done >= self.total:
-            self._line(note)
+        self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update(steps)
+        now = time.monotonic()
+        if self._bar.disable and (now - self._last >= self.interval or self.done >= self.total):
+            self._last, elapsed = now, now - self._start
+            left = elapsed / max(1, self.done - self.first) * (self.total - self.done)
+            parts = [f"{self.title} {self.done}/{self.total} {self.unit}".strip(), note]
+            parts.append(f"{format_duration(elapsed)} elapsed, {format_duration(left)} left")
+            self.stream.write(" | ".join(filter(None, parts)) + "\n")
+            self.stream.flush()
 
     def line(self, text: str) -> None:
         """Write a line that stays, on a terminal above the bar."""
@@ -51,28 +60,12 @@ class Progress:
         self.stream.flush()
         self._last = time.monotonic()
 
-    def _line(self, note: str) -> None:
-        """One plain line: how far, how it goes, how long still."""
-        self._last = time.monotonic()
-        elapsed = self._last - self._start
-        left = elapsed / max(1, self.done - self.first) * (self.total - self.done)
-        parts = [f"{self.title} {self.done}/{self.total} {self.unit}".strip(), note]
-        parts.append(f"{format_duration(elapsed)} elapsed, {format_duration(left)} left")
-        self.stream.write(" | ".join(part for part in parts if part) + "\n")
-        self.stream.flush()
-
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         """Close the bar, leaving its last state on the terminal."""
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
 
 def format_duration(seconds: float) -> str:
@@ -87,18 +80,12 @@ def format_duration(seconds: float) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
     """A Markdown table whose columns line up when printed; `right` holds the numeric columns."""
-    cells = [
-        [cell.replace("|", "\\|").replace("\n", "\\n") for cell in row] for row in [head, *rows]
-    ]
-    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(head))]
-    rule = [
-        "-" * (width - 1) + ":" if i in right else "-" * width for i, width in enumerate(widths)
-    ]
-    aligned = [
-        [
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
+    cells = [[one.replace("|", "\\|").replace("\n", "\\n") for one in row] for row in [head, *rows]]
+    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * (n - 1) + ":" if i in right else "-" * n for i, n in enumerate(widths)])
+    sides = [">" if i in right else "<" for i in range(len(head))]
+    lines = [
+        [f"{cell:{side}{n}}" for cell, side, n in zip(row, sides, widths, strict=True)]
         for row in cells
     ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [aligned[0], rule, *aligned[1:]])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -31,7 +31,7 @@ class LossConfig:
     temperature: Annotated[float, "Divides the cosines."] = 0.02
     dims: tuple[int, ...] = (896, 512)
     limit: tuple[int, int] | None = None
-    names: list[str] = field(default_factory=list[str])
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +106,7 @@ def test_sequences_from_flags():
     config = run("--data.path", "p", "--loss.dims", "3", "2", "--loss.limit", "1", "2")
     assert (config.loss.dims, config.loss.limit) == ((3, 2), (1, 2))
     config = run("--data.path", "p", "--loss.limit", "none", "--loss.names", "a", "b")
-    assert (config.loss.limit, config.loss.names) == (None, ["a", "b"])
+    assert (config.loss.limit, config.loss.names) == (None, ("a", "b"))
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ PATHS = st.text("ab/._ é", min_size=1).map(Path)
             temperature=st.floats(allow_nan=False),
             dims=st.lists(st.integers()).map(tuple),
             limit=st.none() | st.tuples(st.integers(), st.integers()),
-            names=st.lists(TEXTS),
+            names=st.lists(TEXTS).map(tuple),
         ),
         dtype=st.sampled_from([None, "float32", "bfloat16"]),
         level=st.sampled_from([1, 2]),
