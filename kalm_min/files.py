@@ -229,16 +229,24 @@ def model_folder(path_or_hub_id: str | Path) -> Path:
 
 
 def checkpoint_folders(path_or_hub_id: str | Path) -> list[Path]:
-    """The folder of a model, and an adapter's base after it, without importing torch."""
-    folder = model_folder(path_or_hub_id)
-    if (adapter := folder / "adapter_config.json").is_file():  # the embedder's own order
-        base = read_json(adapter).get("base_model_name_or_path")
+    """The folder of a model, or of an adapter and of its base, without importing torch.
+
+    Raises ValueError where there is no such folder, or no config.json in that of the model.
+    """
+    folders = [model_folder(path_or_hub_id)]
+    if (adapter := folders[0] / "adapter_config.json").is_file():
+        raw = read_json(adapter)
+        base = raw.get("base_model_name_or_path") if isinstance(raw, dict) else raw
+        where = f"{adapter}: base_model_name_or_path"
         if not isinstance(base, str):
-            raise ValueError(f"{adapter}: base_model_name_or_path: expected a name, found {base!r}")
-        return [folder, *checkpoint_folders(base)]
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: expected a model folder with config.json, found none")
-    return [folder]
+            raise ValueError(f"{where}: expected a name, found {base!r}")
+        try:
+            folders.append(model_folder(base))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    if not (folders[-1] / "config.json").is_file():
+        raise ValueError(f"{folders[-1]}: expected a model folder with config.json, found none")
+    return folders
 
 
 def hash_checkpoint(*folders: Path) -> str:

@@ -39,7 +39,7 @@ class Tokenizer:
         if self.settings.pop("auto_map", None):
             self.settings["tokenizer_class"] = _GENERIC_CLASS
         self._fast = fast
-        self._fast.no_padding()
+        fast.no_padding()
         if self.settings.pop("add_eos_token", False):
             self._close_every_text()
 
@@ -76,11 +76,6 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of ids, added tokens included."""
         return self._fast.get_vocab_size()
-
-    @property
-    def closes_texts(self) -> bool:
-        """Whether special tokens are added to a text (an end-of-text token, say)."""
-        return self._fast.num_special_tokens_to_add(is_pair=False) > 0
 
     def encode(self, texts: Sequence[str], prompt: str = "", *, max_length: int) -> list[list[int]]:
         """Token ids of `prompt + text`, at most `max_length` of them, special tokens included.

@@ -1,10 +1,8 @@
-"""The decoder: packed tokens in, vectors out, and its weights on disk."""
+"""The decoder: packed tokens in, hidden states and vectors out, and its folder on disk."""
 
-from kalm_min.model.config import ModelConfig
-from kalm_min.model.packed import Packed
-from kalm_min.model.pooling import Pooling, pool, truncate
-from kalm_min.model.qwen2 import Qwen2, initialise
-from kalm_min.model.weights import load_config, load_model, save_model
+from kalm_min.model.folder import load_config, load_model, save_model
+from kalm_min.model.packed import Packed, Pooling, pool, truncate
+from kalm_min.model.qwen2 import ModelConfig, Qwen2, initialise
 
 __all__ = [
     "ModelConfig",

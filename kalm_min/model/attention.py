@@ -3,16 +3,14 @@
 T  packed tokens    B  sequences    P  tokens of a shared prefix
 H  query heads      K  key/value heads      E  head size
 
-On CUDA in bfloat16 or float16 it is torch's own packed kernel. Elsewhere it is a loop of plain
-scaled-dot-product attention over the sequences, which is also what the tests hold the kernel
-against. Nothing else in the package may call either: the kernel's signature moved between torch
-releases (`enable_gqa` is looked for, not assumed), and this is the one place to follow it.
+On CUDA in bfloat16 or float16 it is torch's packed kernel. Elsewhere it is a loop of plain
+scaled-dot-product attention over the sequences, which is also the oracle of the kernel's tests.
+No other module calls the kernel: its signature moved between torch releases.
 """
 
 import inspect
-from functools import cache
+from functools import cache, partial
 from itertools import groupby
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,46 +35,62 @@ def packed_attention(
         cu_seqlens: (B + 1,) int32 boundaries.
         max_seqlen: the longest sequence.
         prefix: P, tokens that stand before every sequence; only with `causal`.
-        causal: True: a token sees itself and what stands before it. False: its whole sequence.
+        causal: True: a token sees itself and what precedes it. False: its full sequence.
 
     Returns:
         (T, H, E), the dtype of `query`.
     """
     assert causal or not prefix, "tokens of a shared prefix must not see what follows them"
-    if query.is_cuda and query.dtype in {torch.bfloat16, torch.float16}:
-        return _kernel(query, key, value, cu_seqlens, max_seqlen, prefix, causal=causal)
-    return per_sequence_attention(query, key, value, cu_seqlens, prefix, causal=causal)
+    cu_keys, max_keys = cu_seqlens, prefix + max_seqlen
+    if prefix:
+        rows, cu_keys = rows_with_prefix(cu_seqlens, prefix, len(query))
+        key, value = key[rows], value[rows]  # (T + B * P, K, E)
+        cu_seqlens = F.pad(cu_seqlens, (1, 0))  # the prefix is the first text
+    if not (query.is_cuda and query.dtype in {torch.bfloat16, torch.float16}):
+        return per_sequence_attention(query, key, value, cu_seqlens, cu_keys, causal=causal)
+    from torch.nn.attention.varlen import varlen_attn
+
+    # A window of (-1, 0) looks back without limit and never ahead.
+    attend = partial(varlen_attn, window_size=(-1, 0) if causal else (-1, -1))
+    if _kernel_takes_grouped_heads():
+        attend = partial(attend, enable_gqa=True)
+    else:
+        repeats = query.shape[1] // key.shape[1]
+        key = key.repeat_interleave(repeats, dim=1)  # (T + B * P, H, E)
+        value = value.repeat_interleave(repeats, dim=1)  # (T + B * P, H, E)
+    bounds = (cu_seqlens, cu_keys, max(max_seqlen, prefix), max_keys)
+    mixed = attend(query, key, value, *bounds)
+    assert isinstance(mixed, Tensor)  # a tuple only where auxiliary results are requested
+    return mixed
 
 
 def per_sequence_attention(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, prefix: int = 0, *, causal: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_queries: Tensor,
+    cu_keys: Tensor,
+    *,
+    causal: bool,
 ) -> Tensor:
-    """The plain twin of the kernel: one call a run of equally long sequences; shapes as above."""
-    runs = [(n, len(list(group))) for n, group in groupby(cu_seqlens.diff().tolist())]
-    if prefix:
-        runs.insert(0, (prefix, 1))
+    """What the kernel computes, in plain torch: one call per run of equally long sequences.
+
+    Where a sequence has more keys than queries, its queries are its last tokens.
+    """
+    lengths = zip(cu_queries.diff().tolist(), cu_keys.diff().tolist(), strict=True)
+    runs = [(*length, len(list(group))) for length, group in groupby(lengths)]
     # Split once: the gradient of a split is one concatenation, that of a slice as long as the batch.
-    sizes = [length * count for length, count in runs]
-    parts = zip(runs, *(x.split(sizes) for x in (query, key, value)), strict=True)
-    outputs, before = [], None
-    for (length, count), *tensors in parts:
-        q, k, v = (
-            x.unflatten(0, (-1, length)).transpose(1, 2) for x in tensors
-        )  # (n, H|K, length, E)
-        mask = None
-        if before is not None:
-            k, v = (
-                torch.cat([shared.expand(count, -1, -1, -1), own], dim=2)
-                for shared, own in zip(before, (k, v), strict=True)
-            )  # (n, K, P + length, E)
-            mask = torch.ones(length, prefix + length, dtype=torch.bool, device=q.device)
-            mask = mask.tril(prefix)
-        elif prefix:
-            before = k, v  # (1, K, P, E) each
+    queries = query.split([n * count for n, _, count in runs])
+    keys, values = (x.split([m * count for _, m, count in runs]) for x in (key, value))
+    outputs: list[Tensor] = []
+    for (n, m, count), q, k, v in zip(runs, queries, keys, values, strict=True):
+        q = q.unflatten(0, (count, n)).transpose(1, 2)  # (count, H, n, E)
+        k, v = (x.unflatten(0, (count, m)).transpose(1, 2) for x in (k, v))  # (count, K, m, E)
+        mask = None if n == m else torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
         mixed = F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=causal and mask is None, enable_gqa=True
         )
-        outputs.append(mixed.transpose(1, 2).flatten(0, 1))  # (n * length, H, E)
+        outputs.append(mixed.transpose(1, 2).flatten(0, 1))  # (count * n, H, E)
     return torch.cat(outputs)  # (T, H, E)
 
 
@@ -86,40 +100,6 @@ def _kernel_takes_grouped_heads() -> bool:
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-
-def _kernel(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    prefix: int,
-    *,
-    causal: bool,
-) -> Tensor:
-    """torch's packed kernel; a window of (-1, 0) looks back without limit and never ahead.
-
-    Where a text has more keys than queries, the queries are its last tokens.
-    """
-    from torch.nn.attention.varlen import varlen_attn
-
-    options: dict[str, Any] = {"window_size": (-1, 0) if causal else (-1, -1)}
-    if _kernel_takes_grouped_heads():
-        options["enable_gqa"] = True
-    else:
-        repeats = query.shape[1] // key.shape[1]
-        key = key.repeat_interleave(repeats, dim=1)  # (T, H, E)
-        value = value.repeat_interleave(repeats, dim=1)  # (T, H, E)
-    cu_keys = cu_seqlens
-    if prefix:
-        rows, cu_keys = rows_with_prefix(cu_seqlens, prefix, len(query))
-        key, value = key[rows], value[rows]  # (T + B * P, H|K, E)
-        cu_seqlens = F.pad(cu_seqlens, (1, 0))  # the prefix is the first text
-    bounds = (cu_seqlens, cu_keys, max(max_seqlen, prefix), prefix + max_seqlen)
-    mixed = varlen_attn(query, key, value, *bounds, **options)
-    assert isinstance(mixed, Tensor)  # a tuple only where auxiliary results are asked for
-    return mixed
 
 
 def rows_with_prefix(cu_seqlens: Tensor, prefix: int, total: int) -> tuple[Tensor, Tensor]:
@@ -136,8 +116,8 @@ def rows_with_prefix(cu_seqlens: Tensor, prefix: int, total: int) -> tuple[Tenso
     """
     texts = torch.arange(len(cu_seqlens), device=cu_seqlens.device)  # (B + 1,)
     bounds = F.pad(cu_seqlens + texts * prefix, (1, 0)).int()  # (B + 2,)
-    count = total + (len(texts) - 1) * prefix  # known here: asking the device for it would wait
+    count = total + (len(texts) - 1) * prefix  # computed here: asking the device for it would wait
     text = torch.repeat_interleave(texts, bounds.diff(), output_size=count)  # (T + B * P,)
-    place = torch.arange(count, device=cu_seqlens.device) - bounds[text]  # in its own text
-    own = F.pad(cu_seqlens[:-1], (1, 0)) - prefix  # where place 0 of each text would stand
-    return torch.where(place < prefix, place, place + own[text]), bounds
+    position = torch.arange(count, device=cu_seqlens.device) - bounds[text]  # in its own text
+    start = F.pad(cu_seqlens[:-1], (1, 0)) - prefix  # the row of position 0 of each text
+    return torch.where(position < prefix, position, position + start[text]), bounds

@@ -1,21 +1,24 @@
-"""The one batch type: sequences laid end to end, without padding.
+"""A batch as sequences laid end to end, and one vector per sequence out of its hidden states.
 
-T  tokens of all sequences together     B  sequences     P  tokens of a shared prefix
+T  tokens of all sequences    B  sequences    P  tokens of a shared prefix    D  hidden size
 
-A padded batch needs a mask that every later step must honour; a packed one needs only the
-boundaries, and the work done is the work asked for.
-
+Batches are packed, so there is no padding and no mask: a packed batch needs only the boundaries.
 Where all texts begin alike (queries under one instruction) and the model is causal, that beginning
 never sees what follows, so it is the same in all of them. It then stands in the batch once, before
-the sequences: only attention and pooling have to know.
+the sequences; only attention and pooling have to know. Pooling, truncation and normalization are
+nowhere else, so training, encoding and evaluation cannot disagree about them.
 """
 
 from collections.abc import Sequence
 from itertools import accumulate, chain
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+Pooling = Literal["mean", "lasttoken"]
+"""sentence-transformers' names."""
 
 
 class Packed(NamedTuple):
@@ -24,7 +27,7 @@ class Packed(NamedTuple):
     input_ids: Tensor
     """(T,) int64 token ids."""
     positions: Tensor
-    """(T,) int64 place of each token in its own text, from 0."""
+    """(T,) int64 position of each token in its own text, from 0."""
     cu_seqlens: Tensor
     """(B + 1,) int32 boundaries: sequence b is tokens cu_seqlens[b] to cu_seqlens[b + 1]."""
     max_seqlen: int
@@ -39,11 +42,11 @@ class Packed(NamedTuple):
         device: torch.device | str = "cpu",
         prefix: Sequence[int] = (),
     ) -> "Packed":
-        """Pack lists of token ids, none of them empty, in the order given.
+        """Pack lists of token ids in the order given.
 
         Args:
-            sequences: of each text, what follows the prefix.
-            device: where to.
+            sequences: the tokens of each text that follow the prefix, none of them empty.
+            device: where the tensors go.
             prefix: token ids that every text begins with.
         """
         shared, lengths = len(prefix), [len(ids) for ids in sequences]
@@ -52,10 +55,41 @@ class Packed(NamedTuple):
         input_ids = torch.tensor([*prefix, *chain.from_iterable(sequences)])  # (T,)
         positions = torch.arange(len(input_ids))  # (T,)
         positions[shared:] -= torch.repeat_interleave(bounds[:-1] - shared, torch.tensor(lengths))
-        return cls(
-            input_ids.to(device, non_blocking=True),
-            positions.to(device, non_blocking=True),
-            bounds.to(device, non_blocking=True),
-            max(lengths),
-            shared,
+        input_ids, positions, bounds = (
+            x.to(device, non_blocking=True) for x in (input_ids, positions, bounds)
         )
+        return cls(input_ids, positions, bounds, max(lengths), shared)
+
+
+def pool(hidden: Tensor, cu_seqlens: Tensor, mode: Pooling, prefix: int = 0) -> Tensor:
+    """One vector per sequence.
+
+    Args:
+        hidden: (T, D).
+        cu_seqlens: (B + 1,) int32 boundaries; no sequence is empty.
+        mode: "mean" over all tokens, prompt and end-of-text included (KaLM), or "lasttoken".
+        prefix: P, tokens before the first sequence that belong to all of them.
+
+    Returns:
+        (B, D), float32 at least: a bfloat16 sum over 512 tokens would lose the small ones.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    if mode == "lasttoken":
+        return hidden[cu_seqlens[1:].long() - 1].to(wide)  # (B, D)
+    shared, rest = hidden.to(wide).tensor_split([prefix])  # (P, D), (T - P, D)
+    lengths = cu_seqlens.diff().long()  # (B,)
+    sums = torch.segment_reduce(rest, "sum", lengths=lengths, axis=0) + shared.sum(0)  # (B, D)
+    return sums / (prefix + lengths)[:, None]
+
+
+def truncate(vectors: Tensor, dim: int | None, *, normalize: bool = True) -> Tensor:
+    """The first `dim` coordinates (Matryoshka) of vectors (B, D), None for all, at unit length.
+
+    A slice of a unit vector is shorter than 1, so it is normalized again; a zero vector stays zero.
+    Raises ValueError where there are fewer coordinates.
+    """
+    if dim is not None:
+        if not 1 <= dim <= vectors.shape[-1]:
+            raise ValueError(f"truncate_dim: expected 1 to {vectors.shape[-1]}, found {dim}")
+        vectors = vectors[..., :dim]
+    return F.normalize(vectors, dim=-1) if normalize else vectors

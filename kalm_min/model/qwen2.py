@@ -1,6 +1,6 @@
 """The Qwen2 decoder as a function of packed tokens; with q/k norms and no bias it is Qwen3.
 
-T  packed tokens    D  model width    F  feed-forward width
+T  packed tokens    D  hidden size    F  feed-forward size
 H  query heads      K  key/value heads      E  head size
 
     h = embed(ids)
@@ -9,9 +9,12 @@ H  query heads      K  key/value heads      E  head size
     h = norm(h)
 
 Parameter names are Hugging Face's, so the state dict is the checkpoint file. There is no output
-head, no cache, no dropout: an embedder reads every text once. Without dropout a second forward of
-the same tokens gives the same values, which is what gradient caching rests on.
+head, no cache and no dropout: an embedder reads every text once. Without dropout a second forward
+of the same tokens gives the same values, which is what gradient caching relies on.
 """
+
+from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +22,54 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kalm_min.model.attention import packed_attention
-from kalm_min.model.config import ModelConfig
 from kalm_min.model.packed import Packed
-from kalm_min.model.rotary import rotary_tables, rotate
 
-_CACHED_ROWS = 512  # of the feed-forward at a time on a CPU, so that its width stays in the cache
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Sizes and constants of a Qwen2 or Qwen3 decoder, under Hugging Face's names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    model_type: Literal["qwen2", "qwen3"] = "qwen2"
+    """"qwen2" (bias on q, k, v) or "qwen3" (no bias, RMSNorm on each query and key head)."""
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1_000_000.0
+    max_position_embeddings: int = 32_768
+    tie_word_embeddings: bool = True
+    """Only carried along for `config.json`: an embedder has no output head."""
+    initializer_range: float = 0.02
+    is_causal: bool | None = None
+    """None where the file does not say."""
+    token_ids: tuple[tuple[str, object], ...] = ()
+    """(key, value) of bos_token_id, eos_token_id and pad_token_id where the file has them."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for sizes that no decoder can have."""
+        for name in (*REQUIRED_SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings"):
+            check_size(name, getattr(self, name))
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim: expected an even number for rotary, found {self.head_dim}")
+
+
+REQUIRED_SIZES = [field.name for field in fields(ModelConfig)][:5]
+"""What every `config.json` must state."""
+
+
+def check_size(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: expected a whole number of at least 1, found {value!r}")
 
 
 class Linear(nn.Linear):
@@ -33,32 +79,51 @@ class Linear(nn.Linear):
     """
 
     def reset_parameters(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class Embedding(nn.Embedding):
     """Left unfilled, like `Linear`."""
 
     def reset_parameters(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+class RMSNorm(nn.RMSNorm):
+    """torch's, with weight and result in the dtype of the input, also under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x (..., size); same shape and dtype.
+        """Normalize x (..., size) over its last dimension; the square is taken in float32 at least."""
+        weight = self.weight.to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps).to(x.dtype)
 
-        The square is taken in float32 at least: in bfloat16 it would keep 8 bits.
-        """
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+
+def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every position, split-half convention.
+
+    Qwen2 rotates the pairs (x_i, x_{i + E/2}), so the angles are laid out twice as [f, f]; the
+    interleaved layout of pairs (x_{2i}, x_{2i+1}) would give other vectors from the same weights.
+
+    Args:
+        positions: (T,) integers; only their differences matter.
+        head_dim: E, even.
+        theta: base of the frequencies theta^(-2i/E).
+
+    Returns:
+        cos, sin: (T, 1, E) float32, ready to meet (T, H, E). float32 whatever the model's type:
+        bfloat16 cannot hold a position above 256 exactly.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim  # (E/2,)
+    angles = positions.float()[:, None] * theta**-exponents  # (T, E/2)
+    angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)  # (T, 1, E)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each head of x (T, H, E) by its token's angles; same shape and dtype."""
+    first, second = x.chunk(2, dim=-1)  # (T, H, E/2) each
+    turned = torch.cat([-second, first], dim=-1)  # (T, H, E)
+    return (x * cos + turned * sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -66,14 +131,14 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
-        query_width = config.num_attention_heads * config.head_dim
-        key_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, query_width, bias=config.qkv_bias)
-        self.k_proj = Linear(config.hidden_size, key_width, bias=config.qkv_bias)
-        self.v_proj = Linear(config.hidden_size, key_width, bias=config.qkv_bias)
-        self.o_proj = Linear(query_width, config.hidden_size, bias=False)
-        if config.qk_norm:
+        self.head_dim, bias = config.head_dim, config.model_type == "qwen2"
+        query_size = config.num_attention_heads * config.head_dim
+        key_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(config.hidden_size, query_size, bias=bias)
+        self.k_proj = Linear(config.hidden_size, key_size, bias=bias)
+        self.v_proj = Linear(config.hidden_size, key_size, bias=bias)
+        self.o_proj = Linear(query_size, config.hidden_size, bias=False)
+        if config.model_type == "qwen3":
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         else:
@@ -103,21 +168,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, D) to (T, D)."""
-        if torch.is_grad_enabled():
-            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (T, F) inside
-        if x.is_cuda:
-            return self._in_place(x)
-        # Even parts: a product of a few left-over rows would take another kernel and round otherwise.
-        parts = -(-len(x) // _CACHED_ROWS)
-        return torch.cat([self._in_place(part) for part in x.chunk(parts)])
-
-    def _in_place(self, x: Tensor) -> Tensor:
-        """The same without a graph, in half the memory."""
-        return self.down_proj(F.silu(self.gate_proj(x), inplace=True).mul_(self.up_proj(x)))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (T, F) inside
 
 
 class DecoderLayer(nn.Module):
-    """Attention, then feed-forward, each on a normalised input and added to the stream."""
+    """Attention, then feed-forward, each on a normalized input and added to the stream."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -136,7 +191,7 @@ class DecoderLayer(nn.Module):
 
 
 class Qwen2(nn.Module):
-    """The whole decoder, without an output head."""
+    """The decoder, without an output head."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -151,8 +206,8 @@ class Qwen2(nn.Module):
         """Hidden states after the last norm.
 
         Args:
-            packed: B sequences of T tokens in all.
-            causal: True: a token sees itself and what stands before it. False: its whole sequence.
+            packed: B sequences, T tokens together.
+            causal: True: a token sees itself and what precedes it. False: its full sequence.
 
         Returns:
             (T, D), what transformers calls `last_hidden_state`.

@@ -122,7 +122,7 @@ def test_merged_is_base_plus_update(model_type):
             assert torch.equal(tensor, base[name])
     merge(model)
     assert all(torch.equal(tensor, once[name]) for name, tensor in model.state_dict().items())
-    by_state = merged_state(state, SETTINGS.scale)
+    by_state = merged_state(state, SETTINGS)
     assert by_state.keys() == once.keys()
     assert all(torch.equal(by_state[name], once[name]) for name in once)
 

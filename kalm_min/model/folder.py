@@ -1,0 +1,378 @@
+"""What a model folder says and is written as.
+
+    config.json                              the decoder's sizes: load_config
+    model.safetensors, or shards             its weights, every tensor accounted for: load_model
+    modules.json, 1_Pooling, config_sentence_transformers.json, sentence_bert_config.json,
+    tokenizer_config.json                    what makes it an embedder: Settings, read_settings
+
+Reads the spellings of transformers 4 (`rope_theta`, `torch_dtype`) and 5 (`rope_parameters`,
+`dtype`), and refuses with one sentence whatever this package does not compute: a wrong guess here
+raises nothing later, it only lowers scores. Remote code is never run, pickled weights are never
+opened. Tokens are `tokenizer`'s, adapters `lora`'s.
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kalm_min.files import read_json, write_json, write_text
+from kalm_min.model.packed import Pooling
+from kalm_min.model.qwen2 import REQUIRED_SIZES, ModelConfig, Qwen2, check_size
+
+KALM_TEMPLATE = "Instruct: {instruction} \n Query: "
+"""A space before and after the newline: the form of the official code and of mteb (V1 section 1.6)."""
+
+# Checkpoints whose config.json leaves the attention mode to remote code; from the V2 report.
+_BIDIRECTIONAL = {
+    "HIT-TMG/KaLM-embedding-multilingual-mini-instruct-v2",
+    "KaLM-Embedding/KaLM-embedding-multilingual-mini-instruct-v2",
+    "KaLM-Embedding/KaLM-embedding-multilingual-mini-instruct-v2.5",
+    "HIT-TMG/KaLM-embedding-multilingual-mini-instruct-v2.5",
+}
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+_IGNORED = "lm_head.weight"  # the output head of a language model; an embedder has none
+
+Json = dict[str, Any]
+
+
+def read_object(path: Path) -> Json:
+    """A JSON object; {} where the file is absent."""
+    value = read_json(path) if path.is_file() else {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """Read `config.json`. Raises ValueError for what is missing, damaged or not computed here."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: expected a model folder with config.json, found none")
+    try:
+        return _parse_config(read_object(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _parse_config(hf: Json) -> ModelConfig:
+    kind = hf.get("model_type")
+    if kind not in {"qwen2", "qwen3"}:
+        raise ValueError(f"model_type: expected qwen2 or qwen3, found {kind!r}")
+    if missing := [name for name in REQUIRED_SIZES if name not in hf]:
+        raise ValueError(f"the keys {', '.join(missing)} are missing")
+    for name in REQUIRED_SIZES:
+        check_size(name, hf[name])
+    # Every setting that would change the function and that the decoder does not compute.
+    if hf.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act: expected silu, found {hf['hidden_act']!r}")
+    rope: Json = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5, 4
+    if (scaling := rope.get("rope_type", rope.get("type", "default"))) != "default":
+        raise ValueError(f"rope_type: only unscaled rotary embeddings are built, found {scaling!r}")
+    if hf.get("quantization_config"):
+        raise ValueError("quantization_config: quantised weights cannot be read, use the original")
+    if kind == "qwen3" and hf.get("attention_bias"):
+        raise ValueError("attention_bias: Qwen3 with biases is not built")
+    layers: list[str] = hf.get("layer_types") or []
+    window_in_use = hf.get("use_sliding_window") and hf.get("sliding_window") is not None
+    if any(layer != "full_attention" for layer in layers) or (
+        not layers and window_in_use and hf.get("max_window_layers", 0) < hf["num_hidden_layers"]
+    ):
+        raise ValueError("sliding-window attention is in use and is not built")
+    causal = hf.get("is_causal")
+    if not isinstance(causal, bool | None):
+        raise ValueError(f"is_causal: expected true or false, found {causal!r}")
+    size, heads, head_dim = hf["hidden_size"], hf["num_attention_heads"], hf.get("head_dim")
+    if head_dim is None and kind == "qwen2" and size % heads:
+        raise ValueError(
+            f"hidden_size {size} must be a multiple of num_attention_heads {heads} "
+            "where head_dim is not given"
+        )
+    # Where a file is silent, what transformers fills in.
+    return ModelConfig(
+        **{name: hf[name] for name in REQUIRED_SIZES},
+        num_key_value_heads=hf.get("num_key_value_heads") or heads,
+        head_dim=head_dim or (128 if kind == "qwen3" else size // heads),
+        model_type=kind,
+        rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
+        rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0))),
+        max_position_embeddings=hf.get("max_position_embeddings", 32_768),
+        tie_word_embeddings=hf.get("tie_word_embeddings", False),
+        initializer_range=hf.get("initializer_range", 0.02),
+        is_causal=causal,
+        token_ids=tuple(
+            (key, hf[key])
+            for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+            if hf.get(key) is not None
+        ),
+    )
+
+
+def load_model(
+    folder: Path, *, dtype: torch.dtype | None, device: torch.device | str = "cpu"
+) -> Qwen2:
+    """Build the decoder of a folder and fill it from its safetensors files.
+
+    A tensor already in the wanted dtype stays a private view of the mapped file, which costs no
+    copy, so do not rewrite a weights file in place while a model read from it lives (this package
+    renames a finished file over the old one, which is safe).
+
+    Args:
+        folder: with config.json and the weights.
+        dtype: of the parameters; None leaves each as it is stored.
+        device: where they go.
+
+    Raises:
+        ValueError: one sentence for everything that is wrong with config.json or the weights.
+    """
+    with torch.device("meta"):
+        model = Qwen2(load_config(folder))
+    tensors = load_tensors(folder, _weight_files(folder), model.state_dict())
+    state = {name: x.to(device=device, dtype=dtype) for name, x in tensors.items()}
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(True)
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """One, or those that the index names."""
+    if (folder / _SINGLE).is_file():
+        return [_SINGLE]
+    if (folder / _INDEX).is_file():
+        names = read_object(folder / _INDEX).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise ValueError(f"{folder / _INDEX}: expected a weight_map, found none")
+        files = sorted({str(name) for name in names.values()})
+        if outside := [name for name in files if Path(name).name != name]:
+            raise ValueError(f"{folder / _INDEX}: expected plain file names, found {outside[0]!r}")
+        return files
+    pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+    hint = "; pickled weights are never opened, convert them to safetensors" if pickled else ""
+    raise ValueError(f"{folder}: expected {_SINGLE} or {_INDEX}, found neither{hint}")
+
+
+def load_tensors(
+    folder: Path, files: Iterable[str], wanted: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of safetensors files, as private views of the mapped files.
+
+    Args:
+        folder: with the files.
+        files: their names.
+        wanted: a state dict, for its names and shapes; stored names may begin with `model.` (a
+            language model's) or `base_model.model.` (PEFT's) besides.
+
+    Raises:
+        ValueError: one sentence listing every missing, unexpected or wrong-shaped tensor and every
+            file that cannot be read.
+    """
+    found: dict[str, Tensor] = {}
+    problems: list[str] = []
+    for file in files:
+        try:
+            stored = load_file(folder / file)
+        except FileNotFoundError:
+            problems.append(f"{file} is named by the index and is not there")
+        except (SafetensorError, OSError) as error:
+            problems.append(f"{file} is truncated or not safetensors ({error})")
+        else:
+            for key, tensor in stored.items():
+                name = key.removeprefix("base_model.model.").removeprefix("model.")
+                if name in found:
+                    problems.append(f"{name} stands twice")
+                found[name] = tensor
+    # A file that cannot be read would also show up as missing tensors: report only the cause.
+    if not problems:
+        if missing := sorted(wanted.keys() - found.keys()):
+            problems.append(f"missing tensors: {', '.join(missing)}")
+        if extra := sorted(found.keys() - wanted.keys() - {_IGNORED}):
+            problems.append(f"unexpected tensors: {', '.join(extra)}")
+        for name in sorted(wanted.keys() & found.keys()):
+            shape, stored_shape = tuple(wanted[name].shape), tuple(found[name].shape)
+            if stored_shape != shape:
+                problems.append(f"{name}: expected shape {shape}, found {stored_shape}")
+            if (dtype := found[name].dtype) not in _DTYPES:
+                problems.append(f"{name}: expected a float tensor, found {dtype}")
+    if problems:
+        raise ValueError(f"{folder}: {'; '.join(problems)}")
+    return {name: found[name] for name in wanted}
+
+
+def save_model(
+    model: Qwen2, folder: Path, *, causal: bool, state: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write `config.json` and `model.safetensors` into `folder` (not atomic: the caller's folder is).
+
+    Args:
+        model: its configuration, and its weights unless `state` is given.
+        folder: exists.
+        causal: the attention mode, which transformers honours from 5.2 on.
+        state: the weights to write, by name, where the model's own are spread over processes.
+    """
+    state = model.state_dict() if state is None else state
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    config = asdict(model.config)
+    config |= dict(config.pop("token_ids")) | {
+        "architectures": ["Qwen2Model" if model.config.model_type == "qwen2" else "Qwen3Model"],
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "use_cache": False,
+        "is_causal": causal,
+        "torch_dtype": str(next(iter(state.values())).dtype).removeprefix("torch."),
+    }
+    write_json(folder / "config.json", config)
+    save_file(state, folder / _SINGLE, metadata={"format": "pt"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What makes a decoder an embedder."""
+
+    causal: bool
+    """The attention mode: causal, or bidirectional."""
+    pooling: Pooling = "mean"
+    max_length: int = 512
+    """Tokens kept of a text, prompt and end-of-text token included."""
+    prompts: dict[str, str] = field(default_factory=dict)
+    """Texts put before queries and documents, by the names "query" and "document", and others."""
+    instruction_template: str = KALM_TEMPLATE
+    """How a task instruction becomes a prompt; holds "{instruction}"."""
+
+
+def read_settings(
+    folder: Path, base: Path, name: str, config: ModelConfig, given: Mapping[str, Any]
+) -> Settings:
+    """Resolve the settings of a folder from all its side files.
+
+    Args:
+        folder: with sentence-transformers' files, where there are any.
+        base: with config.json: the same folder, or that of an adapter's base.
+        name: hub id or path of the base.
+        config: what config.json says.
+        given: settings that replace the folder's, where not None.
+
+    Raises:
+        ValueError: for what this package does not compute, or nobody stated.
+    """
+    path = folder / "modules.json"
+    for module in read_json(path) if path.is_file() else []:
+        if module["type"].rsplit(".", 1)[-1] not in {"Transformer", "Pooling", "Normalize"}:
+            raise ValueError(f"{path}: the module {module['type']} is not built")
+    main = read_object(folder / "config_sentence_transformers.json")
+    bert = read_object(folder / "sentence_bert_config.json")
+    tokenizer = read_object(folder / "tokenizer_config.json")
+    if main.get("default_prompt_name"):
+        warnings.warn(
+            f"{folder}: sentence-transformers would put the prompt {main['default_prompt_name']!r} "
+            "before every text; here encode_query and encode_document use theirs, encode uses none",
+            stacklevel=3,
+        )
+    prompts = {key: text for key, text in (main.get("prompts") or {}).items() if text is not None}
+    if "passage" in prompts:
+        prompts.setdefault("document", prompts["passage"])
+    options = bert.get("config_args") or bert.get("config_kwargs") or {}
+    stated = [given.get("causal"), options.get("is_causal"), config.is_causal]
+    stated += [False] if name in _BIDIRECTIONAL else []
+    causal = next((mode for mode in stated if mode is not None), None)
+    if causal is None and read_object(base / "config.json").get("auto_map"):
+        raise ValueError(
+            f"{base / 'config.json'}: the attention mode is left to remote code, which is never "
+            "run; pass causal=False (KaLM v2 and v2.5) or causal=True"
+        )
+    positions, limit = config.max_position_embeddings, tokenizer.get("model_max_length")
+    # transformers writes 10^30 where there is no limit.
+    limit = min(limit, positions) if isinstance(limit, int) else positions
+    return Settings(
+        causal=causal is not False,  # Qwen2's own mode is causal
+        pooling=given.get("pooling") or _read_pooling(folder / "1_Pooling" / "config.json"),
+        max_length=given.get("max_length") or bert.get("max_seq_length") or limit,
+        prompts=prompts,
+        instruction_template=main.get("instruction_template", KALM_TEMPLATE),
+    )
+
+
+def _read_pooling(path: Path) -> Pooling:
+    """The pooling mode of a new (`pooling_mode`) or old (six booleans) file; mean without a file."""
+    settings = read_object(path)
+    if not settings.get("include_prompt", True):
+        raise ValueError(
+            f"{path}: include_prompt false is not built, the prompt is pooled like text"
+        )
+    mode = settings.get("pooling_mode")
+    if mode is None:
+        prefix = "pooling_mode_"
+        mode = [
+            key.removeprefix(prefix).removesuffix("_tokens").replace("cls_token", "cls")
+            for key, value in settings.items()
+            if key.startswith(prefix) and value
+        ] or ["mean"]
+    modes = [mode] if isinstance(mode, str) else list(mode)
+    if modes == ["mean"]:
+        return "mean"
+    if modes == ["lasttoken"]:
+        return "lasttoken"
+    raise ValueError(f"{path}: expected pooling mean or lasttoken, found {', '.join(modes)}")
+
+
+def write_settings(
+    folder: Path, settings: Settings, config: ModelConfig, *, adapter_base: str | None = None
+) -> None:
+    """Write the files that make the folder a sentence-transformers model, and a card for people.
+
+    Args:
+        folder: exists.
+        settings: what the files say.
+        config: of the decoder.
+        adapter_base: the base model, where the folder holds an adapter without it.
+    """
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(kinds.items())
+    ]
+    write_json(folder / "modules.json", modules)
+    pooling = {
+        "word_embedding_dimension": config.hidden_size,
+        "pooling_mode_cls_token": False,
+        "pooling_mode_max_tokens": False,
+        "pooling_mode_mean_tokens": settings.pooling == "mean",
+        "pooling_mode_lasttoken": settings.pooling == "lasttoken",
+        "include_prompt": True,
+    }
+    write_json(folder / "1_Pooling" / "config.json", pooling)
+    (folder / "2_Normalize").mkdir()
+    bert: Json = {"max_seq_length": settings.max_length, "do_lower_case": False}
+    if adapter_base:  # config.json is the base's, which may say otherwise
+        bert["config_args"] = {"is_causal": settings.causal}
+    write_json(folder / "sentence_bert_config.json", bert)
+    main: Json = {
+        "prompts": settings.prompts,
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+        "instruction_template": settings.instruction_template,
+    }
+    if not settings.causal:
+        reason = "older versions ignore is_causal in config.json and would attend causally"
+        main["requirements"] = {"transformers": {"specifier": ">=5.2", "reason": reason}}
+    write_json(folder / "config_sentence_transformers.json", main)
+    mode = "causal" if settings.causal else "bidirectional (transformers >= 5.2 only)"
+    adapter = f"\nA LoRA adapter on `{adapter_base}`.\n" if adapter_base else ""
+    card = f"""---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+tags: [sentence-transformers, feature-extraction, kalm-embedding]
+---
+
+A text embedding model: {config.model_type}, {mode} attention, {settings.pooling} pooling,
+{config.hidden_size} dimensions, at most {settings.max_length} tokens. Vectors are to be L2-normalised
+(sentence-transformers does it from this folder). An instruction is put before a query as
+`{settings.instruction_template!r}`.
+{adapter}"""
+    write_text(folder / "README.md", card)
