@@ -1,61 +1,64 @@
 """Average checkpoints: `python -m kalm_min.soup A B C --weights 0.5 0.3 0.2 --output DIR`.
 
-The output is a complete model folder; what stands beside the weights (prompts, maximum length,
-template) is that of the first checkpoint, and so is the dtype. Checkpoints that do not compute the
-same function of their weights are refused: other sizes or constants, tokenizer, attention or pooling.
+Every parameter of the output is the weighted mean of the checkpoints'. Fine-tuned checkpoints of one
+ancestor lie in one basin, and their mean is often better than each of them (Wortsman et al. 2022;
+LM-Cocktail, Xiao et al. 2023; the first versions of the KaLM V2 report, which give neither number
+nor weights of the checkpoints). The output is a complete model folder; prompts, maximum length,
+template and dtype are those of the first checkpoint. Checkpoints that do not compute the same
+function of their weights are refused: other sizes or constants, tokenizer, attention or pooling.
 """
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
-from kalm_min.config import parse
+import torch
+
+from kalm_min.config import run
 from kalm_min.embedder import Embedder
-from kalm_min.model import ModelConfig
-from kalm_min.model.soup import average
+from kalm_min.model import ModelConfig, Qwen2
 
 # Carried along in config.json; the vectors do not depend on them. `is_causal` is compared resolved.
 _INDIFFERENT = {"initializer_range", "tie_word_embeddings", "token_ids", "is_causal"}
+_BLOCK = 2**22  # parameters averaged at a time: 32 MiB per model in float64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SoupConfig:
     """Average checkpoints of one ancestor."""
 
-    checkpoints: tuple[str, ...]
-    """Model folders or hub ids; may also stand first, without a flag."""
-    output: Path
-    """Folder to write."""
-    weights: tuple[float, ...] = ()
-    """One a checkpoint, adding up to 1; none weighs all alike."""
+    checkpoints: Annotated[
+        tuple[str, ...], "Model folders or hub ids; may also stand first, without a flag."
+    ]
+    output: Annotated[Path, "Folder to write."]
+    weights: Annotated[
+        tuple[float, ...], "One weight per checkpoint, adding up to 1; none weighs all alike."
+    ] = ()
 
     def __post_init__(self) -> None:
-        """Refuse what is no average."""
-        count = len(self.checkpoints)
+        count, total = len(self.checkpoints), math.fsum(self.weights)
         if count < 2:
             raise ValueError(f"checkpoints: expected at least 2, found {count}")
-        if not self.weights:
-            return
-        if len(self.weights) != count:
+        if self.weights and len(self.weights) != count:
             raise ValueError(
                 f"weights: expected one for each of the {count} checkpoints, found {len(self.weights)}"
             )
-        if not math.isclose(math.fsum(self.weights), 1, abs_tol=1e-6):
-            raise ValueError(
-                f"weights: expected them to add up to 1, found {math.fsum(self.weights):g}"
-            )
+        if self.weights and not math.isclose(total, 1, abs_tol=1e-6):
+            raise ValueError(f"weights: expected them to add up to 1, found {total:g}")
 
 
-def difference(first: Embedder, other: Embedder) -> str | None:
+def find_difference(first: Embedder, other: Embedder) -> str | None:
     """The first thing for which two models are not to be averaged, or None."""
-    for field in fields(ModelConfig):
-        ours, theirs = (getattr(model.model.config, field.name) for model in (first, other))
-        if field.name not in _INDIFFERENT and ours != theirs:
-            return f"{field.name} is {ours} in the first and {theirs} here"
+    for name in (field.name for field in fields(ModelConfig) if field.name not in _INDIFFERENT):
+        values = [getattr(embedder.model.config, name) for embedder in (first, other)]
+        if values[0] != values[1]:
+            return f"{name} is {values[0]} in the first and {values[1]} here"
     if first.causal != other.causal:
-        words = ["causal" if model.causal else "bidirectional" for model in (first, other)]
-        return f"attention is {words[0]} in the first and {words[1]} here"
+        modes = ["causal" if embedder.causal else "bidirectional" for embedder in (first, other)]
+        return f"attention is {modes[0]} in the first and {modes[1]} here"
     if first.pooling != other.pooling:
         return f"pooling is {first.pooling} in the first and {other.pooling} here"
     if not first.tokenizer.encodes_like(other.tokenizer):
@@ -63,31 +66,48 @@ def difference(first: Embedder, other: Embedder) -> str | None:
     return None
 
 
-def soup(config: SoupConfig) -> None:
-    """Read, compare, average and write. Raises ValueError with one sentence for what cannot be."""
+@torch.no_grad()
+def average(models: Sequence[Qwen2], weights: Sequence[float]) -> None:
+    """Make the first model the weighted mean of all, in place, in its own dtype.
+
+    Sums are taken in float64, block by block: no memory is needed beside the models, and models
+    whose weights are views of their files stay on the disk, except the first.
+    """
+    for parameters in zip(*(model.parameters() for model in models), strict=True):
+        assert all(parameter.shape == parameters[0].shape for parameter in parameters)
+        for blocks in zip(*(p.view(-1).split(_BLOCK) for p in parameters), strict=True):
+            mean = torch.zeros_like(blocks[0], dtype=torch.float64)
+            for weight, block in zip(weights, blocks, strict=True):
+                mean.add_(block.double(), alpha=weight)
+            blocks[0].copy_(mean)
+
+
+def soup(config: SoupConfig) -> int:
+    """Read, compare, average and write; returns 0. Raises ValueError for what cannot be averaged."""
     models: list[Embedder] = []
     for name in config.checkpoints:
         models.append(Embedder.from_pretrained(name, "cpu", "auto"))
-        if found := difference(models[0], models[-1]):
-            raise ValueError(f"{name}: cannot be averaged with {config.checkpoints[0]}: {found}")
+        if difference := find_difference(models[0], models[-1]):
+            raise ValueError(
+                f"{name}: cannot be averaged with {config.checkpoints[0]}: {difference}"
+            )
     weights = config.weights or (1 / len(models),) * len(models)
     average([embedder.model for embedder in models], weights)
     models[0].save_pretrained(config.output)
+    sys.stderr.write(f"{len(models)} checkpoints averaged -> {config.output}\n")
+    return 0
 
 
 def main(argv: list[str]) -> int:
     """Average; 0 when the folder is written, 2 for what the user can mend."""
-    if argv and not argv[0].startswith("-") and not argv[0].endswith(".toml"):
-        argv = ["--checkpoints", *argv]
-    description = "Average checkpoints of one ancestor into a new model folder."
-    config = parse(SoupConfig, argv, program="kalm_min.soup", description=description)
-    try:
-        soup(config)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"kalm_min.soup: {error}\n")
-        return 2
-    sys.stderr.write(f"{len(config.checkpoints)} checkpoints averaged -> {config.output}\n")
-    return 0
+    return run(
+        SoupConfig,
+        soup,
+        argv,
+        program="kalm_min.soup",
+        description="Average checkpoints of one ancestor into a new model folder.",
+        positional="checkpoints",
+    )
 
 
 if __name__ == "__main__":
