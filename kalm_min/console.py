@@ -29,24 +29,21 @@ class Progress:
         self.interval = interval
         self.done = self.first = done
         self._start = self._last = time.monotonic()
-        # Plain lines are our own: tqdm overwrites its line, and closes it with an empty one.
-        self._bar = tqdm(
-            total=total,
-            unit=unit,
-            file=stream,
-            initial=done,
-            desc=title,
-            smoothing=0.1,
-            disable=not stream.isatty(),
+        # Only on a terminal: tqdm writes over its line, and any instance of it starts a thread.
+        self._bar = (
+            tqdm(total=total, unit=unit, file=stream, initial=done, desc=title, smoothing=0.1)
+            if stream.isatty()
+            else None
         )
 
     def update(self, steps: int, note: str = "") -> None:
         """Advance by `steps`; `note` is shown beside the count."""
         self.done += steps
-        self._bar.set_postfix_str(note, refresh=False)
-        self._bar.update(steps)
         now = time.monotonic()
-        if self._bar.disable and (now - self._last >= self.interval or self.done >= self.total):
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(steps)
+        elif now - self._last >= self.interval or self.done >= self.total:
             self._last, elapsed = now, now - self._start
             left = elapsed / max(1, self.done - self.first) * (self.total - self.done)
             parts = [f"{self.title} {self.done}/{self.total} {self.unit}".strip(), note]
@@ -65,7 +62,8 @@ class Progress:
 
     def __exit__(self, *exception: object) -> None:
         """Close the bar, leaving its last state on the terminal."""
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
 
 def format_duration(seconds: float) -> str:
