@@ -1,10 +1,9 @@
 """Files that are complete or absent, and reading whose errors say where.
 
-Everything a later run may read goes through here: it is written to a temporary sibling, synced to
-the disk and renamed into place, so that a kill at any moment leaves either the old file or the new
-one. Reading JSON reports the file and the line of what is wrong.
-
-Not here: locking. Two writers of one path do not tear it; the last rename wins.
+Everything that a later run may read is written to a temporary sibling, synced to the disk and renamed
+into place, so that a kill at any moment leaves either the old file or the new one. Errors in JSON and
+TOML name the file and the line. There is no locking: two writers of one path do not tear it, and the
+last rename wins.
 """
 
 import difflib
@@ -22,8 +21,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
-_FOLDER_MODE = 0o777
-_FILE_MODE = 0o666
 _CHECKPOINT = {".safetensors", ".json", ".txt"}  # the files of a model that change its vectors
 
 
@@ -40,15 +37,13 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Generator[IO
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
     try:
-        text = "b" not in mode
-        with os.fdopen(
-            handle, mode, encoding="utf-8" if text else None, newline="" if text else None
-        ) as file:
+        with os.fdopen(handle, mode, encoding=encoding, newline=newline) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        Path(name).chmod(_permissions(_FILE_MODE))
+        Path(name).chmod(_permissions(0o666))
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
@@ -68,7 +63,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Generator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         yield folder
-        folder.chmod(_permissions(_FOLDER_MODE))
+        folder.chmod(_permissions(0o777))
         for entry in [*folder.rglob("*"), folder]:
             _sync(entry)
         _move(folder, path)
@@ -115,6 +110,13 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def _read_text(path: str | os.PathLike[str]) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, found {error.reason}") from error
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Read a JSON file. Raises ValueError with file:line for anything that is not JSON in UTF-8."""
     try:
@@ -124,7 +126,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a TOML file. Raises ValueError with file:line for a file that is not TOML in UTF-8."""
+    """Read a TOML file. Raises ValueError with file:line for anything that is not TOML in UTF-8."""
     try:
         return tomllib.loads(_read_text(path))
     except tomllib.TOMLDecodeError as error:
@@ -133,13 +135,6 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{where}: expected TOML, found an error: {error}") from error
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def _read_text(path: str | os.PathLike[str]) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, found {error.reason}") from error
 
 
 def read_jsonl(
@@ -155,16 +150,13 @@ def read_jsonl(
         try:
             # Bytes, so that only \n ends a line: U+2028 inside a string must not.
             for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
                 try:
-                    value = parse_object(line, f"{path}:{number}")
+                    if line.strip():
+                        yield number, parse_object(line, f"{path}:{number}")
                 except ValueError as error:
                     if problems is None:
                         raise
                     problems.append(str(error))
-                else:
-                    yield number, value
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path}: expected a complete gzip file, found: {error}") from error
 
@@ -172,7 +164,7 @@ def read_jsonl(
 def parse_object(line: bytes, where: str) -> dict[str, Any]:
     """Parse one line as a JSON object; `where` (file:line) opens the ValueError if it is not one."""
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json.loads(line.rstrip(b"\r\n").decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: expected UTF-8 text, found {error.reason}") from error
     except json.JSONDecodeError as error:
