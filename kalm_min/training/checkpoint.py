@@ -13,6 +13,7 @@ functions of the seed, the epoch and the step. Nothing is pickled.
 """
 
 import json
+import os
 import platform
 import shutil
 import tomllib
@@ -180,7 +181,10 @@ def write_description(output: Path, config_toml: str, device: torch.device) -> N
         "platform": platform.platform(),
         "device": f"{device.type} {name}".strip(),
         **{package: metadata.version(package) for package in _PACKAGES},
-        **distributed.describe(),
+        "world_size": distributed.world_size(),
+        "backend": distributed.backend(),
+        "threads": torch.get_num_threads(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
     }
     write_json(output / "environment.json", environment)
 

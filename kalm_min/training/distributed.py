@@ -89,6 +89,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def backend() -> str | None:
+    """The name of what carries the exchanges, if there are any."""
+    return dist.get_backend() if dist.is_initialized() else None
+
+
 def barrier() -> None:
     """Wait for every process, however long it takes."""
     if dist.is_initialized():
@@ -185,13 +190,3 @@ class _GatherEqual(torch.autograd.Function):
         local = gradient.new_empty(gradient.shape[0] // world_size(), *gradient.shape[1:])
         _reduce_scatter(local, gradient.contiguous())
         return local  # (n, ...)
-
-
-def describe() -> dict[str, object]:
-    """The group's part of a run's environment.json."""
-    return {
-        "world_size": world_size(),
-        "backend": dist.get_backend() if dist.is_initialized() else None,
-        "threads": torch.get_num_threads(),
-        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-    }

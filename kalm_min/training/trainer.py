@@ -40,10 +40,9 @@ from kalm_min.training.validation import validate
 _PREPARED = 4  # batches tokenized ahead of the step
 _NAMED = 20  # examples of a failed step that are named
 
-# On a CPU, glibc keeps what chunks of ever other sizes leave in pieces: 7 GiB were measured around
-# a model of 0.03 GiB. It is given back every 16 steps.
-_TRIM_EVERY = 16
+# glibc keeps what chunks of ever other sizes leave in pieces: 7 GiB around a model of 0.03 GiB.
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+_TRIM_EVERY = 16  # steps on a CPU
 
 LogLine = dict[str, Any]  # a line of log.jsonl: of a step, or {"step": ..., "validation": ...}
 
@@ -52,17 +51,13 @@ LogLine = dict[str, Any]  # a line of log.jsonl: of a step, or {"step": ..., "va
 class SamplingConfig:
     """Which examples meet in a batch."""
 
-    batch_size: Annotated[
-        int, "Queries per optimizer step, over all processes; a multiple of their number."
-    ] = 512
+    batch_size: Annotated[int, "Queries per optimizer step, over all processes."] = 512
     homogeneous_ratio: Annotated[
         float, "Share of each batch that is of one task: 1 is one task per batch, 0 mixes all."
     ] = 1.0
-    num_negatives: Annotated[int, "Maximum number of hard negatives drawn per query."] = 7
+    num_negatives: Annotated[int, "Hard negatives drawn per query, at most."] = 7
     size_exponent: Annotated[
-        float,
-        "An epoch draws from each task in proportion to its size to this power: at 1 every "
-        "example once, at 0 equally many examples of each task.",
+        float, "An epoch draws from a task ~ size^this: 1 is each example once, 0 equal shares."
     ] = 1.0
     seed: Annotated[int, "Seed of the order of examples and of the texts drawn from them."] = 0
 
@@ -82,18 +77,11 @@ class OptimizerConfig:
     """AdamW; the defaults are those of the public fine-tuning script (paper notes, section 1.2)."""
 
     learning_rate: Annotated[float, "Peak learning rate."] = 1e-5
-    warmup_ratio: Annotated[
-        float, "Share of all steps over which the learning rate rises from 0 to its peak."
-    ] = 0.1
+    warmup_ratio: Annotated[float, "Share of all steps that warm up from 0 to the peak."] = 0.1
     weight_decay: Annotated[float, "Decay of weight matrices; biases and norms never decay."] = 0.0
-    betas: Annotated[tuple[float, float], "Decay rates of the first and second moment."] = (
-        0.9,
-        0.999,
-    )
+    betas: Annotated[tuple[float, float], "Decay rates of both moments."] = (0.9, 0.999)
     eps: Annotated[float, "Added to the square root of the second moment."] = 1e-8
-    max_grad_norm: Annotated[
-        float, "The gradients of all parameters together are scaled down to this L2 norm."
-    ] = 1.0
+    max_grad_norm: Annotated[float, "L2 norm that all gradients together are clipped to."] = 1.0
 
     def __post_init__(self) -> None:
         """Validate the values."""
@@ -109,16 +97,13 @@ class LoopConfig:
     """How long to train, and what to do on the way."""
 
     epochs: Annotated[int, "Passes over the data."] = 1
-    max_steps: Annotated[
-        int | None, "Stop after this many steps, whatever the epochs; the schedule ends there too."
-    ] = None
+    max_steps: Annotated[int | None, "Stop, and end the schedule, after this many steps."] = None
     tokens_per_batch: Annotated[
-        int, "Tokens per forward pass of a process; bounds the memory, changes no result."
+        int, "Tokens per forward of a process; bounds the memory and changes no result."
     ] = 16_384
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"],
-        "Precision of matrix products; weights and optimizer stay float32. auto: bfloat16 where it "
-        "is native.",
+        "Of matrix products; weights and optimizer stay float32. auto: bfloat16 where native.",
     ] = "auto"
     save_every: Annotated[int, "Steps between checkpoints."] = 500
     keep_checkpoints: Annotated[
@@ -126,10 +111,9 @@ class LoopConfig:
     ] = 3
     non_finite: Annotated[
         Literal["stop", "skip"],
-        "Whether a step whose loss or gradient is not finite stops the run, or is logged and "
-        "changes nothing.",
+        "Stop at a step whose loss or gradient is not finite, or log it and change nothing.",
     ] = "stop"
-    validate_every: Annotated[int, "Steps between validations, with validation data."] = 500
+    validate_every: Annotated[int, "Steps between validations."] = 500
     validation_limit: Annotated[int, "Pairs per held-out task that a validation looks at."] = 500
 
     def __post_init__(self) -> None:
@@ -194,10 +178,10 @@ class Trainer:
         Args:
             embedder: float32 weights on this process's device; of `resume` where given.
             data: what to train on.
-            validation: held-out pairs, or None.
+            validation: held-out pairs, if any.
             output: the run's folder.
-            recipe: how.
-            resume: a checkpoint of this run.
+            recipe: how to train.
+            resume: a checkpoint of this run, if there is one.
 
         Raises ValueError where recipe, data and number of processes do not fit.
         """
