@@ -1,9 +1,9 @@
-"""Kill -9 at random points: the same command goes on every time, and comes to the same end.
+"""Kill -9 at random points: the same command continues every time, and comes to the same end.
 
     python benchmarks/kills.py [--points 20] [--processes 1 2] [--seed 0]
 
 A tiny run with every part of the loss on is taken to its end without a break, then again in a chain:
-each start of the same command is killed at a random point, and the next one goes on from what it
+each start of the same command is killed at a random point, and the next one resumes from what it
 left. Half of the points are operations on files of the run or the data (the n-th that Python opens,
 renames, removes, ...), which hits the building of the index, checkpoints and the log; the others are
 moments, which hit all else, the middle of a write among it (an alarm that nobody handles ends a

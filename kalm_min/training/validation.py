@@ -71,7 +71,7 @@ def _scores(
     masks = candidate_masks(query_meta, document_meta, labels)
     is_masked = masks["positive"] | masks["query"] | masks["group"]  # (Q, N)
     batch_of = torch.arange(len(queries)) // batch_size  # (Q,)
-    in_other_batch = batch_of[:, None] != batch_of[document_meta.owners]  # (Q, N)
+    in_other_batch = batch_of[:, None] != batch_of[torch.from_numpy(batch.document_owner)]  # (Q, N)
     is_negative = torch.ones(len(documents), dtype=torch.bool)
     is_negative[labels] = False  # (N,)
     scores: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""What goes wrong in a long run: numbers, processes, nodes; and that it goes on as if nothing had."""
+"""What goes wrong in a long run (numbers, processes, nodes), after which it resumes as if unbroken."""
 
 import json
 import os
@@ -117,7 +117,7 @@ def test_what_is_not_finite_stops_the_run(broken, tmp_path):
     ("processes", "strategy"),
     [(1, "ddp"), (2, "ddp"), (2, "fsdp")],
 )
-def test_what_is_not_finite_is_skipped_when_told(broken, tmp_path, processes, strategy):
+def test_what_is_not_finite_is_skipped_on_request(broken, tmp_path, processes, strategy):
     """Such a step is logged with file:line and changes nothing, on any process; resume is bit for bit."""
     extra = ("--training.non-finite", "skip", "--training.save-every", "1")
     extra += ("--training.max-steps", "10", "--training.keep-checkpoints", "99")
@@ -191,7 +191,7 @@ def test_a_checkpoint_before_the_first_update_has_no_moments(tiny_model_dir, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_every_option_goes_on_bit_for_bit_in_the_second_epoch(arguments, tmp_path, strategy):
+def test_every_option_resumes_bit_for_bit_in_the_second_epoch(arguments, tmp_path, strategy):
     """Two processes, from step 10 of 21: the log, the weights and the moments of the unbroken run."""
     output = tmp_path / "run"
     extra = ("--parallel.strategy", strategy)
@@ -245,13 +245,13 @@ def two_nodes(arguments, output, restarts):
 
 
 def ends(agents):
-    """Exit codes and what was said on stderr, of both."""
+    """Exit codes and stderr of both."""
     try:
-        said = [agent.communicate(timeout=PATIENCE)[1] for agent in agents]
+        stderr = [agent.communicate(timeout=PATIENCE)[1] for agent in agents]
     finally:
         for agent in agents:
             agent.terminate()
-    return [agent.returncode for agent in agents], "".join(said)
+    return [agent.returncode for agent in agents], "".join(stderr)
 
 
 def kill_a_worker(agent):
@@ -263,8 +263,8 @@ def kill_a_worker(agent):
 @pytest.fixture(scope="module")
 def on_two_nodes(arguments, tmp_path_factory):
     output = tmp_path_factory.mktemp("nodes") / "run"
-    codes, said = ends(two_nodes(arguments, output, 0))
-    assert codes == [0, 0], said
+    codes, stderr = ends(two_nodes(arguments, output, 0))
+    assert codes == [0, 0], stderr
     return output
 
 
@@ -288,26 +288,26 @@ def test_a_lost_process_comes_back_from_the_last_checkpoint(arguments, on_two_no
     agents = two_nodes(arguments, output, 2)
     wait_for_steps(output, 7, agents[0])
     kill_a_worker(agents[1])
-    codes, said = ends(agents)
-    assert codes == [0, 0], said
-    assert "resuming from step" in said
+    codes, stderr = ends(agents)
+    assert codes == [0, 0], stderr
+    assert "resuming from step" in stderr
     assert log(output) == log(on_two_nodes)
     assert same(weights(output), weights(on_two_nodes))
 
 
 @pytest.mark.slow
 def test_a_lost_process_ends_the_run_with_a_message(arguments, tmp_path):
-    """Without restarts: both agents end, soon, and the survivor says why and how to go on."""
+    """Without restarts: both agents end, soon, and the survivor says why and how to continue."""
     output = tmp_path / "run"
     agents = two_nodes(arguments, output, 0)
     wait_for_steps(output, 7, agents[0])
     began = time.monotonic()
     kill_a_worker(agents[1])
-    codes, said = ends(agents)
+    codes, stderr = ends(agents)
     assert all(codes)
     assert time.monotonic() - began < PATIENCE / 4
-    assert "lost another process of the group" in said
-    assert "the same command continues from the last checkpoint" in said
+    assert "lost another process of the group" in stderr
+    assert "the same command continues from the last checkpoint" in stderr
 
 
 # ---- teachers and compilers ----------------------------------------------------------------------

@@ -76,7 +76,7 @@ def test_a_merged_model_and_its_adapter(finished, tiny_model_dir):
     assert not (newest / "model.safetensors").exists()
 
 
-def test_goes_on_bit_for_bit(arguments, finished, tmp_path):
+def test_resumes_bit_for_bit(arguments, finished, tmp_path):
     """From the checkpoint in the middle, the same log and the same bytes."""
     before, lines = digests(finished / "final") | digests(finished / "adapter"), log(finished)
     shutil.copytree(finished, tmp_path / "whole")

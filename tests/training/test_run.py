@@ -58,7 +58,7 @@ def unbroken(arguments, tmp_path_factory):
 
 
 def test_a_finished_run_explains_itself(unbroken):
-    """config, environment, a line a step, the newest checkpoints, and a model that encodes."""
+    """config, environment, one line per step, the newest checkpoints, and a model that encodes."""
     assert [line["step"] for line in log(unbroken)] == list(range(1, STEPS + 1))
     assert sorted(p.name for p in (unbroken / "checkpoints").iterdir()) == [
         f"step_{step:08d}" for step in (4, 8, 12)
@@ -74,7 +74,7 @@ def test_a_finished_run_explains_itself(unbroken):
     assert Embedder.from_pretrained(unbroken / "checkpoints" / "step_00000004").encode("a").any()
 
 
-def test_the_log_is_cut_where_a_run_goes_on(tmp_path):
+def test_the_log_is_cut_where_a_run_resumes(tmp_path):
     """Later steps go, and a line torn by a kill with all after it; what stays is as it was."""
     lines = [json.dumps({"step": step}) + "\n" for step in (1, 2, 3)]
     path = tmp_path / "log.jsonl"
@@ -90,7 +90,7 @@ def test_the_log_is_cut_where_a_run_goes_on(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopping_saves_a_checkpoint(arguments, tmp_path, number):
-    """SIGTERM and Ctrl-C finish the step, save, say how to go on, and exit with 128 + signal."""
+    """SIGTERM and Ctrl-C finish the step, save, say how to continue, and exit with 128 + signal."""
     longer = [*arguments, "--training.max-steps", "15"]
     process = subprocess.Popen(
         command(longer, tmp_path / "run"), stderr=subprocess.PIPE, text=True, env=environment()
