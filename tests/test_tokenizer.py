@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from kalm_min.tokenizer import Tokenizer, check_texts
+from kalm_min.tokenizer import Tokenizer, check_texts, prefetch
 
 
 @pytest.fixture
@@ -57,3 +57,21 @@ def test_texts_are_checked_by_position():
     check_texts(["fine", "", "🐦"])
     with pytest.raises(ValueError, match=r"texts\[2\]: expected a string, found int"):
         check_texts(["a", "b", 3])
+
+
+def test_prefetching_keeps_the_order_and_its_bound():
+    """Results in order, at most `ahead` items taken in advance, an error at its item's turn."""
+    taken = []
+
+    def items():
+        for i in range(1, 6):
+            taken.append(i)
+            yield i
+
+    results = prefetch(lambda i: 12 // (4 - i), items(), ahead=2)
+    assert next(results) == 4
+    assert taken == [1, 2, 3]
+    assert [next(results), next(results)] == [6, 12]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    assert list(prefetch(str, [])) == []
