@@ -45,7 +45,7 @@ class DataConfig:
     def open(self) -> tuple[TrainingData, TrainingData | None]:
         """Index and check both."""
         opened = partial(
-            TrainingData.open,
+            TrainingData,
             instruction=self.instruction,
             cache_dir=self.cache_dir,
             progress=sys.stderr,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kalm_min.config import parse
 from kalm_min.data.batches import collate
-from kalm_min.data.examples import Example
+from kalm_min.data.dataset import Example
 from kalm_min.model import ModelConfig, Packed, Qwen2, initialise, pool
 from kalm_min.tokenizer import Tokenizer
 from kalm_min.training.batch_loss import LossConfig

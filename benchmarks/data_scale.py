@@ -70,8 +70,8 @@ def files(lines: int, path: Path) -> None:
     line("index, built", lines, lambda: JsonlFile(path))
     line("index, opened", lines, lambda: JsonlFile(path)[lines // 2])
     # Not traced: lines are read by child processes, and tracing would slow them or miss them.
-    line("check of all lines", lines, lambda: TrainingData.open(path), traced=False)
-    line("data, opened", lines, lambda: TrainingData.open(path)[lines // 2])
+    line("check of all lines", lines, lambda: TrainingData(path), traced=False)
+    line("data, opened", lines, lambda: TrainingData(path)[lines // 2])
     path.unlink()
 
 

@@ -167,7 +167,7 @@ def peer(options: Options, columns: dict[str, list[str]]) -> list[float]:
 def main(argv: list[str]) -> None:
     """Train twice, print how the losses agree."""
     options = parse(Options, argv, program="same_training.py", description="The same run twice.")
-    data = TrainingData.open(options.data)
+    data = TrainingData(options.data)
     start = time.perf_counter()
     here = ours(options, data)
     middle = time.perf_counter()

@@ -34,7 +34,7 @@ from transformers import AutoModel, AutoTokenizer
 from kalm_min import Embedder
 from kalm_min.config import parse
 from kalm_min.data.batches import TextBatch, collate
-from kalm_min.data.examples import Example
+from kalm_min.data.dataset import Example
 from kalm_min.embedder import fastest_safe_dtype
 from kalm_min.losses import matryoshka
 from kalm_min.model import Packed, pool

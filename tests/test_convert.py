@@ -52,7 +52,7 @@ def lines(path: Path) -> list[dict]:
 def test_a_folder_of_tasks(hub, tmp_path, flags, capsys):
     """Every row of every shard arrives under its task, in order, and opens as training data."""
     assert convert(hub, tmp_path / "out", *flags) == 0
-    data = TrainingData.open(tmp_path / "out")
+    data = TrainingData(tmp_path / "out")
     assert data.task_names == ["csl", "paq"]
     assert [example.query for example in data] == ["你好", "b", "0", "1", "2"]
     assert [example.negatives for example in data] == [()] * 2 + [("n", "m")] * 3
@@ -67,7 +67,7 @@ def test_a_file_alone_is_a_task(tmp_path):
     """As in training data, a file of the folder is a task of its name."""
     write(tmp_path / "hub" / "nli.parquet", [row("0")])
     assert convert(tmp_path / "hub", tmp_path / "out") == 0
-    assert TrainingData.open(tmp_path / "out").task_names == ["nli"]
+    assert TrainingData(tmp_path / "out").task_names == ["nli"]
 
 
 def test_a_second_run_skips_what_is_finished(hub, tmp_path, capsys):
@@ -100,7 +100,7 @@ def test_an_interrupted_file_is_absent(hub, tmp_path, monkeypatch):
     assert sorted(names) == [".convert.json", "train-00000-of-00001.jsonl"]
     monkeypatch.undo()
     assert convert(hub, tmp_path / "out") == 0
-    assert len(TrainingData.open(tmp_path / "out")) == 5
+    assert len(TrainingData(tmp_path / "out")) == 5
 
 
 def test_bad_rows_are_named(hub, tmp_path, capsys):

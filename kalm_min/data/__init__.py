@@ -1,8 +1,8 @@
 """Records on disk -> one training batch of texts. Numpy only, so that data workers start fast."""
 
 from kalm_min.data.batches import TextBatch, collate
-from kalm_min.data.examples import Example, TrainingData
-from kalm_min.data.jsonl import JsonlFile
+from kalm_min.data.dataset import Example, TrainingData
+from kalm_min.data.index import JsonlFile
 from kalm_min.data.records import TaskSettings
 
 __all__ = ["Example", "JsonlFile", "TaskSettings", "TextBatch", "TrainingData", "collate"]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kalm_min.data.examples import Example
+from kalm_min.data.dataset import Example
 from kalm_min.files import text_hash
 
 _BETA = 2.0  # of the shares of a pair-wise mix, Beta(2, 2): KaLM V2 report, online mixing

@@ -168,7 +168,7 @@ class Miner:
     def _open_data(self) -> tuple[TrainingData, tuple[Texts, Any] | None]:
         """The data and the pool, checked, and the output folder, which must not hold anything else."""
         config = self.config
-        data = TrainingData.open(
+        data = TrainingData(
             config.data,
             instruction=config.instruction,
             cache_dir=config.cache_dir,

@@ -199,7 +199,7 @@ class Trainer:
                 f"processes, found {sampling.batch_size}"
             )
         if recipe.loss.distillation_weight:
-            data.refuse_unscored()
+            data.require_scores()
         self.sampler = TaskBatchSampler(
             data.task_sizes,
             sampling.batch_size,

@@ -1,17 +1,22 @@
-"""The check of every line on all cores: the same account, and the same complaints in order."""
+"""The check of every line on all cores: the same summary, and the same complaints in order."""
 
 import io
 import json
+import multiprocessing
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kalm_min.data import JsonlFile, TrainingData, checking
-from kalm_min.data.checking import account, check_all, rows_of_groups, rows_of_tasks
+from kalm_min.data.checking import check_all, groups_of_rows, load_summary, rows_by_task
+from kalm_min.files import text_hash
 
 
 @pytest.fixture
@@ -23,8 +28,8 @@ def many_ranges(monkeypatch):
 @pytest.fixture
 def children(monkeypatch, many_ranges):
     """Two child processes, for any number of lines."""
-    monkeypatch.setattr(checking, "_ALONE", 1)
-    monkeypatch.setattr(checking, "_cores", lambda: 2)
+    monkeypatch.setattr(checking, "_SMALL", 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
 
 
 def write(path: Path, records: list) -> Path:
@@ -49,35 +54,26 @@ lines = st.builds(line, st.sampled_from([None, "x", "y"]), st.sampled_from([None
 
 @given(st.lists(lines, min_size=1, max_size=30))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_the_account_is_that_of_the_lines(tmp_path_factory, many_ranges, records):
+def test_the_summary_is_that_of_the_lines(tmp_path_factory, many_ranges, records):
     """Tasks, rows, groups: whatever the order of lines and wherever a range ends."""
     file = checked(write(tmp_path_factory.mktemp("data") / "x.jsonl", records))
     tasks = list(dict.fromkeys(record.get("task") for record in records))
-    rows = {task: [i for i, r in enumerate(records) if r.get("task") == task] for task in tasks}
-    found = account(file)
-    assert [(one.task, one.rows) for one in found] == [(task, len(rows[task])) for task in tasks]
-    for one in found:
-        without = [i for i in rows[one.task] if "group" not in records[i]]
-        assert one.lacking.get("group") == ([len(without), without[0]] if without else None)
-        assert one.lacking["scores"] == [one.rows, rows[one.task][0]]
-        assert "pos" not in one.lacking
+    expected = []
+    for task in tasks:
+        rows = [i for i, record in enumerate(records) if record.get("task") == task]
+        without = [i for i in rows if "group" not in records[i]]
+        counts = {"rows": [len(rows), rows[0]], "scores": [len(rows), rows[0]]}
+        if without:
+            counts["group"] = [len(without), without[0]]
+        expected.append((task, counts))
+    assert load_summary(file) == expected
     if len(tasks) > 1:
-        assert rows_of_tasks(file).tolist() == [i for task in tasks for i in rows[task]]
+        order = sorted(range(len(records)), key=lambda i: tasks.index(records[i].get("task")))
+        assert rows_by_task(file).tolist() == order
     if any("group" in record for record in records):
-        order, table = rows_of_groups(file)
-        groups = {(task, sorted_rows(order, start, end)) for task, _, start, end in table.tolist()}
-        expected = {}
-        for i, record in enumerate(records):
-            if "group" in record:
-                key = tasks.index(record.get("task")), str(record["group"])
-                expected.setdefault(key, []).append(i)
-        assert groups == {(task, tuple(members)) for (task, _), members in expected.items()}
-
-
-def sorted_rows(order: np.ndarray, start: int, end: int) -> tuple:
-    members = order[start:end].tolist()
-    assert members == sorted(members)
-    return tuple(members)
+        groups = [str(record["group"]) if "group" in record else None for record in records]
+        hashes = [0 if group is None else text_hash(group) for group in groups]
+        assert groups_of_rows(file).tolist() == hashes
 
 
 def test_children_find_what_one_process_finds(tmp_path, children, monkeypatch):
@@ -86,14 +82,14 @@ def test_children_find_what_one_process_finds(tmp_path, children, monkeypatch):
     records[11] = line("x", 1, pos=())
     contents = []
     for cores in (2, 1):
-        monkeypatch.setattr(checking, "_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: range(cores))
         path = write(tmp_path / str(cores) / "x.jsonl", records)
         os.utime(path, ns=(5, 5))
         checked(path)
         cache = sorted((path.parent / ".kalm_min").iterdir())
         contents.append([(entry.name, entry.read_bytes()) for entry in cache])
     assert contents[0] == contents[1]
-    assert len(contents[0]) == 5
+    assert len(contents[0]) == 4
 
 
 def test_malformed_lines_keep_the_order_of_the_files(tmp_path, children):
@@ -104,32 +100,101 @@ def test_malformed_lines_keep_the_order_of_the_files(tmp_path, children):
     three = write(tmp_path / "c.jsonl", [good, *["\ud83d"] * 15])
     for _ in range(2):
         with pytest.raises(ValueError, match="30 malformed lines, the first 20:") as error:
-            TrainingData.open(tmp_path)
+            TrainingData(tmp_path)
         listed = [text.split(": ")[0] for text in str(error.value).split("\n  ")[1:]]
         expected = [f"{one}:{n}" for n in range(2, 17)] + [f"{three}:{n}" for n in range(2, 7)]
         assert listed == expected
-    assert account(JsonlFile(two))
-    assert account(JsonlFile(three)) is None
+    assert load_summary(JsonlFile(two))
+    assert load_summary(JsonlFile(three)) is None
 
 
 def test_progress_is_shown_where_it_is_asked_for(tmp_path, children, capfd):
     """Lines on the given stream, to the last one; nothing anywhere else, nothing the second time."""
     path = write(tmp_path / "x.jsonl", [line()] * 10)
     stream = io.StringIO()
-    TrainingData.open(path, progress=stream)
+    TrainingData(path, progress=stream)
     assert stream.getvalue().startswith("check 10/10 lines")
     shown = stream.tell()
-    TrainingData.open(path, progress=stream)
+    TrainingData(path, progress=stream)
     write(path, [line()] * 11)
-    TrainingData.open(path)
+    TrainingData(path)
     assert stream.tell() == shown
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_child_that_dies_is_told(tmp_path, children, monkeypatch):
-    """A killed child ends the check with a sentence; nothing is cached, no process is left."""
-    monkeypatch.setattr(checking, "_CHILD", "import sys; sys.exit(3)")
+def test_a_child_that_is_killed(tmp_path, children, monkeypatch):
+    """It ends the check with a sentence; nothing is cached, no process is left."""
+    monkeypatch.setattr(checking, "_end_with_parent", os.abort)
     file = JsonlFile(write(tmp_path / "x.jsonl", [line()] * 10))
-    with pytest.raises(RuntimeError, match=r"x\.jsonl: the process .* ended with code 3"):
+    with pytest.raises(RuntimeError, match=r"x\.jsonl: a process that checked lines .* was killed"):
         check_all(tmp_path, [file], None)
-    assert account(file) is None
+    assert load_summary(file) is None
+    assert multiprocessing.active_children() == []
+
+
+SCRIPT = """
+import sys
+print("main module runs", flush=True)
+import torch
+from pathlib import Path
+from kalm_min.data import TrainingData, checking
+checking._SMALL, checking._RANGE = 1, int(sys.argv[2])
+TrainingData(sys.argv[1])
+print("checked", flush=True)
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """A user's program without a guard that opens data which is new and large."""
+    (tmp_path / "main.py").write_text(SCRIPT)
+    write(tmp_path / "x.jsonl", [line()] * 100_000)
+    return [sys.executable, str(tmp_path / "main.py"), str(tmp_path / "x.jsonl")]
+
+
+def test_children_do_not_run_the_main_module(script):
+    """A script without a guard is not run again, so torch is not imported in the children either."""
+    done = subprocess.run([*script, "20000"], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("main module runs\nchecked\n", "")
+
+
+def processes_of(path: Path) -> list[int]:
+    """Child processes of multiprocessing that were started from this folder's script."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command, environment = ((entry / name).read_bytes() for name in ("cmdline", "environ"))
+            if b"multiprocessing" in command and f"KALM_TEST={path}".encode() in environment:
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
+def test_an_interrupted_check_leaves_nothing(script, tmp_path, number):
+    """No process goes on, and no summary is there; after Ctrl-C only the parent complains."""
+    environment = {**os.environ, "KALM_TEST": str(tmp_path)}
+    program = subprocess.Popen(
+        [*script, "20"], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_until(lambda: len(processes_of(tmp_path)) >= 3)  # with multiprocessing's own tracker
+    time.sleep(0.5)  # the children have begun
+    if number == signal.SIGINT:
+        os.killpg(program.pid, number)  # as a terminal does
+    else:
+        program.send_signal(number)
+    _, errors = program.communicate(timeout=60)
+    assert program.returncode != 0
+    wait_until(lambda: not processes_of(tmp_path))
+    assert not list(tmp_path.rglob("*summary*"))
+    if number == signal.SIGINT:
+        assert errors.count("KeyboardInterrupt\n") == 1
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

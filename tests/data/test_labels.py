@@ -24,7 +24,7 @@ def label_based(folder: Path, files: dict[str, list], task="t") -> TrainingData:
     for name, records in files.items():
         write(folder / name, records)
     (folder / f"{task}.toml").write_text("label_based = true\n")
-    return TrainingData.open(folder)
+    return TrainingData(folder)
 
 
 def row(number: int, group, **more) -> dict:
@@ -88,7 +88,7 @@ def test_every_text_gets_its_turn(tmp_path):
 def test_the_draw_is_a_function_of_seed_epoch_and_example(tmp_path):
     """Not of what was read before; another seed or epoch draws anew."""
     files = {"t.jsonl": [row(i, i % 4) for i in range(200)]}
-    data, again = label_based(tmp_path, files), TrainingData.open(tmp_path)
+    data, again = label_based(tmp_path, files), TrainingData(tmp_path)
     wanted = [data.example(i, **PLAN) for i in range(200)]
     assert [again.example(i, **PLAN) for i in reversed(range(200))] == wanted[::-1]
     for change in ({"epoch": 1}, {"seed": 1}):
@@ -164,7 +164,7 @@ def test_lines_without_positives_need_a_label_based_task(tmp_path):
     path = write(tmp_path / "t.jsonl", [row(0, "a", pos=["p"]), row(1, "a"), row(2, "b", pos=[])])
     for _ in range(2):
         with pytest.raises(ValueError, match="expected 'pos'") as error:
-            TrainingData.open(path)
+            TrainingData(path)
         assert str(error.value) == (
             f"{path}:2: expected 'pos' to be a list of at least one non-empty string, or "
             "label_based = true in t.toml to draw positives from the line's group, found none in "

@@ -63,7 +63,7 @@ def test_killed_at_random_points(tiny_model_dir, make_model, tmp_path):
         rows = "".join(f'{{"query": "{text}", "pos": ["{text} birds"]}}\n' for text in texts)
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "data" / f"{task}.jsonl").write_text(rows, encoding="utf-8")
-    TrainingData.open(tmp_path / "data")  # its line index is written once, not by each run
+    TrainingData(tmp_path / "data")  # its line index is written once, not by each run
 
     def arguments(name):
         flags = ("--model", tiny_model_dir, "--scorer", tmp_path / "scorer", "--dtype", "float32")

@@ -147,7 +147,7 @@ def test_a_tiny_corpus_fills_nothing_up(mined):
 
 def test_output_is_training_data(toy, mined):
     """The folder opens as training data, with settings and the rows' other keys; labels go as they are."""
-    data = TrainingData.open(mined)
+    data = TrainingData(mined)
     assert data.task_names == ["grouped", "labels", "planted", "twice"]
     assert data.settings[3].symmetric
     assert rows_of(mined, "grouped") == rows_of(toy, "grouped")

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kalm_min.data import JsonlFile, jsonl
+from kalm_min.data import JsonlFile, index
 
 LINES = [b'{"a": 1}', b'{"a": 2}', b'{"a": 3}']
 
@@ -67,7 +67,7 @@ def test_any_text_survives_any_chunking(tmp_path, monkeypatch, texts, final, chu
 
     U+2028 and its like (str.splitlines ends lines at them) stay inside their string.
     """
-    monkeypatch.setattr(jsonl, "_CHUNK", chunk)
+    monkeypatch.setattr(index, "_CHUNK", chunk)
     lines = [
         text if not text.strip(" \t\r") else json.dumps({"a": text}, ensure_ascii=i % 2 == 0)
         for i, text in enumerate([*texts, "x\u2028y\u2029z\x85\x0b\x0c", *texts])
@@ -118,7 +118,7 @@ def test_empty_file(tmp_path, name, content):
     for _ in range(2):
         with pytest.raises(ValueError, match=f"{name}: expected at least one record, found"):
             JsonlFile(path)
-    assert not list(tmp_path.glob(".kalm_min/*.npy"))
+    assert not list(tmp_path.glob(".kalm_min/*.index"))
 
 
 def test_broken_gzip(tmp_path):
@@ -167,14 +167,14 @@ def test_a_change_of_equal_size_is_seen(tmp_path):
 def test_a_change_while_reading_is_refused(tmp_path, monkeypatch):
     """Offsets of one content must not be kept under the name of another."""
     path = write(tmp_path / "x.jsonl", b"\n".join(LINES))
-    lines = jsonl._lines
+    lines = index._lines
 
     def meanwhile(data):
         yield from lines(data)
         with path.open("ab") as file:
             file.write(b'\n{"a": 4}')
 
-    monkeypatch.setattr(jsonl, "_lines", meanwhile)
+    monkeypatch.setattr(index, "_lines", meanwhile)
     with pytest.raises(ValueError, match="changed while it was read"):
         JsonlFile(path)
     monkeypatch.undo()
@@ -186,17 +186,17 @@ def test_a_change_while_reading_is_refused(tmp_path, monkeypatch):
 def test_a_torn_cache_is_rebuilt(tmp_path, name, damage):
     """Whatever a crash or another program made of the cache, the records are right."""
     path = write(tmp_path / name, b"\n".join(LINES))
-    index = JsonlFile(path).sidecar("index.npy")
-    content = index.read_bytes()
+    offsets = JsonlFile(path).sidecar("index")
+    content = offsets.read_bytes()
     if damage == "absent":
-        index.unlink()
+        offsets.unlink()
     elif damage == "fits nothing":
-        np.save(index, np.array([0, 5, 5000, 0]))
+        np.array([0, 5, 5000, 0]).tofile(offsets)
     else:
         cut = {"empty": b"", "cut": content[:-9], "noise": b"noise" * 99}[damage]
-        index.write_bytes(cut)
+        offsets.write_bytes(cut)
     assert values(JsonlFile(path)) == [1, 2, 3]
-    assert index.read_bytes() == content
+    assert offsets.read_bytes() == content
 
 
 def test_a_lost_or_torn_copy_of_a_gz_is_made_again(tmp_path):
@@ -217,7 +217,7 @@ def test_a_kill_while_building_leaves_nothing_to_believe(tmp_path, monkeypatch):
         yield from ()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(jsonl, "_lines", full)
+    monkeypatch.setattr(index, "_lines", full)
     with pytest.raises(OSError, match="No space left"):
         JsonlFile(path)
     monkeypatch.undo()
@@ -244,7 +244,7 @@ def test_read_only_data(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
     file = JsonlFile(path)
     assert values(file) == [1, 2, 3]
-    assert file.sidecar("index.npy").is_relative_to(tmp_path / "home" / ".cache" / "kalm_min")
+    assert file.sidecar("index").is_relative_to(tmp_path / "home" / ".cache" / "kalm_min")
 
     (tmp_path / "nowhere").write_text("in the way")
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "nowhere")
@@ -255,11 +255,11 @@ def test_read_only_data(tmp_path, monkeypatch):
 def test_data_that_became_read_only(tmp_path, monkeypatch):
     """An index beside the data serves; what else must be kept goes where it can be written."""
     path = write(tmp_path / "data" / "x.jsonl", b"\n".join(LINES))
-    index = JsonlFile(path).sidecar("index.npy")
+    offsets = JsonlFile(path).sidecar("index")
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
     monkeypatch.setattr(os, "access", lambda folder, _: "home" in folder.parts)
     file = JsonlFile(path)
-    assert file.sidecar("index.npy") == index
+    assert file.sidecar("index") == offsets
     assert file.sidecar("else").is_relative_to(tmp_path / "home")
 
 
@@ -289,7 +289,7 @@ def test_opening_costs_no_reading(tmp_path, monkeypatch):
     """A million lines open from the cache in milliseconds and without searching the file."""
     path = write(tmp_path / "x.jsonl", b'{"a": 1}\n' * 1_000_000)
     assert len(JsonlFile(path)) == 1_000_000
-    monkeypatch.delattr(jsonl, "_build")
+    monkeypatch.delattr(JsonlFile, "_build")
     begin = time.perf_counter()
     file = JsonlFile(path)
     assert file[999_999] == {"a": 1}

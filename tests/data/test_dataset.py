@@ -46,7 +46,7 @@ def test_a_folder_of_tasks(tmp_path):
     write(tmp_path / ".git" / "config", ["no"])
     write(tmp_path / "README.md", ["no"])
     for _ in range(2):
-        data = TrainingData.open(tmp_path)
+        data = TrainingData(tmp_path)
         assert data.task_names == ["a", "b", "c.x"]
         assert data.task_sizes == [2, 2, 1]
         assert queries(data) == ["a0", "a1", "b0", "b1", "c0"]
@@ -65,7 +65,7 @@ def test_a_single_file(tmp_path):
     write(tmp_path / "only.toml", ["symmetric = true"])
     write(tmp_path / "recipe.toml", ["learning_rate = 1"])
     write(tmp_path / "notes.txt", ["no"])
-    data = TrainingData.open(path)
+    data = TrainingData(path)
     assert data.task_names == ["only"]
     assert data.settings == [TaskSettings(symmetric=True)]
 
@@ -87,7 +87,7 @@ def test_the_task_column(tmp_path_factory, files):
             expected.setdefault(task or file, []).append((query, f"{file}.jsonl:{number + 1}"))
         write(folder / f"{file}.jsonl", records)
     for _ in range(2):
-        data = TrainingData.open(folder)
+        data = TrainingData(folder)
         assert data.task_names == sorted(expected)
         assert data.task_sizes == [len(expected[name]) for name in data.task_names]
         flat = [(name, *row) for name in data.task_names for row in expected[name]]
@@ -101,7 +101,7 @@ def test_settings_of_tasks_named_by_lines(tmp_path):
     """Tasks of the "task" column find their settings too."""
     path = write(tmp_path / "all.jsonl", [record("0", task="qa"), record("1", task="news")])
     write(tmp_path / "qa.toml", ["in_batch_negatives = false"])
-    data = TrainingData.open(path)
+    data = TrainingData(path)
     assert data.task_names == ["news", "qa"]
     assert [example.in_batch_negatives for example in data] == [True, False]
 
@@ -114,7 +114,7 @@ def test_instruction_of_line_then_task_then_run(tmp_path):
     write(tmp_path / "set.toml", ['instruction = "task"'])
     write(tmp_path / "none.toml", ['instruction = ""'])
     found = {}
-    data = TrainingData.open(tmp_path, instruction="run")
+    data = TrainingData(tmp_path, instruction="run")
     for example in data:
         found.setdefault(data.task_names[example.task], []).append(example.instruction)
     assert found == {
@@ -122,7 +122,7 @@ def test_instruction_of_line_then_task_then_run(tmp_path):
         "set": ["task", "line", ""],
         "unset": ["run", "line", ""],
     }
-    assert TrainingData.open(tmp_path)[-3].instruction is None
+    assert TrainingData(tmp_path)[-3].instruction is None
 
 
 def test_all_fields(tmp_path):
@@ -138,7 +138,7 @@ def test_all_fields(tmp_path):
         "neg_scores": [0.25],
         "relevance": 0.7,
     }
-    data = TrainingData.open(
+    data = TrainingData(
         write(tmp_path / "x.jsonl", [full, {**dict.fromkeys(full), "query": "q", "pos": ["p"]}])
     )
     whole, plain = data
@@ -216,13 +216,13 @@ def test_malformed_line(tmp_path, line, problem):
     path = write(tmp_path / "bad.jsonl", [GOOD, "", line, GOOD])
     for _ in range(2):  # a failed check is not remembered as a passed one
         with pytest.raises(ValueError, match="1 malformed line:") as error:
-            TrainingData.open(tmp_path)
+            TrainingData(tmp_path)
         place = str(error.value).split("\n  ")[1:]
         assert len(place) == 1
         assert place[0].startswith(f"{path}:3: {problem}")
         assert "\n" not in place[0]
     write(path, [GOOD])
-    assert len(TrainingData.open(tmp_path)) == 2
+    assert len(TrainingData(tmp_path)) == 2
 
 
 def test_every_malformed_line_is_counted(tmp_path):
@@ -230,7 +230,7 @@ def test_every_malformed_line_is_counted(tmp_path):
     one = write(tmp_path / "a.jsonl", [GOOD, *[{}] * 15])
     two = write(tmp_path / "b.jsonl", [GOOD, *["{"] * 15])
     with pytest.raises(ValueError, match="30 malformed lines, the first 20:") as error:
-        TrainingData.open(tmp_path)
+        TrainingData(tmp_path)
     listed = str(error.value).split("\n  ")[1:]
     places = [f"{one}:{n}" for n in range(2, 17)] + [f"{two}:{n}" for n in range(2, 7)]
     assert [line.split(": ")[0] for line in listed] == places
@@ -241,23 +241,23 @@ def test_bytes_that_are_not_utf8(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes('{"query": "é", "pos": ["p"]}\n'.encode("latin-1"))
     with pytest.raises(ValueError, match=r"x\.jsonl:1: expected UTF-8 text, found invalid"):
-        TrainingData.open(path)
+        TrainingData(path)
 
 
 def test_the_check_is_done_once(tmp_path, monkeypatch):
     """A second opening parses no line; a changed file is checked again, the others are not."""
     write(tmp_path / "a.jsonl", [GOOD])
     path = write(tmp_path / "b.jsonl", [GOOD])
-    TrainingData.open(tmp_path)
+    TrainingData(tmp_path)
     checked = []
     check = checking.problem_with_line
     monkeypatch.setattr(
         checking, "problem_with_line", lambda line: checked.append(line) or check(line)
     )
-    TrainingData.open(tmp_path)
+    TrainingData(tmp_path)
     assert not checked
     write(path, [record("new"), GOOD])
-    assert TrainingData.open(tmp_path).task_sizes == [1, 2]
+    assert TrainingData(tmp_path).task_sizes == [1, 2]
     assert checked == [record("new"), GOOD]
 
 
@@ -280,7 +280,7 @@ def test_malformed_folder(tmp_path, entries, problem):
     for entry in entries:
         write(tmp_path / entry, [GOOD])
     with pytest.raises(ValueError, match="expected") as error:
-        TrainingData.open(tmp_path)
+        TrainingData(tmp_path)
     assert problem in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -288,7 +288,7 @@ def test_malformed_folder(tmp_path, entries, problem):
 def test_nothing_there(tmp_path):
     """A path that does not exist is told as such."""
     with pytest.raises(ValueError, match=r"none\.jsonl: expected .* found nothing there"):
-        TrainingData.open(tmp_path / "none.jsonl")
+        TrainingData(tmp_path / "none.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_malformed_settings(tmp_path, line, problem):
     write(tmp_path / "a.jsonl", [GOOD])
     path = write(tmp_path / "a.toml", [line])
     with pytest.raises(ValueError, match="expected") as error:
-        TrainingData.open(tmp_path)
+        TrainingData(tmp_path)
     assert str(error.value).startswith(f"{path}: {problem}")
 
 
@@ -322,10 +322,10 @@ def test_settings_that_are_not_toml(tmp_path):
     write(tmp_path / "a.jsonl", [GOOD])
     (tmp_path / "a.toml").write_bytes(b"instruction = '\xff'")
     with pytest.raises(ValueError, match=r"a\.toml: expected UTF-8 text, found"):
-        TrainingData.open(tmp_path)
+        TrainingData(tmp_path)
     (tmp_path / "a.toml").write_text("\nsymmetric =\n")
     with pytest.raises(ValueError, match=r"a\.toml:2: expected TOML, found .*Invalid value"):
-        TrainingData.open(tmp_path)
+        TrainingData(tmp_path)
 
 
 def test_settings_of_no_task(tmp_path):
@@ -335,13 +335,13 @@ def test_settings_of_no_task(tmp_path):
     with pytest.raises(
         ValueError, match=r"expected the settings of a task .*did you mean banking\?"
     ):
-        TrainingData.open(tmp_path)
+        TrainingData(tmp_path)
 
 
 def test_another_process_opens_the_same_cache(tmp_path):
     """Data workers that are spawned get the path, not the data."""
     write(tmp_path / "x.jsonl", [record(str(i)) for i in range(1000)])
-    data = TrainingData.open(tmp_path, instruction="i", cache_dir=tmp_path / ".cache")
+    data = TrainingData(tmp_path, instruction="i", cache_dir=tmp_path / ".cache")
     sent = pickle.dumps(data)
     assert len(sent) < 1000
     assert list(pickle.loads(sent)) == list(data)
@@ -352,7 +352,7 @@ def test_numbering_is_the_samplers(tmp_path):
     """At ratio 1 a batch of the sampler's indices is a batch of one task."""
     for task in ("a", "b"):
         write(tmp_path / f"{task}.jsonl", [record(f"{task}{i}") for i in range(8)])
-    data = TrainingData.open(tmp_path)
+    data = TrainingData(tmp_path)
     batches = [[data[i] for i in batch] for batch in TaskBatchSampler(data.task_sizes, 4)]
     assert len(batches) == 4
     assert all(len({example.query[0] for example in batch}) == 1 for batch in batches)

@@ -1,0 +1,192 @@
+"""A JSONL file as a sequence of records: memory-mapped, opened in milliseconds.
+
+Where each record starts is found once, by a search for newlines at about the speed of the disk,
+and kept as a memory-mapped array of offsets. A .gz file is decompressed once. Both are kept in a
+hidden folder `.kalm_min` beside the data or, where that cannot be written, in a cache folder. Their
+names carry the size and modification time of the data, so they are never used for other content.
+
+Not here: what a record must hold (records.py), and locking: files are complete or absent, and
+processes that build the same index at once do the work twice without harm.
+"""
+
+import gzip
+import mmap
+import os
+import re
+import shutil
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kalm_min.files import atomic_write, parse_object, text_hash
+
+Ints = npt.NDArray[np.int64]
+
+_LAYOUT = "v2"  # raised when the form of the cached files changes
+_CHUNK = 1 << 22  # bytes searched at a time; fits the processor's cache
+
+
+class JsonlFile:
+    """The records of a .jsonl or .jsonl.gz file, by number.
+
+    Only newlines end a line (U+2028 in a string does not), blank lines are skipped, and a carriage
+    return at the end of a line is white space.
+
+    Args:
+        path: the file.
+        cache_dir: where the index is kept; by default `.kalm_min` beside the file or, failing that,
+            `~/.cache/kalm_min`.
+
+    Raises ValueError for an empty file, a broken .gz, or when no folder can take the index.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None
+    ) -> None:
+        self.path, self.cache_dir = Path(path), cache_dir
+        self._name = self._content_name()
+        parent = self.path.resolve().parent
+        # Files of one name from different folders share a cache folder: keep them apart.
+        apart = f"{parent.name}-{text_hash(str(parent)) & (2**64 - 1):016x}"
+        if cache_dir is None:
+            self._folders = [parent / ".kalm_min", Path.home() / ".cache" / "kalm_min" / apart]
+        else:
+            self._folders = [Path(cache_dir) / apart]
+        if not any(self._load(folder) for folder in self._folders) and not self._load(
+            self._build()
+        ):
+            raise ValueError(f"{path}: its index was changed while it was opened; run again")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return JsonlFile, (self.path, self.cache_dir)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """Record i. Raises ValueError with file:line if it is not a JSON object."""
+        i = range(len(self))[i]
+        return parse_object(self._data[self._starts[i] : self._starts[i + 1]], self.location(i))
+
+    def lines(self, start: int, stop: int) -> Iterator[bytes]:
+        """The lines of records `start` to `stop` (exclusive) as they stand in the file."""
+        starts = self._starts[start : stop + 1].tolist()
+        return (self._data[begin:end] for begin, end in pairwise(starts))
+
+    def location(self, i: int) -> str:
+        """`path:line` of record i, lines counted from 1 as an editor does."""
+        i = range(len(self))[i]
+        return f"{self.path}:{i + 1 + bisect_right(self._blanks, i)}"
+
+    def sidecar(self, suffix: str) -> Path:
+        """A path in the cache for data derived from exactly this content of the file.
+
+        Where it exists already, in either folder, or else where it can be written.
+        """
+        name = f"{self._name}.{suffix}"
+        stored = (folder / name for folder in self._folders)
+        return next((path for path in stored if path.exists()), None) or self._writable() / name
+
+    def _content_name(self) -> str:
+        """A name that changes with the file, as far as its size and modification time tell."""
+        stat = self.path.stat()
+        if stat.st_size == 0:
+            raise ValueError(f"{self.path}: expected at least one record, found an empty file")
+        return f"{self.path.name}.{_LAYOUT}-{stat.st_size}-{stat.st_mtime_ns}"
+
+    def _writable(self) -> Path:
+        """The first folder that exists or can be made, and can be written."""
+        for folder in self._folders:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError:
+                continue
+            if os.access(folder, os.W_OK):
+                return folder
+        tried = " or ".join(map(str, self._folders))
+        raise ValueError(
+            f"{self.path}: its index cannot be written to {tried}; pass another cache folder"
+        )
+
+    def _map(self, folder: Path) -> mmap.mmap:
+        """The uncompressed data: the file itself, or its copy in the cache."""
+        is_gzip = self.path.suffix == ".gz"
+        with (folder / f"{self._name}.jsonl" if is_gzip else self.path).open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def _load(self, folder: Path) -> bool:
+        """Map data and index; False unless both exist and fit one another."""
+        try:
+            data = self._map(folder)
+            # As a plain array: np.memmap makes each look-up several times slower.
+            index: Ints = np.asarray(np.memmap(folder / f"{self._name}.index", np.int64, mode="r"))
+        except (OSError, ValueError):
+            return False
+        split = len(index) - 1 - int(index[-1])
+        if not 2 <= split < len(index) or index[split - 1] != len(data):
+            return False
+        self._data, self._starts, self._blanks = data, index[:split], index[split:-1]
+        return True
+
+    def _build(self) -> Path:
+        """Write the index (and the uncompressed copy), remove outdated ones, return the folder.
+
+        The index is the start of each record, the size of the data, for each blank line the number
+        of records before it, and the number of blank lines.
+        """
+        folder = self._writable()
+        if self.path.suffix == ".gz":
+            self._decompress(folder / f"{self._name}.jsonl")
+        data = self._map(folder)
+        records, blanks = 0, list[Ints]()
+        with atomic_write(folder / f"{self._name}.index") as file:
+            for starts, blank in _lines(data):
+                starts[~blank].tofile(file)
+                blanks.append((records + np.cumsum(~blank))[blank])
+                records += len(starts) - int(blank.sum())
+            if not records:
+                raise ValueError(f"{self.path}: expected at least one record, found blank lines")
+            if self._content_name() != self._name:
+                raise ValueError(f"{self.path}: the file changed while it was read; run again")
+            tail = [[len(data)], *blanks, [sum(map(len, blanks))]]
+            np.concatenate(tail).astype(np.int64).tofile(file)
+        outdated = re.compile(re.escape(self.path.name) + r"\.v\d+-\d+-\d+\..+")
+        for entry in folder.iterdir():
+            if outdated.fullmatch(entry.name) and not entry.name.startswith(f"{self._name}."):
+                entry.unlink(missing_ok=True)
+        return folder
+
+    def _decompress(self, target: Path) -> None:
+        """Decompress in pieces, so that the file is never in memory as a whole."""
+        with atomic_write(target) as copy, gzip.open(self.path, "rb") as file:
+            try:
+                shutil.copyfileobj(file, copy, _CHUNK)
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise ValueError(
+                    f"{self.path}: expected a complete gzip file, found: {error}"
+                ) from error
+            if copy.tell() == 0:
+                raise ValueError(f"{self.path}: expected at least one record, found an empty file")
+
+
+def _lines(data: mmap.mmap) -> Iterator[tuple[Ints, npt.NDArray[np.bool_]]]:
+    """Yield, chunk by chunk, where lines start and which of them are blank."""
+    view = np.frombuffer(data, dtype=np.uint8)
+    for begin in range(0, len(view), _CHUNK):
+        starts = np.flatnonzero(view[begin : begin + _CHUNK] == ord("\n")) + (begin + 1)
+        if begin == 0:
+            starts = np.insert(starts, 0, 0)
+        if len(starts) and starts[-1] == len(view):
+            starts = starts[:-1]
+        blank = np.zeros(len(starts), dtype=np.bool_)
+        # Few lines open with white space; only those can be blank.
+        for k in np.flatnonzero(view[starts] <= ord(" ")):
+            end = data.find(b"\n", starts[k])
+            blank[k] = not data[starts[k] : end if end >= 0 else len(view)].strip()
+        yield starts, blank
