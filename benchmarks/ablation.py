@@ -18,6 +18,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from kalm_min.config import parse
 
@@ -63,18 +64,12 @@ SETTINGS = {
 class Options:
     """The whole comparison."""
 
-    tokenizer: Path
-    """Folder with tokenizer.json."""
-    data: Path
-    """Training data."""
-    eval: Path
-    """Folder of evaluation sets."""
-    output: Path
-    """Folder for everything it writes."""
-    seeds: int = 3
-    """Fine-tunings of each setting."""
-    table_only: bool = False
-    """Run nothing, print the table of what stands."""
+    tokenizer: Annotated[Path, "Folder with tokenizer.json."]
+    data: Annotated[Path, "Training data."]
+    eval: Annotated[Path, "Folder of evaluation sets."]
+    output: Annotated[Path, "Folder for everything that is written."]
+    seeds: Annotated[int, "Fine-tunings of each setting."] = 3
+    table_only: Annotated[bool, "Run nothing, print the table of stored results."] = False
 
 
 def main(argv: list[str]) -> int:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from kalm_min.config import parse
 from kalm_min.files import read_json, write_json
@@ -38,16 +39,13 @@ SETS: dict[str, dict[str, list[str]]] = {
 class Options:
     """Where texts come from and results go."""
 
-    data: Path
-    """Folder of training files (.jsonl, .jsonl.gz), a task each."""
-    tokenizer: Path
-    """Folder of the Qwen2 tokenizer."""
-    output: Path
-    """Folder of the results, a .json file each."""
-    device: str = "cpu"
-    """cpu or cuda: which set, the scripts find the device themselves."""
-    record: bool = False
-    """Keep the ratios as those to compare with."""
+    data: Annotated[Path, "Folder of training files (.jsonl, .jsonl.gz), one per task."]
+    tokenizer: Annotated[Path, "Folder of the Qwen2 tokenizer."]
+    output: Annotated[Path, "Folder of the results, one .json file per benchmark."]
+    device: Annotated[
+        str, "cpu or cuda: which set of sizes; the scripts find the device themselves."
+    ] = "cpu"
+    record: Annotated[bool, "Keep these ratios as those to compare with."] = False
 
 
 def main(argv: list[str]) -> int:

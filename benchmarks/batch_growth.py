@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from loss_memory import fresh_memory, measured_afresh, peak
@@ -32,20 +33,17 @@ from kalm_min.training.step import TokenBatch, contrastive_step, tokenize
 class Options(Common):
     """Sizes."""
 
-    queries: tuple[int, ...] = (64, 512, 8192)
-    """Queries of the global batch."""
-    documents: int = 8
-    """Of each query."""
-    width: int = 64
-    """Of the decoder, which has two layers."""
-    max_length: int = 32
-    """Tokens kept of a text."""
-    tokens_per_batch: int = 4096
-    """Of one chunk; the smallest batch must have several."""
-    memory: bool = False
-    """Set by the benchmark itself: measure memory, in a fresh process."""
-    memory_gib: float = 0.25
-    """That the scores of a block of queries may take."""
+    queries: Annotated[tuple[int, ...], "Queries of the global batch."] = (64, 512, 8192)
+    documents: Annotated[int, "Documents per query."] = 8
+    width: Annotated[int, "Dimension of the decoder, which has two layers."] = 64
+    max_length: Annotated[int, "Tokens kept per text."] = 32
+    tokens_per_batch: Annotated[
+        int, "Tokens per chunk; the smallest batch must have several chunks."
+    ] = 4096
+    memory: Annotated[bool, "Set by the benchmark itself: measure memory, in a fresh process."] = (
+        False
+    )
+    memory_gib: Annotated[float, "GiB that the scores of a block of queries may take."] = 0.25
 
 
 def main(argv: list[str]) -> None:

@@ -15,6 +15,7 @@ import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from kalm_min.config import parse
 from kalm_min.data import JsonlFile, TrainingData
@@ -30,12 +31,16 @@ TEXT = b"and of some more words until it is about as long as a sentence is"
 class Options:
     """From small to large."""
 
-    rows: tuple[int, ...] = (10**5, 10**6, 10**7, 10**8, 470_000_000)
-    """Rows of the epochs to plan; the largest takes about 4 GB."""
-    lines: tuple[int, ...] = (10**5, 10**6, 10**7)
-    """Lines of the files to index; the largest takes 1.6 GB of disk."""
-    folder: Path | None = None
-    """Where the files go for the time being; none takes the system's temporary folder."""
+    rows: Annotated[
+        tuple[int, ...], "Rows of the epochs to plan; the largest takes about 4 GB."
+    ] = (10**5, 10**6, 10**7, 10**8, 470_000_000)
+    lines: Annotated[
+        tuple[int, ...], "Lines of the files to index; the largest takes 1.6 GB of disk."
+    ] = (10**5, 10**6, 10**7)
+    folder: Annotated[
+        Path | None,
+        "Folder of temporary files; none takes the system's.",
+    ] = None
 
 
 def main(argv: list[str]) -> None:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -34,12 +34,12 @@ _BATCH_SIZES = (16, 32, 64)
 class Options(Common):
     """What is encoded."""
 
-    texts: int = 192
-    """Texts, of every task alike."""
-    max_length: int = 512
-    """Tokens kept of a text."""
-    dtypes: tuple[str, ...] = ("bfloat16", "float32")
-    """In which all are measured."""
+    texts: Annotated[int, "Texts in all, the same number from every task."] = 192
+    max_length: Annotated[int, "Tokens kept per text."] = 512
+    dtypes: Annotated[tuple[str, ...], "Dtypes in which everything is measured."] = (
+        "bfloat16",
+        "float32",
+    )
 
 
 def main(argv: list[str]) -> None:

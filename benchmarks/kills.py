@@ -23,7 +23,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -73,12 +73,9 @@ finally:
 class Options:
     """How often."""
 
-    points: int = 20
-    """Kills for each number of processes."""
-    processes: tuple[int, ...] = (1, 2)
-    """Numbers of processes."""
-    seed: int = 0
-    """Of the points."""
+    points: Annotated[int, "Kills for each number of processes."] = 20
+    processes: Annotated[tuple[int, ...], "Numbers of processes."] = (1, 2)
+    seed: Annotated[int, "Seed of the points."] = 0
 
 
 class Run:

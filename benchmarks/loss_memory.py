@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
@@ -28,16 +29,18 @@ _MMAP_THRESHOLD = -3  # of glibc's mallopt
 class Options:
     """Sizes."""
 
-    queries: int = 8192
-    """Queries of the largest batch; it grows to there by factors of four."""
-    per_query: int = 8
-    """Documents of each query."""
-    budget: float = 1.0
-    """GiB that the scores may take."""
-    share: float = 1.0
-    """Of the queries that are scored, against all documents: the time falls, the peak stays."""
-    memory: bool = False
-    """Set by the benchmark itself: measure memory, in a fresh process."""
+    queries: Annotated[
+        int, "Queries of the largest batch; batches grow up to it by factors of four."
+    ] = 8192
+    per_query: Annotated[int, "Documents of each query."] = 8
+    budget: Annotated[float, "GiB that the scores may take."] = 1.0
+    share: Annotated[
+        float,
+        "Share of the queries that are scored against all documents; less takes less time and the same peak of memory.",
+    ] = 1.0
+    memory: Annotated[bool, "Set by the benchmark itself: measure memory, in a fresh process."] = (
+        False
+    )
 
 
 def fresh_memory() -> None:

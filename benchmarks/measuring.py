@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -32,16 +32,20 @@ _CALM = 0.1  # processors taken by other work, up to which a time counts
 class Common:
     """What every benchmark is told."""
 
-    data: Path
-    """Folder of training files (.jsonl, .jsonl.gz), a task each, whose texts are measured with."""
-    tokenizer: Path
-    """Folder of the Qwen2 tokenizer."""
-    layers: int = 6
-    """Layers of the Qwen2-0.5B shape, which has 24; all layers cost the same."""
-    rounds: int = 3
-    """Of each program, in turn, after one that is not counted."""
-    output: Path | None = None
-    """Write conditions, seconds and ratios into this .json file."""
+    data: Annotated[
+        Path,
+        "Folder of training files (.jsonl, .jsonl.gz), one per task, whose texts are used.",
+    ]
+    tokenizer: Annotated[Path, "Folder of the Qwen2 tokenizer."]
+    layers: Annotated[
+        int, "Layers of the Qwen2-0.5B shape, which has 24; all layers cost the same."
+    ] = 6
+    rounds: Annotated[
+        int, "Measured runs of each program, taking turns, after one that is not counted."
+    ] = 3
+    output: Annotated[Path | None, "Write conditions, seconds and ratios into this .json file."] = (
+        None
+    )
 
 
 def device() -> torch.device:

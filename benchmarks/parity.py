@@ -11,6 +11,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -28,18 +29,12 @@ from kalm_min.model import Packed
 class Options:
     """The Qwen2-0.5B shape unless told otherwise."""
 
-    texts: Path
-    """One text a line."""
-    tokenizer: Path
-    """Folder of the Qwen2 tokenizer."""
-    layers: int = 24
-    """Layers of the model."""
-    limit: int = 64
-    """Texts used."""
-    causal: bool = True
-    """Attention mode."""
-    max_length: int = 512
-    """Tokens kept of a text."""
+    texts: Annotated[Path, "One text per line."]
+    tokenizer: Annotated[Path, "Folder of the Qwen2 tokenizer."]
+    layers: Annotated[int, "Layers of the model."] = 24
+    limit: Annotated[int, "Texts used."] = 64
+    causal: Annotated[bool, "Attention mode."] = True
+    max_length: Annotated[int, "Tokens kept per text."] = 512
 
 
 def main(argv: list[str]) -> None:

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -31,18 +31,15 @@ TOP_K = (1, 5, 20, 50, 100)
 class Options:
     """What is planted where."""
 
-    model: str
-    """Model that embeds."""
-    data: Path
-    """A training file of one task."""
-    rows: int = 4000
-    """Of the file, at most."""
-    wrong: tuple[float, ...] = (0.05, 0.2)
-    """Shares of wrong pairs."""
-    duplicates: float = 0.1
-    """Share of positives that stand in the corpus again, and as many with a full stop added."""
-    seed: int = 0
-    """Of what is planted."""
+    model: Annotated[str, "Model that embeds."]
+    data: Annotated[Path, "A training file of one task."]
+    rows: Annotated[int, "Rows of the file, at most."] = 4000
+    wrong: Annotated[tuple[float, ...], "Shares of wrong pairs."] = (0.05, 0.2)
+    duplicates: Annotated[
+        float,
+        "Share of positives repeated in the corpus; as many again with a full stop added.",
+    ] = 0.1
+    seed: Annotated[int, "Seed of what is planted."] = 0
 
 
 def main(argv: list[str]) -> None:

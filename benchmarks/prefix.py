@@ -9,6 +9,7 @@ sharing. Queries have exactly 12 tokens under an instruction of 24, or the lengt
 import statistics
 import sys
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -30,10 +31,11 @@ _SHARED = 24  # its tokens; the last space joins with what follows
 class Options(Common):
     """What is encoded."""
 
-    queries: int = 512
-    """Queries of each set."""
-    dtypes: tuple[str, ...] = ("bfloat16", "float32")
-    """In which all are measured."""
+    queries: Annotated[int, "Queries per set."] = 512
+    dtypes: Annotated[tuple[str, ...], "Dtypes in which everything is measured."] = (
+        "bfloat16",
+        "float32",
+    )
 
 
 def main(argv: list[str]) -> None:

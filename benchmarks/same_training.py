@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
@@ -34,28 +35,19 @@ from kalm_min.training.trainer import LoopConfig, OptimizerConfig, Recipe, Sampl
 class Options:
     """Both trainings."""
 
-    model: Path
-    """Folder of the model to start from."""
-    data: Path
-    """Training data in which every row has `num_negatives` negatives."""
-    output: Path
-    """Folder for both results."""
-    steps: int = 300
-    """Optimiser steps."""
-    batch_size: int = 32
-    """Queries of a step."""
-    num_negatives: int = 4
-    """Of each query."""
-    max_length: int = 64
-    """Tokens of a text."""
-    temperature: float = 0.05
-    """Divides the cosine."""
-    learning_rate: float = 5e-4
-    """Peak, after a linear warm-up over a tenth of the steps."""
-    dims: tuple[int, ...] = (128, 64, 32)
-    """Matryoshka widths."""
-    weights: tuple[float, ...] = (1.0, 0.3, 0.2)
-    """One a width."""
+    model: Annotated[Path, "Folder of the model to start from."]
+    data: Annotated[Path, "Training data in which every row has `num_negatives` negatives."]
+    output: Annotated[Path, "Folder for both results."]
+    steps: Annotated[int, "Optimizer steps."] = 300
+    batch_size: Annotated[int, "Queries per step."] = 32
+    num_negatives: Annotated[int, "Negatives per query."] = 4
+    max_length: Annotated[int, "Tokens kept per text."] = 64
+    temperature: Annotated[float, "Divides the cosine."] = 0.05
+    learning_rate: Annotated[float, "Peak, after a linear warm-up over a tenth of the steps."] = (
+        5e-4
+    )
+    dims: Annotated[tuple[int, ...], "Matryoshka dimensions."] = (128, 64, 32)
+    weights: Annotated[tuple[float, ...], "One weight per dimension."] = (1.0, 0.3, 0.2)
 
 
 def recipe(options: Options) -> Recipe:

@@ -18,7 +18,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -38,20 +38,15 @@ _JUDGED = 5  # documents for each query
 class Options:
     """What is scored."""
 
-    documents: int = 100_000
-    """Documents of the first table's corpus."""
-    queries: int = 1000
-    """Its queries."""
-    width: int = 896
-    """Its dimensions."""
-    model: Path | None = None
-    """Model folder: makes the second table."""
-    data: tuple[Path, ...] = ()
-    """Dataset folders of the second table."""
-    dims: tuple[int, ...] = (896, 512, 256, 128, 64)
-    """Dimensions of the second table; the first is the one that is taken alone."""
-    rounds: int = 3
-    """Of each, in turn."""
+    documents: Annotated[int, "Documents of the first table's corpus."] = 100_000
+    queries: Annotated[int, "Queries of the first table."] = 1000
+    width: Annotated[int, "Dimensions of the first table."] = 896
+    model: Annotated[Path | None, "Model folder: makes the second table."] = None
+    data: Annotated[tuple[Path, ...], "Dataset folders of the second table."] = ()
+    dims: Annotated[
+        tuple[int, ...], "Dimensions of the second table; the first is the one that is taken alone."
+    ] = (896, 512, 256, 128, 64)
+    rounds: Annotated[int, "Measured runs of each, taking turns."] = 3
 
 
 class Table:

@@ -22,7 +22,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -44,28 +44,29 @@ _SHARD = 1024
 class Options:
     """What is searched."""
 
-    documents: int = 200_000
-    """Vectors searched."""
-    queries: int = 10_000
-    """Vectors searched for."""
-    width: int = 896
-    """Dimensions."""
-    k: int = 100
-    """Neighbours."""
-    rounds: int = 10
-    """Parts that the queries are dealt into."""
-    device: str = "cpu"
-    """Of the products; faiss stays on the CPU."""
-    memory: bool = False
-    """Measure memory instead of speed."""
-    sizes: tuple[int, ...] = (100_000, 500_000, 2_000_000)
-    """Documents on disk, for --memory."""
-    agree: bool = False
-    """Compare neighbours instead of measuring; fails when they differ."""
-    vectors: Path | None = None
-    """For --agree: a folder of .npy files with vectors, as a store has; none: random ones."""
-    child: Path | None = None
-    """Set by the benchmark itself: the folder of documents a memory process searches."""
+    documents: Annotated[int, "Vectors searched."] = 200_000
+    queries: Annotated[int, "Vectors searched for."] = 10_000
+    width: Annotated[int, "Dimension of the vectors."] = 896
+    k: Annotated[int, "Neighbours."] = 100
+    rounds: Annotated[int, "Parts into which the queries are divided."] = 10
+    device: Annotated[str, "Device of the products; faiss stays on the CPU."] = "cpu"
+    memory: Annotated[bool, "Measure memory instead of speed."] = False
+    sizes: Annotated[tuple[int, ...], "Documents on disk, for --memory."] = (
+        100_000,
+        500_000,
+        2_000_000,
+    )
+    agree: Annotated[bool, "Compare neighbours instead of measuring; fails when they differ."] = (
+        False
+    )
+    vectors: Annotated[
+        Path | None,
+        "For --agree: a folder of .npy files with vectors, as a store has; none: random ones.",
+    ] = None
+    child: Annotated[
+        Path | None,
+        "Set by the benchmark itself: the folder of documents a memory process searches.",
+    ] = None
 
 
 def main(argv: list[str]) -> None:

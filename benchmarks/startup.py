@@ -15,6 +15,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from random_model import build
 
@@ -41,12 +42,9 @@ PROGRAMS = {
 class Options:
     """Start-up against sentence-transformers."""
 
-    tokenizer: Path
-    """Folder of the Qwen2 tokenizer."""
-    layers: int = 24
-    """Layers of the Qwen2-0.5B shape."""
-    rounds: int = 5
-    """Processes of each kind, after one that is not counted."""
+    tokenizer: Annotated[Path, "Folder of the Qwen2 tokenizer."]
+    layers: Annotated[int, "Layers of the Qwen2-0.5B shape."] = 24
+    rounds: Annotated[int, "Processes of each kind, after one that is not counted."] = 5
 
 
 def main(argv: list[str]) -> None:

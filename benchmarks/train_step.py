@@ -19,6 +19,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import Annotated
 
 import torch
 from measuring import Common, Report, alternate, device, lines, ratio
@@ -56,18 +57,16 @@ _LOSS = LossConfig(
 class Options(Common):
     """The batches."""
 
-    layers: int = 4
-    """Layers of the Qwen2-0.5B shape, which has 24; all layers cost the same."""
-    queries: int = 8
-    """Of one step; eight times as many documents."""
-    tasks: tuple[str, ...] = (
+    layers: Annotated[
+        int, "Layers of the Qwen2-0.5B shape, which has 24; all layers cost the same."
+    ] = 4
+    queries: Annotated[int, "Queries per step, with eight times as many documents."] = 8
+    tasks: Annotated[tuple[str, ...], "Tasks; one measurement is a step of each."] = (
         "csl_title2abstract_zh",
         "msdocs_bitext_zh_en",
         "stackoverflow_csharp_code",
     )
-    """A step of each is one measurement."""
-    max_length: int = 512
-    """Tokens kept of a text."""
+    max_length: Annotated[int, "Tokens kept per text."] = 512
 
 
 def main(argv: list[str]) -> None:

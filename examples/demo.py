@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import bag_of_words
 import plots
@@ -47,10 +48,13 @@ QUESTIONS = (
 class DemoConfig:
     """What the demo may be told."""
 
-    output: Path = Path("runs/demo")
-    """Folder for everything it writes; emptied first."""
-    steps: int | None = None
-    """Steps of each training; none trains as long as configs/demo.toml and the demo say."""
+    output: Annotated[Path, "Folder for everything that is written; emptied first."] = Path(
+        "runs/demo"
+    )
+    steps: Annotated[
+        int | None,
+        "Steps of each training; none trains as long as configs/demo.toml and the demo say.",
+    ] = None
 
 
 def main(argv: list[str]) -> int:
