@@ -10,8 +10,8 @@ function of their weights are refused: other sizes or constants, tokenizer, atte
 
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +19,7 @@ import torch
 
 from kalm_min.config import run
 from kalm_min.embedder import Embedder
-from kalm_min.model import ModelConfig, Qwen2
+from kalm_min.model import Qwen2
 
 # Carried along in config.json; the vectors do not depend on them. `is_causal` is compared resolved.
 _INDIFFERENT = {"initializer_range", "tie_word_embeddings", "token_ids", "is_causal"}
@@ -50,20 +50,12 @@ class SoupConfig:
             raise ValueError(f"weights: expected them to add up to 1, found {total:g}")
 
 
-def find_difference(first: Embedder, other: Embedder) -> str | None:
-    """The first thing for which two models are not to be averaged, or None."""
-    for name in (field.name for field in fields(ModelConfig) if field.name not in _INDIFFERENT):
-        values = [getattr(embedder.model.config, name) for embedder in (first, other)]
-        if values[0] != values[1]:
-            return f"{name} is {values[0]} in the first and {values[1]} here"
-    if first.causal != other.causal:
-        modes = ["causal" if embedder.causal else "bidirectional" for embedder in (first, other)]
-        return f"attention is {modes[0]} in the first and {modes[1]} here"
-    if first.pooling != other.pooling:
-        return f"pooling is {first.pooling} in the first and {other.pooling} here"
-    if not first.tokenizer.encodes_like(other.tokenizer):
-        return "tokenizer.json is not that of the first"
-    return None
+def comparable(embedder: Embedder) -> Mapping[str, object]:
+    """Every setting under which the same weights would compute something else."""
+    config = asdict(embedder.model.config)
+    mode = "causal" if embedder.causal else "bidirectional"
+    settings = {name: value for name, value in config.items() if name not in _INDIFFERENT}
+    return settings | {"attention": mode, "pooling": embedder.pooling}
 
 
 @torch.no_grad()
@@ -84,17 +76,25 @@ def average(models: Sequence[Qwen2], weights: Sequence[float]) -> None:
 
 def soup(config: SoupConfig) -> int:
     """Read, compare, average and write; returns 0. Raises ValueError for what cannot be averaged."""
-    models: list[Embedder] = []
-    for name in config.checkpoints:
-        models.append(Embedder.from_pretrained(name, "cpu", "auto"))
-        if difference := find_difference(models[0], models[-1]):
+    first, *others = (Embedder.from_pretrained(name, "cpu", "auto") for name in config.checkpoints)
+    for name, other in zip(config.checkpoints[1:], others, strict=True):
+        values = comparable(other)
+        differences = [
+            f"{key} is {value} in the first and {values[key]} here"
+            for key, value in comparable(first).items()
+            if value != values[key]
+        ]
+        if not first.tokenizer.encodes_like(other.tokenizer):
+            differences.append("tokenizer.json is not that of the first")
+        if differences:
             raise ValueError(
-                f"{name}: cannot be averaged with {config.checkpoints[0]}: {difference}"
+                f"{name}: cannot be averaged with {config.checkpoints[0]}: {'; '.join(differences)}"
             )
-    weights = config.weights or (1 / len(models),) * len(models)
-    average([embedder.model for embedder in models], weights)
-    models[0].save_pretrained(config.output)
-    sys.stderr.write(f"{len(models)} checkpoints averaged -> {config.output}\n")
+    count = len(config.checkpoints)
+    models = [embedder.model for embedder in (first, *others)]
+    average(models, config.weights or (1 / count,) * count)
+    first.save_pretrained(config.output)
+    sys.stderr.write(f"{count} checkpoints averaged -> {config.output}\n")
     return 0
 
 
