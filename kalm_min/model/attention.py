@@ -16,38 +16,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kalm_min.model.packed import Packed
+
 
 def packed_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    prefix: int = 0,
-    *,
-    causal: bool,
+    query: Tensor, key: Tensor, value: Tensor, packed: Packed, *, causal: bool
 ) -> Tensor:
     """Softmax attention in which every token sees only its own text, scaled by E^-0.5.
 
     Args:
         query: (T, H, E).
         key, value: (T, K, E); key head k serves query heads k*H/K to (k+1)*H/K - 1.
-        cu_seqlens: (B + 1,) int32 boundaries.
-        max_seqlen: the longest sequence.
-        prefix: P, tokens that stand before every sequence; only with `causal`.
+        packed: where the sequences are; a shared prefix only with `causal`.
         causal: True: a token sees itself and what precedes it. False: its full sequence.
 
     Returns:
         (T, H, E), the dtype of `query`.
     """
-    assert causal or not prefix, "tokens of a shared prefix must not see what follows them"
-    cu_keys, max_keys = cu_seqlens, prefix + max_seqlen
-    if prefix:
-        rows, cu_keys = rows_with_prefix(cu_seqlens, prefix, len(query))
-        key, value = key[rows], value[rows]  # (T + B * P, K, E)
-        cu_seqlens = F.pad(cu_seqlens, (1, 0))  # the prefix is the first text
+    prefix, cu_queries, cu_keys = packed.prefix, packed.cu_seqlens, packed.cu_seqlens
+    if packed.key_rows is not None:
+        assert causal, "tokens of a shared prefix must not see what follows them"
+        key, value = key[packed.key_rows], value[packed.key_rows]  # (T + B * P, K, E)
+        before = torch.arange(len(cu_keys), dtype=torch.int32, device=cu_keys.device) * prefix
+        # The prefix is the first text; every other one has its keys before its own.
+        cu_queries, cu_keys = F.pad(cu_queries, (1, 0)), F.pad(cu_keys + before, (1, 0))
     if not (query.is_cuda and query.dtype in {torch.bfloat16, torch.float16}):
-        return per_sequence_attention(query, key, value, cu_seqlens, cu_keys, causal=causal)
+        return per_sequence_attention(query, key, value, cu_queries, cu_keys, causal=causal)
     from torch.nn.attention.varlen import varlen_attn
 
     # A window of (-1, 0) looks back without limit and never ahead.
@@ -58,8 +52,8 @@ def packed_attention(
         repeats = query.shape[1] // key.shape[1]
         key = key.repeat_interleave(repeats, dim=1)  # (T + B * P, H, E)
         value = value.repeat_interleave(repeats, dim=1)  # (T + B * P, H, E)
-    bounds = (cu_seqlens, cu_keys, max(max_seqlen, prefix), max_keys)
-    mixed = attend(query, key, value, *bounds)
+    longest = (max(packed.max_seqlen, prefix), prefix + packed.max_seqlen)
+    mixed = attend(query, key, value, cu_queries, cu_keys, *longest)
     assert isinstance(mixed, Tensor)  # a tuple only where auxiliary results are requested
     return mixed
 
@@ -100,24 +94,3 @@ def _kernel_takes_grouped_heads() -> bool:
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-
-def rows_with_prefix(cu_seqlens: Tensor, prefix: int, total: int) -> tuple[Tensor, Tensor]:
-    """The rows of every text's keys, the prefix written out before each sequence.
-
-    Args:
-        cu_seqlens: (B + 1,) int32 boundaries from P on.
-        prefix: P, tokens before the first sequence.
-        total: T.
-
-    Returns:
-        (T + B * P,) rows of the packed tokens, of the prefix itself and then of each text, and
-        their (B + 2,) int32 boundaries.
-    """
-    texts = torch.arange(len(cu_seqlens), device=cu_seqlens.device)  # (B + 1,)
-    bounds = F.pad(cu_seqlens + texts * prefix, (1, 0)).int()  # (B + 2,)
-    count = total + (len(texts) - 1) * prefix  # computed here: asking the device for it would wait
-    text = torch.repeat_interleave(texts, bounds.diff(), output_size=count)  # (T + B * P,)
-    position = torch.arange(count, device=cu_seqlens.device) - bounds[text]  # in its own text
-    start = F.pad(cu_seqlens[:-1], (1, 0)) - prefix  # the row of position 0 of each text
-    return torch.where(position < prefix, position, position + start[text]), bounds

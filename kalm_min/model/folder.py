@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kalm_min.files import read_json, write_json, write_text
 from kalm_min.model.packed import Pooling
-from kalm_min.model.qwen2 import REQUIRED_SIZES, ModelConfig, Qwen2, check_size
+from kalm_min.model.qwen2 import REQUIRED_SIZES, ModelConfig, Qwen2
 
 KALM_TEMPLATE = "Instruct: {instruction} \n Query: "
 """A space before and after the newline: the form of the official code and of mteb (V1 section 1.6)."""
@@ -68,12 +68,27 @@ def _parse_config(hf: Json) -> ModelConfig:
         raise ValueError(f"model_type: expected qwen2 or qwen3, found {kind!r}")
     if missing := [name for name in REQUIRED_SIZES if name not in hf]:
         raise ValueError(f"the keys {', '.join(missing)} are missing")
-    for name in REQUIRED_SIZES:
-        check_size(name, hf[name])
-    # Every setting that would change the function and that the decoder does not compute.
+    rope: Json = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5, 4
+    token_ids = {key: hf.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    # Where a file is silent, what transformers fills in.
+    config = ModelConfig(
+        **{name: hf[name] for name in REQUIRED_SIZES},
+        num_key_value_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
+        head_dim=hf.get("head_dim") or (128 if kind == "qwen3" else 0),
+        model_type=kind,
+        rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
+        rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0))),
+        max_position_embeddings=hf.get("max_position_embeddings", 32_768),
+        tie_word_embeddings=hf.get("tie_word_embeddings", False),
+        initializer_range=hf.get("initializer_range", 0.02),
+        is_causal=hf.get("is_causal"),
+        token_ids=tuple((key, value) for key, value in token_ids.items() if value is not None),
+    )
+    # Refused: every setting that would change the function and that the decoder does not compute.
+    if not isinstance(config.is_causal, bool | None):
+        raise ValueError(f"is_causal: expected true or false, found {config.is_causal!r}")
     if hf.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act: expected silu, found {hf['hidden_act']!r}")
-    rope: Json = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5, 4
     if (scaling := rope.get("rope_type", rope.get("type", "default"))) != "default":
         raise ValueError(f"rope_type: only unscaled rotary embeddings are built, found {scaling!r}")
     if hf.get("quantization_config"):
@@ -81,38 +96,12 @@ def _parse_config(hf: Json) -> ModelConfig:
     if kind == "qwen3" and hf.get("attention_bias"):
         raise ValueError("attention_bias: Qwen3 with biases is not built")
     layers: list[str] = hf.get("layer_types") or []
-    window_in_use = hf.get("use_sliding_window") and hf.get("sliding_window") is not None
-    if any(layer != "full_attention" for layer in layers) or (
-        not layers and window_in_use and hf.get("max_window_layers", 0) < hf["num_hidden_layers"]
-    ):
+    if not layers and hf.get("use_sliding_window") and hf.get("sliding_window") is not None:
+        layers = ["full_attention"] * hf.get("max_window_layers", 0)
+        layers += ["sliding_attention"] * (config.num_hidden_layers - len(layers))
+    if any(layer != "full_attention" for layer in layers):
         raise ValueError("sliding-window attention is in use and is not built")
-    causal = hf.get("is_causal")
-    if not isinstance(causal, bool | None):
-        raise ValueError(f"is_causal: expected true or false, found {causal!r}")
-    size, heads, head_dim = hf["hidden_size"], hf["num_attention_heads"], hf.get("head_dim")
-    if head_dim is None and kind == "qwen2" and size % heads:
-        raise ValueError(
-            f"hidden_size {size} must be a multiple of num_attention_heads {heads} "
-            "where head_dim is not given"
-        )
-    # Where a file is silent, what transformers fills in.
-    return ModelConfig(
-        **{name: hf[name] for name in REQUIRED_SIZES},
-        num_key_value_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=head_dim or (128 if kind == "qwen3" else size // heads),
-        model_type=kind,
-        rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0))),
-        max_position_embeddings=hf.get("max_position_embeddings", 32_768),
-        tie_word_embeddings=hf.get("tie_word_embeddings", False),
-        initializer_range=hf.get("initializer_range", 0.02),
-        is_causal=causal,
-        token_ids=tuple(
-            (key, hf[key])
-            for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-            if hf.get(key) is not None
-        ),
-    )
+    return config
 
 
 def load_model(
@@ -185,7 +174,7 @@ def load_tensors(
             for key, tensor in stored.items():
                 name = key.removeprefix("base_model.model.").removeprefix("model.")
                 if name in found:
-                    problems.append(f"{name} stands twice")
+                    problems.append(f"{name} is stored twice")
                 found[name] = tensor
     # A file that cannot be read would also show up as missing tensors: report only the cause.
     if not problems:
@@ -305,15 +294,11 @@ def _read_pooling(path: Path) -> Pooling:
         raise ValueError(
             f"{path}: include_prompt false is not built, the prompt is pooled like text"
         )
-    mode = settings.get("pooling_mode")
-    if mode is None:
-        prefix = "pooling_mode_"
-        mode = [
-            key.removeprefix(prefix).removesuffix("_tokens").replace("cls_token", "cls")
-            for key, value in settings.items()
-            if key.startswith(prefix) and value
-        ] or ["mean"]
-    modes = [mode] if isinstance(mode, str) else list(mode)
+    prefix = "pooling_mode_"
+    flags = [key for key, value in settings.items() if key.startswith(prefix) and value]
+    named = [key.removeprefix(prefix).removesuffix("_tokens") for key in flags]
+    mode = settings.get("pooling_mode") or named or "mean"
+    modes = [mode] if isinstance(mode, str) else mode
     if modes == ["mean"]:
         return "mean"
     if modes == ["lasttoken"]:
@@ -348,9 +333,9 @@ def write_settings(
     }
     write_json(folder / "1_Pooling" / "config.json", pooling)
     (folder / "2_Normalize").mkdir()
-    bert: Json = {"max_seq_length": settings.max_length, "do_lower_case": False}
-    if adapter_base:  # config.json is the base's, which may say otherwise
-        bert["config_args"] = {"is_causal": settings.causal}
+    # config.json is the base's, which may say otherwise.
+    options = {"config_args": {"is_causal": settings.causal}} if adapter_base else {}
+    bert = {"max_seq_length": settings.max_length, "do_lower_case": False} | options
     write_json(folder / "sentence_bert_config.json", bert)
     main: Json = {
         "prompts": settings.prompts,

@@ -4,8 +4,8 @@ T  tokens of all sequences    B  sequences    P  tokens of a shared prefix    D 
 
 Batches are packed, so there is no padding and no mask: a packed batch needs only the boundaries.
 Where all texts begin alike (queries under one instruction) and the model is causal, that beginning
-never sees what follows, so it is the same in all of them. It then stands in the batch once, before
-the sequences; only attention and pooling have to know. Pooling, truncation and normalization are
+never sees what follows, so it is the same in all of them. The batch then holds it once, before the
+sequences; only attention and pooling have to know. Pooling, truncation and normalization are
 nowhere else, so training, encoding and evaluation cannot disagree about them.
 """
 
@@ -33,7 +33,9 @@ class Packed(NamedTuple):
     max_seqlen: int
     """Length of the longest sequence."""
     prefix: int = 0
-    """P: the first P tokens stand before every sequence, and cu_seqlens[0] is P."""
+    """P: the first P tokens precede every sequence, and cu_seqlens[0] is P."""
+    key_rows: Tensor | None = None
+    """With a prefix, (P + sum of P + n_b,) int64 rows of the tokens of the prefix, then of each text."""
 
     @classmethod
     def from_sequences(
@@ -55,10 +57,15 @@ class Packed(NamedTuple):
         input_ids = torch.tensor([*prefix, *chain.from_iterable(sequences)])  # (T,)
         positions = torch.arange(len(input_ids))  # (T,)
         positions[shared:] -= torch.repeat_interleave(bounds[:-1] - shared, torch.tensor(lengths))
+        key_rows = None
+        if shared:
+            start, *rest = torch.arange(len(input_ids)).split([shared, *lengths])
+            key_rows = torch.cat([start, *chain.from_iterable((start, rows) for rows in rest)])
+            key_rows = key_rows.to(device, non_blocking=True)
         input_ids, positions, bounds = (
             x.to(device, non_blocking=True) for x in (input_ids, positions, bounds)
         )
-        return cls(input_ids, positions, bounds, max(lengths), shared)
+        return cls(input_ids, positions, bounds, max(lengths), shared, key_rows)
 
 
 def pool(hidden: Tensor, cu_seqlens: Tensor, mode: Pooling, prefix: int = 0) -> Tensor:

@@ -35,7 +35,8 @@ class ModelConfig:
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
-    head_dim: int
+    head_dim: int = 0
+    """0 takes hidden_size / num_attention_heads."""
     model_type: Literal["qwen2", "qwen3"] = "qwen2"
     """"qwen2" (bias on q, k, v) or "qwen3" (no bias, RMSNorm on each query and key head)."""
     rms_norm_eps: float = 1e-6
@@ -51,25 +52,28 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for sizes that no decoder can have."""
-        for name in (*REQUIRED_SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings"):
-            check_size(name, getattr(self, name))
+        for name in (*REQUIRED_SIZES, "num_key_value_heads", "max_position_embeddings"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}: expected a whole number of at least 1, found {value!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
-        if self.head_dim % 2:
+        if not self.head_dim:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads "
+                    f"{self.num_attention_heads} where head_dim is not given"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim: expected an even number for rotary, found {self.head_dim}")
 
 
 REQUIRED_SIZES = [field.name for field in fields(ModelConfig)][:5]
 """What every `config.json` must state."""
-
-
-def check_size(name: str, value: object) -> None:
-    """Raise ValueError unless `value` is a whole number of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: expected a whole number of at least 1, found {value!r}")
 
 
 class Linear(nn.Linear):
@@ -152,8 +156,7 @@ class Attention(nn.Module):
         q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, heads)), *rotary)  # (T, H, E)
         k = rotate(self.k_norm(self.k_proj(x).unflatten(-1, heads)), *rotary)  # (T, K, E)
         v = self.v_proj(x).unflatten(-1, heads)  # (T, K, E)
-        bounds = (packed.cu_seqlens, packed.max_seqlen, packed.prefix)
-        mixed = packed_attention(q, k, v, *bounds, causal=causal)  # (T, H, E)
+        mixed = packed_attention(q, k, v, packed, causal=causal)  # (T, H, E)
         return self.o_proj(mixed.flatten(-2))  # (T, D)
 
 

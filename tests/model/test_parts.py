@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kalm_min.model import Packed, pool, truncate
-from kalm_min.model.attention import packed_attention, per_sequence_attention, rows_with_prefix
+from kalm_min.model.attention import packed_attention, per_sequence_attention
 from kalm_min.model.qwen2 import rotary_tables, rotate
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=8)
@@ -41,7 +41,7 @@ def test_attention_is_softmax_within_each_sequence(causal, lengths, heads, seed)
         torch.randn(total, n, e, generator=generator, dtype=torch.float64) for n in (h, k, k)
     )
     packed = pack(lengths)
-    found = packed_attention(q, key, value, packed.cu_seqlens, packed.max_seqlen, causal=causal)
+    found = packed_attention(q, key, value, packed, causal=causal)
     sequence = torch.repeat_interleave(torch.tensor(lengths))
     allowed = sequence[:, None] == sequence
     if causal:
@@ -69,24 +69,20 @@ def test_attention_under_a_shared_prefix_is_that_of_the_whole_texts(lengths, pre
         torch.randn(total, n, e, generator=generator, dtype=torch.float64) for n in (4, 2, 2)
     ]
     packed = Packed.from_sequences([[0] * n for n in lengths], prefix=[0] * prefix)
-    found = packed_attention(*tensors, *packed[2:], causal=True)
+    found = packed_attention(*tensors, packed, causal=True)
     whole = pack([prefix + n for n in lengths])
     written = [written_out(x, lengths, prefix) for x in tensors]
-    expected = packed_attention(*written, *whole[2:], causal=True)
+    expected = packed_attention(*written, whole, causal=True)
     torch.testing.assert_close(written_out(found, lengths, prefix), expected, atol=1e-12, rtol=0)
 
 
 @given(lengths=LENGTHS, prefix=st.integers(1, 5))
-def test_rows_given_to_the_kernel(lengths, prefix):
+def test_rows_of_the_keys(lengths, prefix):
     """The keys of the prefix, then of each text with the prefix before it."""
     packed = Packed.from_sequences([[0] * n for n in lengths], prefix=[0] * prefix)
     tokens = torch.arange(len(packed.input_ids))
-    rows, bounds = rows_with_prefix(packed.cu_seqlens, prefix, len(tokens))
     texts = [tokens[:prefix], written_out(tokens, lengths, prefix)]
-    assert rows.tolist() == torch.cat(texts).tolist()
-    assert bounds.diff().tolist() == [prefix, *(prefix + n for n in lengths)]
-    assert bounds[0] == 0
-    assert bounds.dtype == torch.int32
+    assert packed.key_rows.tolist() == torch.cat(texts).tolist()
 
 
 @pytest.mark.gpu
@@ -95,8 +91,8 @@ def test_kernel_under_a_shared_prefix():
     lengths, prefix = [1, 2, 33, 700, 64, 64], 24
     packed = Packed.from_sequences([[0] * n for n in lengths], "cuda", [0] * prefix)
     exact = [torch.randn(len(packed.input_ids), n, 64, device="cuda") for n in (14, 2, 2)]
-    expected = packed_attention(*exact, *packed[2:], causal=True)  # float32: the plain way
-    found = packed_attention(*(x.bfloat16() for x in exact), *packed[2:], causal=True)
+    expected = packed_attention(*exact, packed, causal=True)  # float32: the plain way
+    found = packed_attention(*(x.bfloat16() for x in exact), packed, causal=True)
     assert (found.float() - expected).norm() <= 0.01 * expected.norm()
 
 
@@ -106,7 +102,8 @@ def test_kernel_under_a_shared_prefix():
 def test_kernel_is_as_good_as_plain_bfloat16(causal, h, k, e):
     """The packed kernel's bf16 error against float32, forward and backward, is at most 1.25 x plain attention's."""
     lengths = [1, 2, 33, 700, 64, 64]
-    bounds = pack(lengths).cu_seqlens.cuda()
+    packed = Packed.from_sequences([[0] * n for n in lengths], "cuda")
+    bounds = packed.cu_seqlens
     exact = [torch.randn(sum(lengths), n, e, device="cuda") for n in (h, k, k)]
 
     def run(function, dtype):
@@ -116,7 +113,7 @@ def test_kernel_is_as_good_as_plain_bfloat16(causal, h, k, e):
         return [out.float(), *(x.grad.float() for x in tensors)]
 
     def kernel(*x):
-        return packed_attention(*x, bounds, max(lengths), causal=causal)
+        return packed_attention(*x, packed, causal=causal)
 
     def plain_attention(*x):
         return per_sequence_attention(*x, bounds, bounds, causal=causal)
