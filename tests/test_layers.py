@@ -68,7 +68,7 @@ CONFINED = {
     "mteb": MTEB_SIDE,
     "datasets": MTEB_SIDE,
     "matplotlib": ("kalm_min.mining.report", "kalm_min.evaluation.plots"),
-    "pyarrow": ("kalm_min.data.parquet",),
+    "pyarrow": ("kalm_min.convert",),
     "transformers": (),
     "sentence_transformers": (),
     "argparse": ("kalm_min.config",),

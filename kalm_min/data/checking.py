@@ -28,10 +28,8 @@ import numpy.typing as npt
 
 from kalm_min.console import Progress
 from kalm_min.data.index import Ints, JsonlFile
-from kalm_min.data.records import problem_with_line
+from kalm_min.data.records import LISTED, list_problems, problem_with_line
 from kalm_min.files import atomic_write, parse_object, read_json, text_hash, write_json
-
-LISTED = 20  # malformed lines shown; the rest are counted
 
 _SUMMARY = "summary1.json"  # raised when the rules of records.py or the summary change
 _RANGE = 20_000  # lines summarised at a time
@@ -162,9 +160,7 @@ def check_all(path: Path, files: Sequence[JsonlFile], progress: TextIO | None) -
                     _save(file, "groups.npy", groups)
                 write_json(file.sidecar(_SUMMARY), list(tasks.items()))
     if malformed:
-        first = f", the first {LISTED}" if malformed > LISTED else ""
-        lines = "".join(f"\n  {problem}" for problem in problems)
-        raise ValueError(f"{path}: {malformed} malformed line{'s'[: malformed - 1]}{first}:{lines}")
+        raise ValueError(f"{path}: {list_problems(malformed, 'malformed line', problems)}")
 
 
 def _save(file: JsonlFile, name: str, array: Ints) -> None:

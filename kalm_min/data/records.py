@@ -8,12 +8,14 @@ for evaluation declare their own and use the same check.
 
 import json
 import reprlib
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from kalm_min.files import did_you_mean, read_jsonl, read_toml
+
+LISTED = 20  # problems shown; the rest are counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,13 @@ def read_rows(
             problems.append(f"{path}:{number}: {problem}")
         else:
             yield number, row
+
+
+def list_problems(count: int, noun: str, problems: Sequence[str]) -> str:
+    """`30 bad rows, the first 20:` and the first problems, one per line."""
+    first = f", the first {LISTED}" if count > LISTED else ""
+    lines = "".join(f"\n  {problem}" for problem in problems[:LISTED])
+    return f"{count} {noun}{'s'[: count - 1]}{first}:{lines}"
 
 
 def read_settings(path: Path, fields: Mapping[str, Field]) -> dict[str, Any]:

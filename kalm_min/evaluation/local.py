@@ -28,6 +28,7 @@ from kalm_min.data.records import (
     is_label,
     is_number,
     is_string,
+    list_problems,
     read_rows,
     read_settings,
 )
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from mteb import AbsTask
 
-_MAX_PROBLEMS = 20  # shown
 _UNKNOWN_LANGUAGE = "und-Zyyy"  # ISO 639-3 and 15924 for an undetermined language
 
 Rows = list[dict[str, Any]]
@@ -140,8 +140,7 @@ def find_datasets(path: Path) -> list[LocalDataset]:
     problems: list[str] = []
     datasets = [read_dataset(folder, problems)[0] for folder in folders]
     if problems:
-        shown = "\n".join(problems[:_MAX_PROBLEMS])
-        raise ValueError(f"{path}: {len(problems)} malformed rows\n{shown}")
+        raise ValueError(f"{path}: {list_problems(len(problems), 'malformed row', problems)}")
     return datasets
 
 

@@ -85,7 +85,7 @@ def test_a_malformed_row_is_told_by_file_and_line(datasets, file, line, complain
     with pytest.raises(ValueError, match=re.escape(complaint.split(": ")[0])) as error:
         find_datasets(datasets)
     assert complaint in str(error.value)
-    assert "1 malformed rows" in str(error.value)
+    assert "1 malformed row:" in str(error.value)
 
 
 def test_all_malformed_rows_are_counted(datasets):
