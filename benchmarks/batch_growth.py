@@ -25,8 +25,7 @@ from kalm_min.data.batches import collate
 from kalm_min.data.dataset import Example
 from kalm_min.model import ModelConfig, Packed, Qwen2, initialise, pool
 from kalm_min.tokenizer import Tokenizer
-from kalm_min.training.batch_loss import LossConfig
-from kalm_min.training.step import TokenBatch, contrastive_step, tokenize
+from kalm_min.training.step import LossConfig, TokenBatch, contrastive_step, tokenize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

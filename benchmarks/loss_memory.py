@@ -18,8 +18,8 @@ from typing import Annotated
 import torch
 
 from kalm_min.config import parse
-from kalm_min.losses import Documents, Queries
-from kalm_min.training.batch_loss import LossConfig, Own, Rows, batch_loss
+from kalm_min.losses import ContrastiveBatch
+from kalm_min.training.step import LossConfig, contrastive_loss
 
 WIDTH = 896
 _MMAP_THRESHOLD = -3  # of glibc's mallopt
@@ -76,15 +76,23 @@ def measure(queries: int, options: Options) -> tuple[float, float]:
     q = torch.randn(queries, WIDTH, generator=generator, requires_grad=True)
     d = torch.randn(count, WIDTH, generator=generator, requires_grad=True)
     q.grad, d.grad = torch.zeros_like(q), torch.zeros_like(d)
-    numbers = torch.arange(queries)
-    asked = Queries(numbers + 1, numbers[:, None] - 10**9, numbers * 0, numbers, numbers >= 0)
-    owners = torch.arange(count) // options.per_query
-    known = Documents(torch.arange(count) + 10**9, owners * 0, owners)
-    some = slice(int(queries * options.share))
-    asked = Queries(*(fact[some] for fact in asked))
-    labels = numbers[some] * options.per_query
-    nothing = torch.zeros(0)  # neither distillation nor mixing
-    rows = Rows(q[some], d, labels, asked, known, Own(*[nothing] * 5))
+    numbers, owners = torch.arange(queries), torch.arange(count) // options.per_query
+    scored = slice(int(queries * options.share))
+    unused = torch.zeros(0)  # neither distillation nor mixing
+    batch = ContrastiveBatch(
+        queries=q[scored],
+        documents=d,
+        labels=numbers[scored] * options.per_query,
+        query_meta=torch.stack([numbers + 1, numbers * 0, numbers])[:, scored],
+        document_meta=torch.stack([torch.arange(count) + 10**9, owners * 0, owners, owners * 0]),
+        positives=numbers[scored, None] - 10**9,
+        in_batch=numbers[scored] >= 0,
+        rows=unused,
+        present=unused,
+        teacher=unused,
+        mix_pair=unused,
+        mix_share=unused,
+    )
     config = LossConfig(
         gamma=0.5,
         matryoshka_dims=(896, 512, 256, 128, 64),
@@ -92,7 +100,7 @@ def measure(queries: int, options: Options) -> tuple[float, float]:
         memory_gib=options.budget,
     )
     before, start = peak(reset=True), time.perf_counter()
-    value, _ = batch_loss(rows, config)
+    value, _ = contrastive_loss(batch, config)
     value.backward()
     return time.perf_counter() - start, peak() - before
 

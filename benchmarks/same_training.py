@@ -27,7 +27,7 @@ from kalm_min import Embedder
 from kalm_min.config import parse
 from kalm_min.data import TrainingData, collate
 from kalm_min.sampling import TaskBatchSampler
-from kalm_min.training.batch_loss import LossConfig
+from kalm_min.training.step import LossConfig
 from kalm_min.training.trainer import LoopConfig, OptimizerConfig, Recipe, SamplingConfig, Trainer
 
 

@@ -39,8 +39,7 @@ from kalm_min.data.dataset import Example
 from kalm_min.embedder import fastest_safe_dtype
 from kalm_min.losses import matryoshka
 from kalm_min.model import Packed, pool
-from kalm_min.training.batch_loss import LossConfig
-from kalm_min.training.step import contrastive_step, tokenize
+from kalm_min.training.step import LossConfig, contrastive_step, tokenize
 
 Step = Callable[[TextBatch], Tensor]
 Autocast = Callable[[], torch.autocast]

@@ -35,7 +35,6 @@ LAYERS = {
     "kalm_min.training.distributed": 1,
     "kalm_min.training.gradcache": 1,
     "kalm_min.training.parallel": 1,
-    "kalm_min.training.batch_loss": 1,
     "kalm_min.training": 2,
     "kalm_min.mining": 2,
     "kalm_min.evaluation": 2,

@@ -1,35 +1,18 @@
-"""Losses: pure functions of vectors, labels and masks."""
+"""Losses: pure functions of embeddings, labels and masks; they know nothing of processes."""
 
-from kalm_min.losses.cosines import (
-    ABSENT,
-    Prefixes,
-    cosines,
-    cosines_of,
-    log_sum,
-    paired_cosines,
-    prefixes,
-)
-from kalm_min.losses.distillation import distillation_rows
-from kalm_min.losses.info_nce import contrastive_rows, info_nce
-from kalm_min.losses.masking import Documents, Queries, candidate_masks
+from kalm_min.losses.distillation import distillation
+from kalm_min.losses.info_nce import MASKED_LOGIT, info_nce
+from kalm_min.losses.masking import ContrastiveBatch, count_pairs, non_candidates
 from kalm_min.losses.matryoshka import matryoshka
-from kalm_min.losses.mixing import Mixes, mixed_cosines
+from kalm_min.losses.mixing import mixed_cosines
 
 __all__ = [
-    "ABSENT",
-    "Documents",
-    "Mixes",
-    "Prefixes",
-    "Queries",
-    "candidate_masks",
-    "contrastive_rows",
-    "cosines",
-    "cosines_of",
-    "distillation_rows",
+    "MASKED_LOGIT",
+    "ContrastiveBatch",
+    "count_pairs",
+    "distillation",
     "info_nce",
-    "log_sum",
     "matryoshka",
     "mixed_cosines",
-    "paired_cosines",
-    "prefixes",
+    "non_candidates",
 ]

@@ -1,22 +1,35 @@
-"""InfoNCE: each query against one positive and every other candidate.
+"""InfoNCE: each query against its positive and every other candidate, in bounded memory.
 
-B  queries of this process    N  candidate documents    D  width of the vectors
-S  further negatives of each query
+B, b  queries, of a tile    N, n  documents, of a tile    D  dimension    K  leading slices compared
 
-    p_i = exp(s(q_i, d_label_i) / t) / sum_n exp(s(q_i, d_n) / t)        s: cosine, t: temperature
-    L   = mean_i  -(1 - p_i)^gamma log p_i
+    p_i = exp(s(q_i, d_label_i) / t) / sum_n exp(s(q_i, d_n) / t)      s: cosine, t: temperature
+    L   = mean_i -(1 - p_i)^gamma log p_i,    -log p = log(1 + e^x),    x = z - s(q, d+) / t
 
-KaLM V2 report, sections on the training objective and on focal-style reweighting; gamma = 0 is
-plain InfoNCE. The candidates are the documents of all queries, the hard negatives of others
-included. Which of them are no candidates after all is decided outside (`masking`), and so is where
-documents come from: the function knows nothing of processes.
+KaLM V2 report, sections on the training objective and on focal-style reweighting; gamma = 0 is plain
+InfoNCE. z is the log-sum-exp over the negatives alone, taken tile by tile; where all tiles together
+exceed the memory, each is computed again in backward. Which documents are no candidates (`masking`)
+and which process computed them is decided outside.
 """
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
-from kalm_min.losses.cosines import ABSENT, cosines, log_sum
-from kalm_min.losses.mixing import Mixes, mixed_cosines
+# In place of the cosine of a masked document: exp(MASKED_LOGIT / t) is exactly 0, and unlike -inf it
+# can be differentiated where a query has no other negative.
+MASKED_LOGIT = -1e4
+_SMALLEST = 1e-12  # a norm below this counts as this: a zero vector has cosine 0 and gradient 0
+_CACHED = 1 << 20  # pairs per tile on a CPU: the 4 MiB of scores per slice stay in its cache
+
+# For each of K leading slices, the (n, d) coordinates that it adds to the one before, and (n,) one
+# over its length.
+_Prefixes = list[tuple[Tensor, Tensor]]
 
 
 def info_nce(
@@ -25,9 +38,13 @@ def info_nce(
     labels: Tensor,
     *,
     temperature: float,
-    mask: Tensor | None = None,
+    mask: Tensor | Callable[[slice, slice, Tensor, Tensor], Tensor] | None = None,
     gamma: float = 0.0,
-    mixes: Mixes | None = None,
+    dims: Sequence[int] = (),
+    weights: Sequence[float] = (),
+    extra_negatives: Callable[[Tensor, Tensor], Tensor] | None = None,
+    document_negatives: Tensor | None = None,
+    memory_gib: float = 1.0,
 ) -> Tensor:
     """The mean loss over the B queries given.
 
@@ -35,49 +52,112 @@ def info_nce(
     mean over processes, which data-parallel averaging takes, is then the mean over all queries.
 
     Args:
-        queries: (B, D), of any length; normalised here.
-        documents: (N, D), likewise.
+        queries: (B, D), not normalised.
+        documents: (N, D), not normalised.
         labels: (B,) int64, the row of each query's positive in `documents`.
         temperature: divides the cosine; 0.01 in the reports.
-        mask: (B, N) bool, True where a document is not a candidate of a query. The positive always
-            is, whatever the mask says.
+        mask: (B, N) bool, True where a document is not a candidate of a query; or a function that
+            gives this for a tile: of which queries, of which documents, their (b, n) cosines and
+            the (b, 1) of the positives. The positive is a candidate whatever the mask says.
         gamma: exponent of the focal weight (1 - p)^gamma; 0.5 in the V2 report. The gradient flows
             through the weight, as in the focal loss it is named after; the report does not say.
-        mixes: how to mix each query's own negatives into S more (V2), or None.
+        dims, weights: the weighted sum over leading slices instead (see `matryoshka`), in one pass
+            over the products. A mask function sees the cosines of the largest.
+        extra_negatives: gives, from slices of queries and documents, (B, S) cosines of S further
+            negatives per query (see `mixed_cosines`).
+        document_negatives: (N,) bool, the documents that, where they are a query's negatives, are
+            negatives of its positive too. Not in the reports; the public code, GTE and Qwen3 have it.
+        memory_gib: GiB for scores, beside the vectors and their gradients.
 
     Returns:
         A scalar in the dtype of the inputs.
     """
-    (similarity,) = cosines(queries, documents, (queries.shape[-1],))  # (B, N)
-    positive = labels[:, None]  # (B, 1)
-    none = torch.zeros_like(similarity, dtype=torch.bool) if mask is None else mask
-    negatives = similarity.masked_fill(none.scatter(1, positive, True), ABSENT)
-    z = log_sum(negatives, temperature)  # (B,)
-    if mixes is not None:
-        z = torch.logaddexp(
-            z, log_sum(mixed_cosines(queries, documents[mixes.own], mixes), temperature)
+    cuts = sorted(set(dims)) or [queries.shape[1]]
+    # Measured (benchmarks/loss_memory.py): about 12 float32 numbers per pair and slice in backward.
+    sides = 1 if document_negatives is None else 2
+    pairs = max(1, int(memory_gib * 2**30 / (sides * (48 * len(cuts) + 16))))
+    fits = len(queries) * len(documents) <= pairs
+    pairs = pairs if queries.is_cuda else min(pairs, _CACHED)
+    height = min(len(queries), math.isqrt(pairs))
+    width = pairs // height
+    both = (torch.split(vectors, height) for vectors in (queries, documents[labels]))
+    blocks = [tuple(_prefixes(part, cuts) for part in parts) for parts in zip(*both, strict=True)]
+    positives = torch.cat([_paired_cosines(*block) for block in blocks], dim=1)  # (K, B)
+    indices = torch.arange(len(documents), device=labels.device)
+
+    def negatives_of(block: int, columns: slice, candidates: _Prefixes) -> Tensor:
+        """The log-sum-exp over the negatives in a tile, (K, b)."""
+        rows, (query, positive) = slice(block * height, (block + 1) * height), blocks[block]
+        cosines = _cosines(query, candidates)  # K of (b, n)
+        masked = labels[rows, None] == indices[columns]  # (b, n)
+        if callable(mask):
+            masked |= mask(rows, columns, cosines[-1].detach(), positives[-1, rows, None].detach())
+        elif mask is not None:
+            masked |= mask[rows, columns]
+        sums = _masked_log_sum_exp(cosines, masked, temperature)
+        if document_negatives is not None:
+            masked = masked | ~document_negatives[columns]
+            further = _masked_log_sum_exp(_cosines(positive, candidates), masked, temperature)
+            sums = torch.logaddexp(sums, further)
+        return sums
+
+    compute = negatives_of
+    if not fits:
+        compute = cast(
+            "Callable[[int, slice, _Prefixes], Tensor]",
+            partial(checkpoint, negatives_of, use_reentrant=False, preserve_rng_state=False),
         )
-    own = similarity.gather(1, positive).squeeze(1) / temperature  # (B,)
-    return contrastive_rows(own, z, gamma=gamma).mean()
-
-
-def contrastive_rows(positive: Tensor, negatives: Tensor, *, gamma: float = 0.0) -> Tensor:
-    """The loss of each query, from logits.
-
-    Written in the difference x of the two, so that neither 1 - p nor its logarithm cancels:
-    -log p = log(1 + e^x) and log(1 - p) = -log(1 + e^-x).
-
-    Args:
-        positive: any shape, s(q, d+) / t.
-        negatives: likewise, the logarithm of the sum of exp(s / t) over the negatives.
-        gamma: see `info_nce`.
-
-    Returns:
-        As large.
-    """
-    x = negatives - positive
+    sums: list[list[Tensor]] = [[] for _ in blocks]  # (K, b) of each tile
+    # Documents outside, so that backward is done with those of a tile before it begins the next.
+    for number, part in enumerate(torch.split(documents, width)):
+        columns = slice(number * width, (number + 1) * width)
+        candidates = _prefixes(part, cuts)
+        for block, found in enumerate(sums):
+            found.append(compute(block, columns, candidates))
+    negatives = torch.cat([torch.stack(parts).logsumexp(0) for parts in sums], dim=1)  # (K, B)
+    if extra_negatives is not None:
+        extra = [extra_negatives(queries[:, :dim], documents[:, :dim]) for dim in cuts]
+        further = (torch.stack(extra) / temperature).logsumexp(2)  # (K, B, S) -> (K, B)
+        negatives = torch.logaddexp(negatives, further)
+    x = negatives - positives / temperature  # in their difference neither p nor 1 - p cancels
     zero = torch.zeros_like(x)
-    surprise = torch.logaddexp(zero, x)
-    if gamma == 0.0:
-        return surprise
-    return (-gamma * torch.logaddexp(zero, -x)).exp() * surprise
+    nll = torch.logaddexp(zero, x)  # (K, B)
+    if gamma:
+        nll = (-gamma * torch.logaddexp(zero, -x)).exp() * nll  # log(1 - p) = -log(1 + e^-x)
+    weight_of = dict(zip(dims, weights, strict=True)) or {cuts[0]: 1.0}
+    return (nll.new_tensor([weight_of[dim] for dim in cuts]) @ nll).mean()
+
+
+def _prefixes(vectors: Tensor, cuts: list[int]) -> _Prefixes:
+    # Split, not sliced: the gradient of a slice is as wide as the vectors.
+    sizes = [end - start for start, end in pairwise([0, *cuts, vectors.shape[1]])]
+    parts = torch.split(vectors, sizes, dim=1)[:-1]
+    squares = torch.stack([part.square().sum(1) for part in parts]).cumsum(0)  # (K, n)
+    return [*zip(parts, squares.clamp_min(_SMALLEST**2).rsqrt(), strict=True)]
+
+
+def _cosines(queries: _Prefixes, documents: _Prefixes) -> list[Tensor]:
+    """K of (b, n), of every query with every document.
+
+    The product of the first 128 coordinates is that of the first 64 plus that of the next 64, so
+    all slices cost one product of the full dimension.
+    """
+    found: list[Tensor] = []
+    products = queries[0][0].new_zeros(())
+    for (q, left), (d, right) in zip(queries, documents, strict=True):
+        products = products + q @ d.T  # (b, n)
+        found.append(products * left[:, None] * right)
+    return found
+
+
+def _paired_cosines(queries: _Prefixes, documents: _Prefixes) -> Tensor:
+    """(K, b), of each query with the document beside it."""
+    pairs = [*zip(queries, documents, strict=True)]
+    products = torch.stack([(q * d).sum(1) for (q, _), (d, _) in pairs]).cumsum(0)
+    return products * torch.stack([left * right for (_, left), (_, right) in pairs])
+
+
+def _masked_log_sum_exp(cosines: list[Tensor], masked: Tensor, temperature: float) -> Tensor:
+    """(K, b) from K of (b, n)."""
+    logits = (c.masked_fill(masked, MASKED_LOGIT) / temperature for c in cosines)
+    return torch.stack([scores.logsumexp(1) for scores in logits])

@@ -1,86 +1,104 @@
-"""Which documents of a batch are not candidates of a query after all.
+"""Which pairs of a batch are negatives, and why the others are none.
 
-B  queries of this process    N  documents of all processes    P  known positives of a query, padded
-
-The batch of a contrastive step is full of false negatives: the same positive text under another
-query (label tasks), another known positive of the query, the query itself as somebody's document.
-Texts are compared by a 64-bit hash that travels with the vectors, so the answer is the same on one
-process and on many. A margin on the cosines, where one is asked for, goes beyond known texts.
+A contrastive batch is full of false negatives: a query's positive text under another query (label
+tasks), another known positive of the query, the query itself as somebody's document. Texts are
+compared by a 64-bit hash that travels with the embeddings, so the answer is the same on one process
+and on many. A margin on the cosines, on request, goes beyond known texts.
 """
 
+from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class Documents(NamedTuple):
-    """What is known of each of N documents, as one integer a document and column."""
+class ContrastiveBatch(NamedTuple):
+    """The queries of one process and all candidates they are compared with.
 
-    hashes: Tensor
-    """(N,) int64 hash of the text, without instruction."""
-    groups: Tensor
-    """(N,) int64 class of the text, 0 for none."""
-    owners: Tensor
-    """(N,) int64 global number of the query that brought the document."""
+    B  queries    N  candidates: documents of all processes, on request their queries too
+    D  dimension    P  known positives per query    M  documents per query, its positive first
+    """
 
-
-class Queries(NamedTuple):
-    """What is known of each of B queries."""
-
-    hashes: Tensor
-    """(B,) int64 hash of the query's text, without instruction."""
-    positives: Tensor
-    """(B, P) int64 hashes of all its known positives; short rows repeat one of theirs."""
-    groups: Tensor
-    """(B,) int64 class, 0 for none."""
-    numbers: Tensor
-    """(B,) int64 global number of the query."""
-    in_batch: Tensor
-    """(B,) bool, False where a query sees only the documents it brought itself."""
+    queries: Tensor  # (B, D)
+    documents: Tensor  # (N, D), the candidates
+    labels: Tensor  # (B,) int64, the row of each query's positive in `documents`
+    query_meta: Tensor  # (3, B) int64: hash of the text, class (0: none), consecutive global number
+    document_meta: Tensor  # (4, N) int64: hash, class, number of the query it is of, is a query
+    positives: Tensor  # (B, P) int64, hashes of all known positives; short rows repeat theirs
+    in_batch: Tensor  # (B,) bool, False where a query sees only its own documents
+    rows: Tensor  # (B, M) int64, the rows of each query's own documents in `documents`
+    present: Tensor  # (B, M) bool, False for padding
+    teacher: Tensor  # (B, M), the teacher's scores
+    mix_pair: Tensor  # (B, 2) int64, see `mixed_cosines`
+    mix_share: Tensor  # (B,), see `mixed_cosines`
 
 
-def candidate_masks(
-    queries: Queries,
-    documents: Documents,
-    labels: Tensor,
-    *,
-    first: int = 0,
-    close: tuple[Tensor, Tensor] | None = None,
+def non_candidates(
+    batch: ContrastiveBatch,
+    rows: slice = slice(None),
+    columns: slice = slice(None),
+    too_similar: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """One (B, N) mask a reason, True where the document is not a candidate; no pair has two reasons.
+    """One (b, n) mask per reason, True where a document is no negative; no pair has two reasons.
 
     Args:
-        queries, documents: as above.
-        labels: (B,) int64, the row of each query's positive, which no mask covers.
-        first: the row of the first of these documents, where they are a part of all.
-        close: (B, N) cosines, and (B,) the one above which a document is taken for a positive that
-            nobody labelled: the positive's and a margin (0.1 in the Qwen3-Embedding report; KaLM's
-            has none).
+        batch: its texts are compared without instruction, by hash.
+        rows, columns: the b queries and n documents looked at.
+        too_similar: (b, n) bool, documents taken for positives that nobody labelled.
 
     Returns:
+        "self": the query's positive, or the query itself;
         "foreign": of another query, and the query's task takes no in-batch negatives;
         "positive": one of the query's known positives;  "query": the query's own text;
-        "group": of the query's class;  "margin": too similar to be a negative.
+        "group": of the query's class;  "margin": too similar.
     """
-    rows = torch.arange(first, first + len(documents.hashes), device=labels.device)  # (N,)
-    free = labels[:, None] != rows  # (B, N)
-    positive = torch.zeros_like(free)
-    for column in queries.positives.T:  # P is small; (B, N, P) at once would not be
-        positive |= column[:, None] == documents.hashes
-    foreign = ~queries.in_batch[:, None] & (queries.numbers[:, None] != documents.owners)
-    group = (queries.groups[:, None] == documents.groups) & (documents.groups != 0)
-    reasons = {
-        "foreign": foreign,
+    query_hash, query_group, number = batch.query_meta[:, rows, None]  # (b, 1) each
+    hashes, groups, owners, is_query = batch.document_meta[:, columns]  # (n,) each
+    indices = torch.arange(batch.document_meta.shape[1], device=owners.device)[columns]  # (n,)
+    same = number == owners  # (b, n)
+    positive = torch.zeros_like(same)
+    for column in batch.positives[rows].T:  # P is small; (b, n, P) at once would not be
+        positive |= column[:, None] == hashes
+    masks = {
+        "self": (batch.labels[rows, None] == indices) | (same & (is_query > 0)),
+        "foreign": ~(same | batch.in_batch[rows, None]),
         "positive": positive,
-        "query": queries.hashes[:, None] == documents.hashes,
-        "group": group,
+        "query": query_hash == hashes,
+        "group": (query_group == groups) & (groups != 0),
+        "margin": torch.zeros_like(same) if too_similar is None else too_similar & (is_query == 0),
     }
-    if close is not None:
-        similarity, bound = close
-        reasons["margin"] = similarity > bound[:, None]
-    masks: dict[str, Tensor] = {}
-    for name, found in reasons.items():
-        masks[name] = found & free
-        free &= ~found
+    free = torch.ones_like(same)
+    for reason, mask in masks.items():
+        masks[reason] = mask & free
+        free &= ~mask
     return masks
+
+
+def count_pairs(
+    batch: ContrastiveBatch, masks: dict[str, Tensor], rows: slice, columns: slice
+) -> dict[str, Tensor]:
+    """Numbers of pairs for the log: negatives by kind, masked documents by reason.
+
+    Args:
+        batch, rows, columns: see `non_candidates`.
+        masks: what it returned.
+
+    Returns:
+        "hard": with the query's own negatives; "in_batch", "cross_device": with documents of other
+        queries of this process, of other processes; "query_query": with other queries;
+        "masked_foreign", "masked_positive", ...: with documents that are no negatives.
+    """
+    number, owners = batch.query_meta[2], batch.document_meta[2, columns]
+    is_document = batch.document_meta[3, columns] == 0  # (n,)
+    negatives = ~reduce(torch.logical_or, masks.values())  # (b, n)
+    documents = negatives & is_document  # (b, n)
+    nearby = (owners >= number[0]) & (owners <= number[-1])  # (n,)
+    hard = (documents & (number[rows, None] == owners)).count_nonzero()
+    near = (documents & nearby).count_nonzero()
+    counts = {"hard": hard, "in_batch": near - hard}
+    counts["cross_device"] = documents.count_nonzero() - near
+    counts["query_query"] = (negatives & ~is_document).count_nonzero()
+    for reason in ("foreign", "positive", "query", "group", "margin"):
+        counts[f"masked_{reason}"] = (masks[reason] & is_document).count_nonzero()
+    return counts

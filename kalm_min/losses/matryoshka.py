@@ -1,6 +1,6 @@
 """Matryoshka: the same loss on leading slices of the vectors, so that a slice can be used alone.
 
-B  queries    N  documents    D  full width
+B  queries    N  documents    D  full dimension
 
     L = sum_k  weight_k * loss(q[:, :dim_k], d[:, :dim_k])
 
@@ -9,7 +9,6 @@ A weighted sum, not a mean: with the weights of the public recipe (1, .3, .2, .1
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -24,27 +23,31 @@ def matryoshka(
     dims: Sequence[int],
     weights: Sequence[float],
     loss: Callable[..., Tensor] = info_nce,
-    **options: Any,
+    **options: object,
 ) -> Tensor:
-    """Sum of `loss` over slices.
+    """Sum of `loss` over slices; `info_nce` takes all of them in one pass over the products.
 
     Args:
         queries: (B, D).
         documents: (N, D).
         labels: (B,) int64.
-        dims: leading widths, each at most D.
-        weights: one a width.
+        dims: leading dimensions, each at most D.
+        weights: one per dimension.
         loss: any loss of (queries, documents, labels, **options).
         options: passed to every slice alike; a mask is decided once and holds for all of them.
 
     Returns:
-        A scalar. Raises ValueError when a width exceeds D or the counts differ.
+        A scalar. Raises ValueError when a dimension exceeds D or the counts differ.
     """
-    width = queries.shape[-1]
+    full = queries.shape[1]
     if len(dims) != len(weights) or not dims:
-        raise ValueError(f"matryoshka: expected a weight a dimension, found {dims} and {weights}")
-    if max(dims) > width or min(dims) < 1:
-        raise ValueError(f"matryoshka: expected dimensions from 1 to {width}, found {max(dims)}")
+        raise ValueError(
+            f"matryoshka: expected one weight per dimension, found {dims} and {weights}"
+        )
+    if max(dims) > full or min(dims) < 1:
+        raise ValueError(f"matryoshka: expected dimensions from 1 to {full}, found {max(dims)}")
+    if loss is info_nce:
+        return loss(queries, documents, labels, dims=dims, weights=weights, **options)
     terms = [
         weight * loss(queries[:, :dim], documents[:, :dim], labels, **options)
         for dim, weight in zip(dims, weights, strict=True)

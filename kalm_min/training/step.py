@@ -1,59 +1,116 @@
 """One training step, from a batch of texts to gradients on the parameters.
 
-n  different texts of this process     B  its queries     N  documents of all processes     D  width
+n  different texts of this process     B  its queries     N  candidates of all processes     D  dimension
 
     texts -> ids -> chunks of at most `tokens_per_batch` tokens -> vectors (n, D)
-    vectors -> queries (B, D), documents of all processes (N, D) -> masks -> loss
+    vectors -> queries (B, D), candidates of all processes (N, D) -> ContrastiveBatch -> loss
 
-A text that stands in the batch more than once is embedded once.
+A text that occurs in the batch more than once is embedded once.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import partial, reduce
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kalm_min.data import TextBatch
-from kalm_min.losses import Documents, Queries
+from kalm_min.losses import (
+    ContrastiveBatch,
+    count_pairs,
+    distillation,
+    matryoshka,
+    mixed_cosines,
+    non_candidates,
+)
 from kalm_min.model import Packed
 from kalm_min.sampling import token_budget_batches
 from kalm_min.tokenizer import Tokenizer
 from kalm_min.training import distributed
-from kalm_min.training.batch_loss import LossConfig, Own, Rows, batch_loss
 from kalm_min.training.gradcache import cached_backward
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """The loss of a step; the defaults are those of the public fine-tuning script."""
+
+    temperature: Annotated[float, "Divides the cosine similarity."] = 0.01
+    gamma: Annotated[float, "Exponent of the focal weight (1 - p)^gamma; V2 uses 0.5."] = 0.0
+    matryoshka_dims: Annotated[
+        tuple[int, ...], "Leading dimensions that can be used alone; none: the full dimension only."
+    ] = ()
+    matryoshka_weights: Annotated[
+        tuple[float, ...], "One weight per dimension; the reports use 1, 0.3, 0.2, 0.1, 0.1."
+    ] = ()
+    mixing: Annotated[bool, "Add two negatives per query, mixed from its own (V2)."] = False
+    distillation_weight: Annotated[
+        float, "Share of the KL term against the teacher scores in the data; V2.5 uses 0.7."
+    ] = 0.0
+    distillation_temperature: Annotated[float, "Divides both scores in the KL term."] = 0.05
+    memory_gib: Annotated[
+        float, "GiB for scores, beside the vectors; what exceeds it is computed again in backward."
+    ] = 1.0
+    mask_false_negatives: Annotated[
+        bool, "Known positives of the query, its own text and its class are not its negatives."
+    ] = True
+    false_negative_margin: Annotated[
+        float | None,
+        "Documents whose cosine exceeds the positive's by this are not negatives; Qwen3 uses 0.1.",
+    ] = None
+    query_negatives: Annotated[bool, "The other queries of a batch are negatives too."] = False
+    document_negatives: Annotated[
+        bool, "A query's negatives are negatives of its positive too."
+    ] = False
+
+    def __post_init__(self) -> None:
+        """Validate values and their combinations."""
+        for name in ("temperature", "distillation_temperature", "memory_gib"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: expected more than 0, found {getattr(self, name)}")
+        share, dims, weights = (
+            self.distillation_weight,
+            self.matryoshka_dims,
+            self.matryoshka_weights,
+        )
+        if self.gamma < 0:
+            raise ValueError(f"gamma: expected 0 or more, found {self.gamma}")
+        if not 0 <= share <= 1:
+            raise ValueError(f"distillation_weight: expected 0 to 1, found {share}")
+        if self.false_negative_margin is not None and not self.mask_false_negatives:
+            raise ValueError("false_negative_margin: expected mask_false_negatives to be true")
+        if len(set(dims)) != len(dims):
+            raise ValueError("matryoshka_dims: expected each dimension once")
+        if len(dims) != len(weights):
+            raise ValueError(
+                f"matryoshka_weights: expected one for each of the {len(dims)} matryoshka_dims, "
+                f"found {len(weights)}"
+            )
 
 
 class TokenBatch(NamedTuple):
     """A batch of texts as token ids, each different text once."""
 
-    sequences: list[list[int]]
-    """n token lists."""
-    places: Tensor
-    """(B + documents,) int64: where in `sequences` each query, then each document, is."""
+    sequences: list[list[int]]  # n token lists
+    indices: Tensor  # (B + documents,) int64: the sequence of each query, then of each document
     text: TextBatch
 
 
 class StepResult(NamedTuple):
-    """What one step did, on this process."""
+    """The outcome of one step on this process."""
 
-    loss: Tensor
-    """Mean over this process's queries, detached."""
-    counts: dict[str, float]
-    """Sums over this process's queries: negatives of each kind ("hard": a query's own; "in_batch"
-    and "cross_device": documents of other queries of this process, of other processes;
-    "query_query", "document_document", "mixed": see LossConfig), and documents masked for each
-    reason ("masked_positive", ...); and the "tokens" of its texts."""
-    finite: Tensor
-    """(B + documents,) bool: whether the vector of each query, then each document, is finite."""
+    loss: Tensor  # mean over this process's queries, detached
+    counts: dict[str, float]  # those of `contrastive_loss`, and "tokens"
+    finite: Tensor  # (B + documents,) bool, whether the vector is finite
 
 
 def tokenize(batch: TextBatch, tokenizer: Tokenizer, *, max_length: int) -> TokenBatch:
     """Token ids of every different text of the batch."""
     texts = [*batch.queries, *batch.documents]
-    unique = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+    unique = {text: index for index, text in enumerate(dict.fromkeys(texts))}
     sequences = tokenizer.encode(list(unique), max_length=max_length)
     return TokenBatch(sequences, torch.tensor([unique[text] for text in texts]), batch)
 
@@ -86,10 +143,11 @@ def contrastive_step(
     finite: list[Tensor] = []
 
     def loss(vectors: Tensor) -> Tensor:
-        vectors = vectors[batch.places.to(device)]  # (B + own documents, D)
+        vectors = vectors[batch.indices.to(device)]  # (B + documents, D)
         finite.append(vectors.detach().isfinite().all(1))
-        value, ledger = _batch_loss(vectors, batch.text, config)
-        counts.update(ledger)
+        gathered = contrastive_batch(vectors, batch.text, query_negatives=config.query_negatives)
+        value, found = contrastive_loss(gathered, config)
+        counts.update(found)
         return value
 
     rounds = distributed.max_over_ranks(len(chunks), device)
@@ -97,62 +155,95 @@ def contrastive_step(
     return StepResult(value, counts, finite[0])
 
 
-def _batch_loss(
-    vectors: Tensor, text: TextBatch, config: LossConfig
-) -> tuple[Tensor, dict[str, float]]:
-    """The loss of this process's queries against the documents of all, and the ledger."""
-    size = len(text.queries)
-    own = vectors[size:]  # (own documents, D)
-    counts = distributed.row_counts(len(own), own.device)
-    documents = distributed.gather_rows(own, counts)  # (N, D)
-    first = sum(counts[: distributed.rank()])  # this process's documents stand from here on
-    queries, brought = facts(text, own.device, first=distributed.rank() * size)
-    columns = distributed.gather_rows(torch.stack(brought, dim=1), counts)  # (N, 3)
-    known = Documents(*columns.T)
-    labels = torch.from_numpy(text.labels).to(own.device) + first
-    everyone = None
-    if config.query_negatives:
-        each = distributed.row_counts(size, own.device)
-        brought = torch.stack([queries.hashes, queries.groups, queries.numbers], dim=1)
-        everyone = (
-            distributed.gather_rows(vectors[:size], each),
-            Documents(*distributed.gather_rows(brought, each).T),
-        )
-    brought_by = own_documents(text, own.device, first)
-    return batch_loss(
-        Rows(vectors[:size], documents, labels, queries, known, brought_by, everyone), config
-    )
+def contrastive_batch(
+    vectors: Tensor, text: TextBatch, *, query_negatives: bool = False, gather: bool = True
+) -> ContrastiveBatch:
+    """The queries of this process and the candidates of all, or of this one without `gather`.
 
-
-def own_documents(text: TextBatch, device: torch.device, first: int = 0) -> Own:
-    """What each query brought; this process's documents stand among all from `first` on."""
-    sizes = np.bincount(text.document_owner, minlength=len(text.queries))  # (B,)
-    places = np.arange(max(2, sizes.max()))  # (M,)
-    present = places < sizes[:, None]  # (B, M)
-    rows = text.labels[:, None] + np.where(present, places, 0)
-    columns = rows + first, present, text.teacher_scores[rows], text.mix_pair, text.mix_share
-    return Own(*(torch.from_numpy(column).to(device) for column in columns))
-
-
-def facts(text: TextBatch, device: torch.device, first: int = 0) -> tuple[Queries, Documents]:
-    """What `candidate_masks` needs of a batch; its queries are numbered from `first` on."""
+    Args:
+        vectors: (B + documents, D) of the queries, then of the documents.
+        text: as many queries on every process.
+        query_negatives: the queries are candidates too, before the documents of their process.
+        gather: exchange the candidates, with gradient.
+    """
 
     def tensor(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+        return torch.from_numpy(values).to(vectors.device)
 
+    size = len(text.queries)
+    numbers = np.arange(size) + (distributed.rank() * size if gather else 0)  # (B,)
+    queries = np.stack([text.query_hashes, text.query_groups, numbers])  # (3, B)
+    documents = [text.document_hashes, text.document_groups, numbers[text.document_owner]]
+    meta = np.vstack([np.hstack([queries, documents]), np.arange(len(vectors)) < size])
+    per_query = np.bincount(text.document_owner, minlength=size)  # (B,)
+    present = np.arange(max(2, per_query.max())) < per_query[:, None]  # (B, M)
+    rows = text.labels[:, None] + np.arange(present.shape[1]) * present  # (B, M)
     most = max(map(len, text.positive_hashes))
     positives = np.stack([np.resize(hashes, most) for hashes in text.positive_hashes])  # (B, P)
-    numbers = np.arange(len(text.queries), dtype=np.int64)
-    queries = Queries(
-        tensor(text.query_hashes),
-        tensor(positives),
-        tensor(text.query_groups),
-        tensor(numbers + first),
-        tensor(text.in_batch),
+    start = 0 if query_negatives else size
+    candidates, known = vectors[start:], tensor(meta.T[start:].copy())
+    first = size - start  # the row of this process's first document
+    if gather:
+        counts = distributed.row_counts(len(candidates), vectors.device)
+        first += sum(counts[: distributed.rank()])
+        candidates = distributed.gather_rows(candidates, counts)  # (N, D)
+        known = distributed.gather_rows(known, counts)  # (N, 4)
+    return ContrastiveBatch(
+        queries=vectors[:size],
+        documents=candidates,
+        labels=tensor(text.labels) + first,
+        query_meta=tensor(queries),
+        document_meta=known.T.contiguous(),
+        positives=tensor(positives),
+        in_batch=tensor(text.in_batch),
+        rows=tensor(rows) + first,
+        present=tensor(present),
+        teacher=tensor(text.teacher_scores[rows]),
+        mix_pair=tensor(text.mix_pair),
+        mix_share=tensor(text.mix_share),
     )
-    documents = Documents(
-        tensor(text.document_hashes),
-        tensor(text.document_groups),
-        tensor(text.document_owner + first),
+
+
+def contrastive_loss(
+    batch: ContrastiveBatch, config: LossConfig
+) -> tuple[Tensor, dict[str, float]]:
+    """The mean loss over the queries, and how many pairs of each kind it was computed over.
+
+    Beside the counts of `count_pairs`: "document_document", negatives of the positives; "mixed".
+    """
+    dims = config.matryoshka_dims or (batch.queries.shape[1],)
+    weights = config.matryoshka_weights or (1.0,)
+    margin = config.false_negative_margin
+    counts: dict[str, Tensor] = {}
+
+    def mask(rows: slice, columns: slice, cosines: Tensor, positives: Tensor) -> Tensor:
+        close = None if margin is None else cosines > positives + margin
+        masks = non_candidates(batch, rows, columns, close)
+        if not config.mask_false_negatives:
+            masks = {reason: m & (reason in {"self", "foreign"}) for reason, m in masks.items()}
+        for name, count in count_pairs(batch, masks, rows, columns).items():
+            counts[name] = counts.get(name, 0) + count
+        return reduce(torch.logical_or, masks.values())
+
+    over = partial(matryoshka, batch.queries, batch.documents, dims=dims, weights=weights)
+    mixes = {"present": batch.present, "pair": batch.mix_pair, "share": batch.mix_share}
+    loss = over(
+        batch.labels,
+        temperature=config.temperature,
+        mask=mask,
+        gamma=config.gamma,
+        extra_negatives=partial(mixed_cosines, rows=batch.rows, **mixes) if config.mixing else None,
+        document_negatives=batch.document_meta[3] == 0 if config.document_negatives else None,
+        memory_gib=config.memory_gib,
     )
-    return queries, documents
+    # Before backward, in which a tile that is computed again counts again.
+    numbers = torch.stack([*counts.values()]).tolist()
+    found: dict[str, float] = dict(zip(counts, numbers, strict=True))
+    documents = found["hard"] + found["in_batch"] + found["cross_device"]
+    found["document_document"] = documents if config.document_negatives else 0
+    found["mixed"] = 2 * int((batch.present.sum(1) > 2).sum()) if config.mixing else 0
+    if share := config.distillation_weight:
+        student = {"present": batch.present, "temperature": config.distillation_temperature}
+        kl = over(batch.rows, loss=distillation, teacher=batch.teacher, **student)
+        loss = (1 - share) * loss + share * kl
+    return loss, found

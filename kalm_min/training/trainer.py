@@ -32,9 +32,8 @@ from kalm_min.model import Packed, pool
 from kalm_min.sampling import TaskBatchSampler, task_draws
 from kalm_min.tokenizer import prefetch
 from kalm_min.training import checkpoint, distributed, parallel
-from kalm_min.training.batch_loss import LossConfig
 from kalm_min.training.parallel import ParallelConfig
-from kalm_min.training.step import TokenBatch, contrastive_step, tokenize
+from kalm_min.training.step import LossConfig, TokenBatch, contrastive_step, tokenize
 from kalm_min.training.validation import validate
 
 _PREPARED = 4  # batches tokenized ahead of the step

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from kalm_min.data import TextBatch, TrainingData, collate
-from kalm_min.losses import candidate_masks
+from kalm_min.losses import non_candidates
 from kalm_min.training import distributed
-from kalm_min.training.step import facts
+from kalm_min.training.step import contrastive_batch
 
 Embed = Callable[[list[str]], Tensor]
 
@@ -67,8 +67,7 @@ def _scores(
 ) -> dict[str, float]:
     """The numbers of one task, from (Q, D) and (N, D) unit vectors."""
     labels = torch.from_numpy(batch.labels)
-    query_meta, document_meta = facts(batch, labels.device)
-    masks = candidate_masks(query_meta, document_meta, labels)
+    masks = non_candidates(contrastive_batch(torch.cat([queries, documents]), batch, gather=False))
     is_masked = masks["positive"] | masks["query"] | masks["group"]  # (Q, N)
     batch_of = torch.arange(len(queries)) // batch_size  # (Q,)
     in_other_batch = batch_of[:, None] != batch_of[torch.from_numpy(batch.document_owner)]  # (Q, N)

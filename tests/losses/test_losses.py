@@ -7,16 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kalm_min.losses import Documents, Queries, candidate_masks, info_nce, matryoshka
+from kalm_min.losses import ContrastiveBatch, count_pairs, info_nce, matryoshka, non_candidates
 
 TIGHT = 1e-12
 
 
-def random_case(seed, *, queries=4, documents=9, width=6):
+def random_case(seed, *, queries=4, documents=9, dimension=6):
     """Vectors in float64, labels, and a mask that leaves candidates."""
     generator = torch.Generator().manual_seed(seed)
-    q = torch.randn(queries, width, generator=generator, dtype=torch.float64)
-    d = torch.randn(documents, width, generator=generator, dtype=torch.float64)
+    q = torch.randn(queries, dimension, generator=generator, dtype=torch.float64)
+    d = torch.randn(documents, dimension, generator=generator, dtype=torch.float64)
     labels = torch.randperm(documents, generator=generator)[:queries]
     mask = torch.rand(queries, documents, generator=generator) < 0.3
     return q, d, labels, mask
@@ -57,7 +57,7 @@ def test_info_nce_is_the_formula(gamma, masked, seed, temperature):
 
 
 def test_matryoshka_is_the_weighted_sum_of_slices():
-    """Slices, not means: the oracle on each slice, times its weight; one full width is the loss."""
+    """Slices, not means: the oracle on each slice, times its weight; one full dimension is the loss."""
     q, d, labels, mask = random_case(3)
     dims, weights = (6, 4, 1), (1.0, 0.3, 0.2)
     options = {"temperature": 0.1, "mask": mask, "gamma": 0.5}
@@ -71,6 +71,50 @@ def test_matryoshka_is_the_weighted_sum_of_slices():
         matryoshka(q, d, labels, dims=(6,), weights=(1.0,), temperature=0.1),
         info_nce(q, d, labels, temperature=0.1),
     )
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    dims=st.lists(st.integers(1, 6), min_size=1, max_size=4, unique=True),
+    memory_gib=st.sampled_from([1.0, 1e-6, 1e-9]),
+)
+def test_shared_products_and_tiles_equal_a_wrapped_loss(seed, dims, memory_gib):
+    """One pass for all slices in any order, in tiles: value and gradient of a loss per slice."""
+    q, d, labels, mask = random_case(seed)
+    weights = [1.0 / (1 + i) for i in range(len(dims))]
+    options = {"dims": dims, "weights": weights, "temperature": 0.2, "mask": mask, "gamma": 0.5}
+
+    def own_loss(*vectors, **options):
+        return info_nce(*vectors, **options)
+
+    vectors = q.requires_grad_(), d.requires_grad_()
+    one = matryoshka(q, d, labels, memory_gib=memory_gib, **options)
+    two = matryoshka(q, d, labels, loss=own_loss, **options)
+    torch.testing.assert_close(one, two, rtol=TIGHT, atol=TIGHT)
+    gradients = torch.autograd.grad(one, vectors), torch.autograd.grad(two, vectors)
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("memory_gib", [1.0, 1e-7])
+def test_a_mask_function_sees_every_tile(memory_gib):
+    """It gives what a mask gives, and its cosines are those of the tile and of the positives."""
+    q, d, labels, mask = random_case(11)
+    seen = torch.zeros_like(mask)
+
+    def of_tile(rows, columns, cosines, positives):
+        assert not cosines.requires_grad
+        seen[rows, columns] = True
+        for i, query in enumerate(q[rows].tolist()):
+            expected = [cosine(query, document) for document in d[columns].tolist()]
+            assert cosines[i].tolist() == pytest.approx(expected, rel=1e-9)
+            own = cosine(query, d[labels[rows][i]].tolist())
+            assert positives[i].item() == pytest.approx(own, rel=1e-9)
+        return mask[rows, columns]
+
+    options = {"temperature": 0.1, "memory_gib": memory_gib}
+    found = info_nce(q, d, labels, mask=of_tile, **options)
+    assert found.item() == pytest.approx(info_nce(q, d, labels, mask=mask, **options).item())
+    assert seen.all()
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5])
@@ -122,67 +166,105 @@ def test_lengths_and_order_of_candidates_do_not_matter(seed, scale):
 
 
 def test_wrong_dimensions_are_named():
-    """A slice wider than the vectors would silently be the full width."""
+    """A slice longer than the vectors would silently be the full dimension."""
     q, d, labels, _ = random_case(1)
     with pytest.raises(ValueError, match="from 1 to 6, found 7"):
         matryoshka(q, d, labels, dims=(7,), weights=(1.0,), temperature=0.1)
-    with pytest.raises(ValueError, match="a weight a dimension"):
+    with pytest.raises(ValueError, match="one weight per dimension"):
         matryoshka(q, d, labels, dims=(6, 3), weights=(1.0,), temperature=0.1)
+
+
+def batch_of(query_meta, document_meta, positives, in_batch, labels):
+    """A batch without vectors, and without what mixing and distillation need."""
+    t, none = torch.tensor, torch.zeros(0)
+    return ContrastiveBatch(
+        queries=none,
+        documents=none,
+        labels=t(labels),
+        query_meta=t(query_meta),
+        document_meta=t(document_meta),
+        positives=t(positives),
+        in_batch=t(in_batch),
+        rows=none,
+        present=none,
+        teacher=none,
+        mix_pair=none,
+        mix_share=none,
+    )
 
 
 def test_masks_find_each_kind_of_false_negative_and_nothing_else():
     """A hand-made batch: shared positive, other known positive, the query itself, group, foreign."""
-    t = torch.tensor
-    queries = Queries(
-        hashes=t([1, 2, 3]),
-        positives=t([[10, 11], [20, 20], [30, 30]]),
-        groups=t([7, 0, 7]),
-        numbers=t([5, 6, 7]),
-        in_batch=t([True, True, False]),
+    batch = batch_of(
+        query_meta=[[1, 2, 3], [7, 0, 7], [5, 6, 7]],
+        document_meta=[
+            [10, 11, 20, 1, 30, 40, 1, 2, 3],  # the last three are the queries themselves
+            [7, 0, 0, 0, 7, 0, 7, 0, 7],
+            [5, 6, 6, 6, 7, 7, 5, 6, 7],
+            [0, 0, 0, 0, 0, 0, 1, 1, 1],
+        ],
+        positives=[[10, 11], [20, 20], [30, 30]],
+        in_batch=[True, True, False],
+        labels=[0, 2, 4],
     )
-    documents = Documents(
-        hashes=t([10, 11, 20, 1, 30, 40]),
-        groups=t([7, 0, 0, 0, 7, 0]),
-        owners=t([5, 6, 6, 6, 7, 7]),
-    )
-    masks = candidate_masks(queries, documents, t([0, 2, 4]))
+    too_similar = torch.zeros(3, 9, dtype=torch.bool)
+    too_similar[1, [1, 2, 8]] = True  # a document, its positive, a query
+    masks = non_candidates(batch, too_similar=too_similar)
     found = {reason: mask.nonzero().tolist() for reason, mask in masks.items()}
     assert found == {
-        "foreign": [[2, 0], [2, 1], [2, 2], [2, 3]],  # query 2 sees documents 4 and 5 only
+        "self": [[0, 0], [0, 6], [1, 2], [1, 7], [2, 4], [2, 8]],  # positives and queries
+        "foreign": [[2, n] for n in (0, 1, 2, 3, 6, 7)],  # query 2 sees documents 4 and 5 only
         "positive": [[0, 1]],  # 11 is another positive of query 0
         "query": [[0, 3]],  # the text of query 0 as somebody's document
-        "group": [[0, 4]],  # documents 0 and 4 are of class 7
+        "group": [[0, 4], [0, 8]],  # documents 0 and 4, queries 0 and 2 are of class 7
+        "margin": [[1, 1]],  # the query is not looked at
     }
+    everything = slice(None), slice(None)
+    counts = {name: int(n) for name, n in count_pairs(batch, masks, *everything).items()}
+    assert counts == {
+        "hard": 2,  # documents 3 of query 1 and 5 of query 2
+        "in_batch": 5,  # documents 2 and 5 of query 0; 0, 4 and 5 of query 1
+        "cross_device": 0,
+        "query_query": 3,  # query 1 of query 0; 0 and 2 of query 1
+        "masked_foreign": 4,
+        "masked_positive": 1,
+        "masked_query": 1,
+        "masked_group": 1,
+        "masked_margin": 1,
+    }
+    one_process = batch._replace(query_meta=batch.query_meta[:, 1:2], labels=batch.labels[1:2])
+    one_process = one_process._replace(positives=batch.positives[1:2], in_batch=batch.in_batch[1:2])
+    counts = count_pairs(one_process, non_candidates(one_process), *everything)
+    assert [int(counts[name]) for name in ("hard", "in_batch", "cross_device")] == [2, 0, 3]
 
 
 @given(st.data())
 def test_masks_equal_a_loop(data):
     """Property: against a loop over pairs, for random small hashes full of collisions."""
-    small = st.integers(1, 4)
     b, n = data.draw(st.integers(1, 4)), data.draw(st.integers(4, 7))
-    row = st.lists(small, min_size=2, max_size=2)
-    t = torch.tensor
-    queries = Queries(
-        t(data.draw(st.lists(small, min_size=b, max_size=b))),
-        t(data.draw(st.lists(row, min_size=b, max_size=b))),
-        t(data.draw(st.lists(st.integers(0, 2), min_size=b, max_size=b))),
-        torch.arange(b),
-        t(data.draw(st.lists(st.booleans(), min_size=b, max_size=b))),
-    )
-    documents = Documents(
-        t(data.draw(st.lists(small, min_size=n, max_size=n))),
-        t(data.draw(st.lists(st.integers(0, 2), min_size=n, max_size=n))),
-        t(data.draw(st.lists(st.integers(0, b - 1), min_size=n, max_size=n))),
-    )
-    labels = torch.arange(b)
-    masks = candidate_masks(queries, documents, labels)
-    union = torch.stack(list(masks.values())).sum(0)
-    for i in range(b):
-        for j in range(n):
-            expected = j != labels[i] and (
-                bool(documents.hashes[j] in queries.positives[i])
-                or documents.hashes[j] == queries.hashes[i]
-                or (documents.groups[j] != 0 and documents.groups[j] == queries.groups[i])
-                or (not queries.in_batch[i] and documents.owners[j] != i)
+
+    def numbers(size, low, high):
+        return data.draw(st.lists(st.integers(low, high), min_size=size, max_size=size))
+
+    hashes, groups, owners = numbers(n, 1, 4), numbers(n, 0, 2), numbers(n, 0, b - 1)
+    query_hashes, query_groups = numbers(b, 1, 4), numbers(b, 0, 2)
+    positives = [numbers(2, 1, 4) for _ in range(b)]
+    in_batch = data.draw(st.lists(st.booleans(), min_size=b, max_size=b))
+    labels = list(range(b))
+    meta = [hashes, groups, owners, [0] * n]
+    batch = batch_of([query_hashes, query_groups, labels], meta, positives, in_batch, labels)
+    rows = slice(data.draw(st.integers(0, b - 1)), b)
+    columns = slice(data.draw(st.integers(0, n - 1)), n)
+    masks = non_candidates(batch, rows, columns)
+    union = torch.zeros(b, n, dtype=torch.int64)
+    union[rows, columns] = torch.stack(list(masks.values())).sum(0)
+    for i in range(rows.start, b):
+        for j in range(columns.start, n):
+            expected = (
+                j == labels[i]
+                or hashes[j] in positives[i]
+                or hashes[j] == query_hashes[i]
+                or (groups[j] != 0 and groups[j] == query_groups[i])
+                or (not in_batch[i] and owners[j] != i)
             )
             assert union[i, j] == int(expected)  # 0 or 1: never two reasons

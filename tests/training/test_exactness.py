@@ -1,15 +1,20 @@
-"""One process = several = gradient-cached, and what the step counts."""
+"""One process = several = gradient-cached, and the counts of the step."""
 
 import math
+import sys
 from contextlib import nullcontext
 
 import pytest
 import torch
 
 from kalm_min import check
-from kalm_min.losses import Documents, candidate_masks
-from kalm_min.training.batch_loss import LossConfig, Rows, batch_loss
-from kalm_min.training.step import contrastive_step, facts, own_documents
+from kalm_min.losses import info_nce, non_candidates
+from kalm_min.training.step import (
+    LossConfig,
+    contrastive_batch,
+    contrastive_loss,
+    contrastive_step,
+)
 
 PLAIN = {option: check.step(option, check.WAYS["1 chunk"]) for option in check.OPTIONS}
 
@@ -41,20 +46,26 @@ def test_the_check_can_fail():
 def test_gradcheck(option):
     """Numerical and analytical gradients of queries and documents agree, float64, every option."""
     text = check.tokenized(check.examples()[:6], num_negatives=2).text
-    asked, known = facts(text, torch.device("cpu"))
-    labels, own = torch.from_numpy(text.labels), own_documents(text, torch.device("cpu"))
-    everyone = Documents(asked.hashes, asked.groups, asked.numbers)
 
-    def loss(q, d):
-        others = (q, everyone) if option.loss.query_negatives else None
-        return batch_loss(Rows(q, d, labels, asked, known, own, others), option.loss)[0]
+    def loss(vectors):
+        batch = contrastive_batch(vectors, text, query_negatives=option.loss.query_negatives)
+        return contrastive_loss(batch, option.loss)[0]
 
     generator = torch.Generator().manual_seed(1)
-    q, d = (
-        torch.randn(n, 16, generator=generator, dtype=torch.float64, requires_grad=True)
-        for n in (len(labels), len(known.hashes))
-    )
-    assert torch.autograd.gradcheck(loss, (q, d))
+    count = len(text.queries) + len(text.documents)
+    vectors = torch.randn(count, 16, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(loss, vectors)
+
+
+def test_a_breakpoint_in_info_nce_stops_in_training():
+    """The step computes its loss in the public function."""
+    entered = set()
+    sys.setprofile(lambda frame, event, _: entered.add(frame.f_code) if event == "call" else None)
+    try:
+        check.step(check.OPTIONS[3], check.WAYS["1 chunk"])
+    finally:
+        sys.setprofile(None)
+    assert info_nce.__code__ in entered
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -68,43 +79,34 @@ def test_further_negatives_and_the_margin_are_their_formulas(masked):
         document_negatives=True,
     )
     text = check.tokenized(check.examples(), num_negatives=3).text
+    size, count = len(text.queries), len(text.documents)
     generator = torch.Generator().manual_seed(3)
-    shape = (len(text.queries), 6), (len(text.documents), 6)
-    q, d = (
-        torch.nn.functional.normalize(
-            torch.randn(s, generator=generator, dtype=torch.float64), dim=1
-        )
-        for s in shape
-    )
-    labels = torch.from_numpy(text.labels)
-    asked, known = facts(text, torch.device("cpu"))
-    everyone = (q, Documents(asked.hashes, asked.groups, asked.numbers))
-    rows = Rows(q, d, labels, asked, known, own_documents(text, torch.device("cpu")), everyone)
-    found, ledger = batch_loss(rows, config)
-
-    def absent(masks):
-        return sum(m for name, m in masks.items() if masked or name == "foreign")
-
-    known_false = absent(candidate_masks(asked, known, labels))
-    same = absent(candidate_masks(asked, everyone[1], asked.numbers))
+    vectors = torch.randn(size + count, 6, generator=generator, dtype=torch.float64)
+    vectors = torch.nn.functional.normalize(vectors, dim=1)
+    q, d = vectors[:size], vectors[size:]
+    batch = contrastive_batch(vectors, text, query_negatives=True)
+    found, counts = contrastive_loss(batch, config)
+    masks = non_candidates(batch)
+    reasons = [name for name in masks if masked or name in ("self", "foreign")]
+    same, known = sum(masks[name] for name in reasons).split([size, count], dim=1)
     total, margin = 0.0, 0
-    for i, place in enumerate(labels.tolist()):
-        positive = float(q[i] @ d[place])
+    for i, label in enumerate(text.labels.tolist()):
+        positive = float(q[i] @ d[label])
         terms = [positive]
-        for n in range(len(d)):
+        for n in range(count):
             too_close = masked and float(q[i] @ d[n]) > positive + 0.05
-            margin += bool(n != place and not known_false[i, n] and too_close)
-            if n != place and not known_false[i, n] and not too_close:
-                terms += [float(q[i] @ d[n]), float(d[place] @ d[n])]
-        terms += [float(q[i] @ q[j]) for j in range(len(q)) if j != i and not same[i, j]]
+            margin += bool(not known[i, n] and too_close)
+            if not known[i, n] and not too_close:
+                terms += [float(q[i] @ d[n]), float(d[label] @ d[n])]
+        terms += [float(q[i] @ q[j]) for j in range(size) if not same[i, j]]
         total += math.log(math.fsum(math.exp(t / 0.1) for t in terms)) - positive / 0.1
-    assert found.item() == pytest.approx(total / len(q), rel=1e-12)
-    assert ledger["masked_margin"] == margin
+    assert found.item() == pytest.approx(total / size, rel=1e-12)
+    assert counts["masked_margin"] == margin
     assert (margin > 0) == masked
 
 
-def test_the_ledger_counts_every_pair():
-    """hard + in-batch + masked + own positive = queries x documents; each reason as made up."""
+def test_the_counts_cover_every_pair():
+    """hard + in-batch + masked + positives = queries x documents; each reason as made up."""
     batch = check.tokenized(check.examples(), num_negatives=3)
     model = check.decoder()
 
@@ -122,9 +124,9 @@ def test_the_ledger_counts_every_pair():
     pairs = len(batch.text.queries) * len(batch.text.documents)
     total = sum(value for name, value in counts.items() if name != "tokens")
     assert total == pairs - len(batch.text.queries)
-    own = len(batch.text.documents) - len(batch.text.queries)
-    assert counts["hard"] == own  # nobody's own negatives are masked here
-    assert counts["masked_query"] == 1  # query 7 stands among the negatives of query 6
+    negatives = len(batch.text.documents) - len(batch.text.queries)
+    assert counts["hard"] == negatives  # no query's own negatives are masked here
+    assert counts["masked_query"] == 1  # query 7 is among the negatives of query 6
     assert counts["masked_group"] == 2  # queries 8 and 9 are of one class
     # queries 0 and 1, 2 and 3 share a positive; "positive 1" is also a negative of query 7
     assert counts["masked_positive"] == 4 + 2
