@@ -231,9 +231,15 @@ class StoredVectors:
         bounds = np.searchsorted(ordered, self.cuts)
         for shard in np.flatnonzero(np.diff(bounds)).tolist():
             part = slice(bounds[shard], bounds[shard + 1])
-            vectors = self._shard(shard)[ordered[part] - self.cuts[shard], : self.dimension]
-            if self.dimension < self._stored_dimension:
-                norms = np.sqrt(np.square(vectors, dtype=np.float64).sum(1, keepdims=True))
-                vectors = on_grid(vectors / np.where(norms > 0, norms, 1))
-            rows[order[part]] = vectors
+            vectors = self._shard(shard)[ordered[part] - self.cuts[shard]]
+            rows[order[part]] = cut_dimension(vectors, self.dimension)
         return rows
+
+
+def cut_dimension(vectors: Vectors, dim: int) -> Vectors:
+    """(n, dim) vectors cut to their first `dim` coordinates, at unit length and on the grid."""
+    if dim == vectors.shape[1]:
+        return vectors
+    vectors = vectors[:, :dim]
+    norms = np.sqrt(np.square(vectors, dtype=np.float64).sum(1, keepdims=True))
+    return on_grid(vectors / np.where(norms > 0, norms, 1))

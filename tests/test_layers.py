@@ -51,9 +51,7 @@ BESIDE = {
 
 RUNTIME = {"torch", "safetensors", "tokenizers", "numpy", "huggingface_hub", "tqdm"}
 
-MTEB_SIDE = tuple(
-    f"kalm_min.evaluation.{name}" for name in ("plan", "worker", "encoder", "scoring", "local")
-)
+MTEB_SIDE = tuple(f"kalm_min.evaluation.{name}" for name in ("plan", "worker", "adapter", "local"))
 # What is not imported, except in these modules or packages.
 CONFINED = {
     "torch.distributed": (

@@ -51,6 +51,16 @@ def test_same_neighbours_from_every_backend(backend, k):
     np.testing.assert_array_equal(found.scores, scores)
 
 
+def test_inexact_scores_are_float32_products():
+    """Without exact scores only near-ties may change places."""
+    queries, documents = crowded()
+    scores = oracle(queries, documents, 100)[1]
+    found = top_k(queries, documents, 100, exact=False)
+    np.testing.assert_allclose(found.scores, scores, atol=1e-6)
+    products = np.take_along_axis(queries @ documents.T, found.ids, 1)
+    np.testing.assert_allclose(found.scores, products, atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_ranks_find_what_one_process_finds(tmp_path, ranks):

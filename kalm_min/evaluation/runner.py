@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TextIO, TypedDict
+from typing import Any, Literal, NamedTuple, TextIO, TypedDict
 
 from kalm_min.console import Progress, format_duration
 from kalm_min.evaluation.plan import Plan, PlannedTask
@@ -44,7 +44,7 @@ class Settings(TypedDict):
     device: str
     dtype: str
     causal: bool | None
-    pooling: str | None
+    pooling: Literal["mean", "lasttoken"] | None
     max_length: int | None
     dims: list[int]
 
@@ -56,7 +56,7 @@ class Order(TypedDict):
     type: str
     folder: str | None
     mirror: str | None
-    key: dict[str, object]
+    key: dict[str, Any]
     attempt: int
     slice: tuple[int, int] | None
     store: str
@@ -178,17 +178,16 @@ class Runner:
         store: Path | None = None,
         command: Sequence[str] = WORKER,
     ) -> None:
-        """Prepare a run.
+        """Prepare a run with one worker per device, at most one per job.
 
         Args:
             plan: what to run.
-            devices: one worker each; no more are started than there are jobs.
-            environment: of the workers; their share of the cores is added.
+            devices: for example "cuda:0", "cuda:1"; "cpu" may be given several times.
+            environment: environment variables of the workers; their share of the cores is added.
             logs: folder for one log file per worker, and timeline.jsonl with every attempt.
             timeout: seconds without progress after which a worker is replaced.
             stream: where progress is shown.
-            store: folder in which vectors are kept. Without one, the vectors of each task lie
-                beside the logs until it is done.
+            store: folder that keeps vectors; None keeps those of a task until it is done.
             command: what starts a worker.
         """
         self.plan, self.timeout, self.command = plan, timeout, tuple(command)
@@ -413,8 +412,8 @@ class Runner:
 
 def worker_environment(environment: Mapping[str, str], workers: int) -> dict[str, str]:
     """A worker's environment: its share of the cores unless the user set one, and this package."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     threads = str(max(1, cores // max(1, workers)))
     paths = [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]
     defaults = {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}

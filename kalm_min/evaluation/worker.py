@@ -1,21 +1,16 @@
-"""One evaluation worker: a process that holds a model on a device and runs the tasks it is given.
+"""One evaluation worker: a process that holds a model on a device and runs the jobs it is given.
 
-Lines of JSON: settings and tasks come in on stdin, events go out on stdout.
+Lines of JSON: `runner.Settings` and then `runner.Order`s come in on stdin, events go out on stdout.
 
-    in   {"model", "device", "dtype", "causal", "pooling", "max_length", "dims"}, then tasks
-    out  {"event": "ready", ...} | {"event": "alive"} | {"event": "progress", "texts", "characters"}
-         {"event": "done", "task"} | {"event": "failed", "task", "error", "memory"}
-         {"event": "unusable", "error"}
+    "ready" | "alive" | "progress", texts, characters
+    "done", task | "failed", task, error, memory | "unusable", error
 
-A task with a "slice" is only the encoding of a part of its corpus into the store. Otherwise the
-result is one file, complete or absent, before "done" is said. Whatever a library prints goes to
-stderr (the log). When stdin closes the parent is gone or finished, and the worker ends at once.
-Run as `python -m kalm_min.evaluation.worker`; evaluate.py does that.
+A task's result is one file, complete or absent, before "done" is sent. Whatever a library prints goes
+to stderr (the log). When stdin closes the parent is gone or finished, and the worker ends at once.
 """
 
 import copy
 import faulthandler
-import hashlib
 import json
 import math
 import os
@@ -25,75 +20,90 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 from kalm_min.embedder import Embedder
-from kalm_min.evaluation.encoder import Adapter
+from kalm_min.evaluation.adapter import Adapter
 from kalm_min.evaluation.local import build_task
-from kalm_min.evaluation.scoring import score_on_arrays
-from kalm_min.files import write_json
+from kalm_min.evaluation.runner import Order, Settings
+from kalm_min.files import digest, write_json
+from kalm_min.vectors import check_manifest, describe
 
-_SECONDS_BETWEEN_REPORTS = 1.0
-_SECONDS_BETWEEN_BEATS = 10.0
-_SIDES = ("query", "document")
+_PROGRESS_SECONDS = 1.0
+_HEARTBEAT_SECONDS = 10.0
 
-Report = Callable[[int, int], None]
-"""Called with the texts and characters done since the last call."""
+Report = Callable[[int, int], None]  # called with the texts and characters done since the last call
 
 
-@dataclass(slots=True)
-class _Pipe:
-    """Events to the parent; progress is thinned out to one line a second."""
+class Pipe:
+    """Events to the parent, on the real stdout; all else that is written there goes to stderr."""
 
-    stream: TextIO
-    texts: int = 0
-    characters: int = 0
-    last: float = 0.0
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(self) -> None:
+        self.stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+        self.lock = threading.Lock()
+        self.texts = self.characters = 0
+        self.last_sent = 0.0
 
-    def send(self, event: str, **fields: Any) -> None:
+    def send(self, event: str, **fields: object) -> None:
+        """Write one event."""
         with self.lock:
             self.stream.write(json.dumps({"event": event} | fields) + "\n")
             self.stream.flush()
 
     def progress(self, texts: int, characters: int) -> None:
+        """Count what is done; the parent hears of it once per second."""
         self.texts += texts
         self.characters += characters
-        if time.monotonic() - self.last > _SECONDS_BETWEEN_REPORTS:
-            self.last = time.monotonic()
+        if time.monotonic() - self.last_sent > _PROGRESS_SECONDS:
+            self.last_sent = time.monotonic()
             self.send("progress", texts=self.texts, characters=self.characters)
 
-    def beat(self) -> None:
-        """Say for ever that the process is not stuck; whether it gets on is another question."""
+    def heartbeat(self) -> None:
+        """Say for ever that the process is alive; whether it makes progress is another question."""
         while True:
-            time.sleep(_SECONDS_BETWEEN_BEATS)
+            time.sleep(_HEARTBEAT_SECONDS)
             self.send("alive")
 
 
 def main() -> None:
     """Serve until stdin closes."""
-    pipe = _Pipe(_take_stdout())
+    pipe = Pipe()
     faulthandler.enable()
-    orders: queue.Queue[dict[str, Any]] = queue.Queue()
-    settings = json.loads(sys.stdin.readline())
-    threading.Thread(target=_listen, args=(orders,), daemon=True).start()
-    threading.Thread(target=pipe.beat, daemon=True).start()
+    orders: queue.Queue[Order] = queue.Queue()
+    settings: Settings = json.loads(sys.stdin.readline())
+
+    def listen() -> None:
+        for line in sys.stdin:
+            orders.put(json.loads(line))
+        os._exit(0)  # An orphan must not go on using the device.
+
+    threading.Thread(target=listen, daemon=True).start()
+    threading.Thread(target=pipe.heartbeat, daemon=True).start()
     try:
-        embedder = load_model(settings)
+        if settings["device"].startswith("cuda"):
+            torch.cuda.set_device(settings["device"])
+        embedder = Embedder.from_pretrained(
+            settings["model"],
+            device=settings["device"],
+            dtype=None if settings["dtype"] == "auto" else settings["dtype"],
+            causal=settings["causal"],
+            pooling=settings["pooling"],
+            max_length=settings["max_length"],
+        )
     except Exception as error:
         traceback.print_exc()
         pipe.send("unusable", error=_sentence(error))
         raise SystemExit(1) from error
-    pipe.send("ready", **_describe(embedder))
+    pipe.send("ready")
     tokens_per_batch = embedder.tokens_per_batch
     while True:
         order = orders.get()
-        # A task that broke a worker before gets half the batch each time.
+        # A job that broke a worker before gets half the batch at each further attempt.
         embedder.tokens_per_batch = max(1, tokens_per_batch >> order["attempt"])
         pipe.texts = pipe.characters = 0
         try:
@@ -112,21 +122,8 @@ def main() -> None:
             torch.cuda.empty_cache()
 
 
-def _take_stdout() -> TextIO:
-    """Keep the real stdout for events; everything else that is written there goes to stderr."""
-    stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return stream
-
-
-def _listen(orders: queue.Queue[dict[str, Any]]) -> None:
-    for line in sys.stdin:
-        orders.put(json.loads(line))
-    os._exit(0)  # An orphan must not go on using the device.
-
-
 def _sentence(error: BaseException) -> str:
-    """An exception as one line, with what caused it in the end."""
+    """An exception as one line, with its root cause."""
     root = error
     while root.__cause__:
         root = root.__cause__
@@ -134,75 +131,23 @@ def _sentence(error: BaseException) -> str:
     return " ".join("; ".join(causes).split())[:500]
 
 
-def load_model(settings: dict[str, Any]) -> Embedder:
-    """The model of a worker's settings, on its device."""
-    device = torch.device(settings["device"])
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    names = ("causal", "pooling", "max_length")
-    return Embedder.from_pretrained(
-        settings["model"],
-        device=device,
-        dtype=None if settings["dtype"] == "auto" else settings["dtype"],
-        **{name: settings[name] for name in names},
-    )
-
-
-def _describe(embedder: Embedder) -> dict[str, Any]:
-    """What the checkpoint and the device made of settings that were left open."""
-    return {
-        "device": str(embedder.device),
-        "dtype": str(embedder.dtype).removeprefix("torch."),
-        "causal": embedder.causal,
-        "pooling": embedder.pooling,
-        "max_length": embedder.max_length,
-        "instruction_template": embedder.instruction_template,
-    }
-
-
-def _adapt(
-    embedder: Embedder, order: dict[str, Any], dims: list[int], report: Report
-) -> tuple[Adapter, dict[str, str]]:
-    """The model in the shape of a task, and the prompts that it puts before texts."""
-    key = order["key"]
-    prompts = {side: _prompt(embedder, key[f"{side}_instruction"]) for side in _SIDES}
-    store = order.get("store")
-    adapter = Adapter(
-        embedder,
-        query_prompt=prompts["query"],
-        document_prompt=prompts["document"],
-        dims=dims,
-        store=_open_store(Path(store), embedder, key["checkpoint"]) if store else None,
-        report=report,
-    )
-    return adapter, prompts
-
-
-def _open_store(store: Path, embedder: Embedder, checkpoint: str) -> Path:
-    """The folder of this model with these settings in a store, with a manifest for people."""
-    manifest = {"checkpoint": checkpoint} | _describe(embedder)
-    del manifest["device"]
-    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    folder = store / digest[:16]
-    if not (folder / "manifest.json").is_file():
-        write_json(folder / "manifest.json", manifest)
-    return folder
-
-
 def encode_slice(
-    embedder: Embedder, order: dict[str, Any], report: Report = lambda texts, characters: None
+    embedder: Embedder, order: Order, report: Report = lambda texts, characters: None
 ) -> None:
     """Put the vectors of a slice of a task's corpora into its store."""
-    adapter, _ = _adapt(embedder, order, [], report)
-    task = _load_task(order)
+    adapter, task = _adapt(embedder, order, report)[0], _load_task(order)
+    assert order["slice"] is not None
+    number, count = order["slice"]
     for subset in order["key"]["subsets"] or task.dataset:
         for split in order["key"]["splits"]:
-            adapter.encode_slice(task.dataset[subset][split]["corpus"], *order["slice"])
+            corpus = task.dataset[subset][split]["corpus"]
+            first, last = len(corpus) * number // count, len(corpus) * (number + 1) // count
+            adapter.index(corpus.select(range(first, last)))
 
 
 def evaluate_task(
     embedder: Embedder,
-    order: dict[str, Any],
+    order: Order,
     dims: list[int],
     report: Report = lambda texts, characters: None,
 ) -> dict[str, Any]:
@@ -215,16 +160,19 @@ def evaluate_task(
     from datasets import disable_progress_bars
 
     disable_progress_bars()
-    begun = time.monotonic()
-    adapter, prompts = _adapt(embedder, order, dims, report)
+    start = time.monotonic()
+    adapter, used = _adapt(embedder, order, report)
     loaded = _load_task(order)
-    score_on_arrays(loaded)
     results: dict[str, dict[str, Any]] = {}
     for dim in dims:
         adapter.dim = dim
+        report(0, 0)
+        # The same data in the random state it was loaded in, so that no dimension affects the next.
+        task = copy.copy(loaded)
+        task.rng_state, task.np_rng = copy.deepcopy((loaded.rng_state, loaded.np_rng))
         outcome = mteb.evaluate(
             adapter,  # pyright: ignore[reportArgumentType] -- both protocols, checked by mteb
-            _fresh(loaded),
+            task,
             co2_tracker=False,
             cache=None,
             show_progress_bar=False,
@@ -240,19 +188,37 @@ def evaluate_task(
     record = {
         "key": order["key"],
         "type": order["type"],
-        "used": _describe(embedder) | {"prompts": prompts},
+        "used": used,
         "versions": {name: version(name) for name in ("mteb", "torch")},
-        "seconds": round(time.monotonic() - begun, 3),
+        "seconds": round(time.monotonic() - start, 3),
         "dims": results,
     }
     return results[str(dims[0])] | {"kalm_min": record}
 
 
-def _prompt(embedder: Embedder, instruction: str) -> str:
-    return embedder.instruction_template.format(instruction=instruction) if instruction else ""
+def _adapt(embedder: Embedder, order: Order, report: Report) -> tuple[Adapter, dict[str, object]]:
+    """The model in the shape of a task, and what the checkpoint and the device made of settings."""
+    key = order["key"]
+    prompts = {
+        kind: embedder.instruction_template.format(instruction=text) if text else ""
+        for kind in ("query", "document")
+        for text in [key[f"{kind}_instruction"]]
+    }
+    manifest = describe(embedder, key["checkpoint"])
+    # Vectors of other models and settings may stand beside these.
+    store = Path(order["store"]) / digest(json.dumps(manifest, sort_keys=True))[:16]
+    check_manifest(store, manifest)
+    adapter = Adapter(
+        embedder,
+        query_prompt=prompts["query"],
+        document_prompt=prompts["document"],
+        store=store,
+        report=report,
+    )
+    return adapter, manifest | {"device": str(embedder.device), "prompts": prompts}
 
 
-def _load_task(order: dict[str, Any]) -> Any:
+def _load_task(order: Order) -> Any:
     """The mteb task of an order, with its data.
 
     Raises ValueError where a part that is read only if it is found was not: the candidates of
@@ -271,7 +237,7 @@ def _load_task(order: dict[str, Any]) -> Any:
     task.load_data()
     task.data_loaded = True
     if hasattr(task, "convert_v1_dataset_format_to_v2"):
-        task.convert_v1_dataset_format_to_v2(num_proc=None)  # once, so that all twins share it
+        task.convert_v1_dataset_format_to_v2(num_proc=None)  # once, for all dimensions
     for subset in key["subsets"]:
         for split in key["splits"]:
             _refuse_other_task(task, subset, split)
@@ -281,24 +247,17 @@ def _load_task(order: dict[str, Any]) -> Any:
 def _refuse_other_task(task: Any, subset: str, split: str) -> None:
     """Raise where the data lacks candidates (by mteb's statistics) or instructions of its queries."""
     kind = task.metadata.type
-    whole = (task.metadata.descriptive_stats or {}).get(split)
-    if whole is None:
+    statistics = (task.metadata.descriptive_stats or {}).get(split)
+    if statistics is None:
         is_ranked = kind.endswith("Reranking")
     else:
-        part = (whole.get("hf_subset_descriptive_stats") or {}).get(subset, whole)
+        part = (statistics.get("hf_subset_descriptive_stats") or {}).get(subset, statistics)
         is_ranked = bool(part.get("top_ranked_statistics"))
     if is_ranked and not task.dataset[subset][split]["top_ranked"]:
         raise ValueError("the candidates to rerank (top_ranked) were not found in the dataset")
     is_instructed = kind == "InstructionReranking"
     if is_instructed and "instruction" not in task.dataset[subset][split]["queries"].column_names:
         raise ValueError("the instructions of the queries were not found in the dataset")
-
-
-def _fresh(task: Any) -> Any:
-    """A task over the same data in the random state it was loaded in: no dimension sees another's."""
-    twin = copy.copy(task)
-    twin.rng_state, twin.np_rng = copy.deepcopy((task.rng_state, task.np_rng))
-    return twin
 
 
 if __name__ == "__main__":

@@ -277,8 +277,8 @@ def test_an_orphan_ends(real_worker):
 def test_noise_on_stdout_goes_to_the_log(tmp_path):
     """Promise: what a library prints cannot be taken for a message."""
     code = (
-        "import os; from kalm_min.evaluation.worker import _take_stdout;"
-        "pipe = _take_stdout(); print('noise', flush=True); os.write(1, b'more'); pipe.write('message')"
+        "import os; from kalm_min.evaluation.worker import Pipe;"
+        "pipe = Pipe().stream; print('noise', flush=True); os.write(1, b'more'); pipe.write('message')"
     )
     root = str(Path(__file__).parents[2])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)

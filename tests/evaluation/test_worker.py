@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kalm_min import Embedder
-from kalm_min.evaluation import encoder
+from kalm_min import Embedder, vectors
 from kalm_min.evaluation.worker import _sentence, encode_slice, evaluate_task
 from tests.evaluation.hub import REPOSITORIES, write_repository
 
@@ -20,7 +19,7 @@ def embedder(tiny_model_dir):
 
 @pytest.fixture
 def order(mteb, tmp_path, monkeypatch):
-    """order(task, subset): what a worker is told of a task whose dataset is in a mirror."""
+    """order(task, subset): what a worker is given of a task whose dataset is in a mirror."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -29,11 +28,13 @@ def order(mteb, tmp_path, monkeypatch):
         write_repository(tmp_path / name, name)
         task = mteb.get_task(name)
         key = {"query_instruction": "", "document_instruction": "", "subsets": [subset]}
+        key |= {"checkpoint": "c"}
         return {
             "name": name,
             "type": task.metadata.type,
             "folder": None,
             "mirror": str(tmp_path / name),
+            "store": str(tmp_path / "store"),
             "key": key | {"splits": task.eval_splits},
         }
 
@@ -49,15 +50,15 @@ def test_an_official_task_scores_as_with_sentence_transformers(
     """
     from sentence_transformers import SentenceTransformer
 
-    told = order(name, {"STS17": "en-en", "Tatoeba": "deu-eng"}.get(name, "default"))
-    result = evaluate_task(embedder, told, [32, 8])
+    given = order(name, {"STS17": "en-en", "Tatoeba": "deu-eng"}.get(name, "default"))
+    result = evaluate_task(embedder, given, [32, 8])
     assert result["dataset_revision"] == mteb.get_task(name).metadata.revision
     for dim in (32, 8):
         peer = SentenceTransformer(str(tiny_model_dir), device="cpu", truncate_dim=dim)
         options = {"cache": None, "co2_tracker": False, "show_progress_bar": False}
         options["encode_kwargs"] = {"normalize_embeddings": True}
-        task = mteb.get_task(name, hf_subsets=told["key"]["subsets"])
-        monkeypatch.setitem(task.metadata.dataset, "path", told["mirror"])
+        task = mteb.get_task(name, hf_subsets=given["key"]["subsets"])
+        monkeypatch.setitem(task.metadata.dataset, "path", given["mirror"])
         expected = mteb.evaluate(peer, task, **options).task_results[0]
         ours = result["kalm_min"]["dims"][str(dim)]
         assert ours["main_score"] == pytest.approx(expected.get_score(), abs=1e-4)
@@ -65,38 +66,39 @@ def test_an_official_task_scores_as_with_sentence_transformers(
 
 def test_reranking_without_candidates_is_refused(embedder, order):
     """Bug to avoid: mteb ranking the whole corpus under the name of a reranking task."""
-    told = order("AskUbuntuDupQuestions")
-    card = Path(told["mirror"]) / "README.md"
+    given = order("AskUbuntuDupQuestions")
+    card = Path(given["mirror"]) / "README.md"
     card.write_text(card.read_text().replace("config_name: top_ranked", "config_name: other"))
     with pytest.raises(ValueError, match="candidates to rerank"):
-        evaluate_task(embedder, told, [32])
+        evaluate_task(embedder, given, [32])
 
 
 def test_an_error_names_its_cause(embedder, order):
     """datasets wraps the reason; a person needs it."""
-    told = order("STS12")
-    (Path(told["mirror"]) / "test.jsonl.gz").write_bytes(b"torn")
+    given = order("STS12")
+    (Path(given["mirror"]) / "test.jsonl.gz").write_bytes(b"torn")
     with pytest.raises(Exception, match="generating") as caught:
-        evaluate_task(embedder, told, [32])
+        evaluate_task(embedder, given, [32])
     assert "BadGzipFile" in _sentence(caught.value)
 
 
 def test_a_task_in_slices_has_the_same_result(mteb, embedder, eight, tmp_path, monkeypatch):
     """Promise: what other workers put into the store is found, and changes no digit of any score."""
-    monkeypatch.setattr(encoder, "BLOCK", 16)
+    monkeypatch.setattr(vectors, "_MEAN", 8)
     key = {"query_instruction": "", "document_instruction": "", "checkpoint": "c"}
     key |= {"splits": ["test"], "subsets": []}
     order = {"name": "retrieval", "type": "", "folder": str(eight / "retrieval"), "key": key}
+    order |= {"store": str(tmp_path / "whole")}
     whole = evaluate_task(embedder, order, [32, 8])["kalm_min"]["dims"]
-    order |= {"store": str(tmp_path)}
+    order |= {"store": str(tmp_path / "slices")}
     for number in range(2):
         encode_slice(embedder, order | {"slice": [number, 2]})
-    (folder,) = tmp_path.iterdir()
-    assert len(list(folder.glob("*.npy"))) == 4  # 60 documents in blocks of 16
+    (folder,) = (tmp_path / "slices").iterdir()
+    assert len(list(folder.rglob("*.npy"))) > 4
     assert json.loads((folder / "manifest.json").read_text())["dtype"] == "float32"
     sliced = evaluate_task(embedder, order, [32, 8])["kalm_min"]["dims"]
     for dim in ("32", "8"):
-        (found,), (expected,) = (side[dim]["scores"]["test"] for side in (sliced, whole))
+        (found,), (expected,) = (result[dim]["scores"]["test"] for result in (sliced, whole))
         for name, value in expected.items():
             if isinstance(value, float):
                 assert found[name] == pytest.approx(value, abs=0, nan_ok=True), name
