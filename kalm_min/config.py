@@ -1,6 +1,6 @@
 """Frozen dataclasses <- their defaults <- a TOML file <- flags on the command line.
 
-The dataclass is the whole declaration: the name of a field is the flag (`data.cache_dir` is
+The dataclass is the full declaration: the name of a field is the flag (`data.cache_dir` is
 `--data.cache-dir` and `[data] cache_dir`), its annotation the type, its default the default, and
 `Annotated[type, "text"]` adds the help. Whatever is wrong (an unknown name, a type, a contradiction
 found by a `__post_init__`) is one sentence on stderr and exit code 2, before any other file is read.

@@ -227,8 +227,7 @@ def checkpoint_folders(path_or_hub_id: str | Path) -> list[Path]:
     """
     folders = [model_folder(path_or_hub_id)]
     if (adapter := folders[0] / "adapter_config.json").is_file():
-        raw = read_json(adapter)
-        base = raw.get("base_model_name_or_path") if isinstance(raw, dict) else raw
+        base = parse_object(adapter.read_bytes(), str(adapter)).get("base_model_name_or_path")
         where = f"{adapter}: base_model_name_or_path"
         if not isinstance(base, str):
             raise ValueError(f"{where}: expected a name, found {base!r}")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Indices = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+Indices = npt.NDArray[np.int32 | np.int64]
 
 
 def task_draws(

@@ -167,7 +167,7 @@ def test_mistakes_in_a_file(capsys, tmp_path, toml, sentence):
 
 
 def test_broken_toml_names_the_line(capsys, tmp_path):
-    """A file that is not TOML, or not UTF-8, is refused with its place."""
+    """A file that is not TOML, or not UTF-8, is refused with file and line."""
     file = tmp_path / "run.toml"
     file.write_text("seed = 1\n[data\n")
     assert fails(capsys, str(file)).startswith(f"{file}:2: expected TOML")
