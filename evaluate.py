@@ -1,4 +1,4 @@
-"""Score a model on mteb's benchmarks and on one's own datasets, on every device of the machine.
+"""Score a model on mteb's benchmarks and on local datasets, on every device of the machine.
 
     python evaluate.py --model runs/ft/final --benchmark "MTEB(eng, v1)" --output results
     python evaluate.py --model runs/ft/final --data data/eval --output results --dims 896 512 256
@@ -7,7 +7,7 @@
     python evaluate.py --compare results/a results/b
 
 The same command again continues where the last one stopped. Exit code 0 only when every task has
-its score; 1 when one failed, 2 when the request itself is wrong.
+its score; 1 when one failed, 2 when the request itself is wrong, 130 when interrupted.
 """
 
 import os
@@ -18,83 +18,66 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
 
-from kalm_min.config import parse
-from kalm_min.evaluation import plots, report
-from kalm_min.evaluation.compare import comparison
-from kalm_min.evaluation.mirror import mirrored, prefetch
-from kalm_min.evaluation.plan import EvaluationConfig, Plan, find_tasks, make_plan
-from kalm_min.evaluation.results import asked_for, read_plans
+from kalm_min.config import run
+from kalm_min.evaluation import report
+from kalm_min.evaluation.plan import (
+    EvaluationConfig,
+    Plan,
+    find_tasks,
+    make_plan,
+    mirrored,
+    prefetch,
+)
 from kalm_min.evaluation.runner import Failure, Runner
 from kalm_min.files import write_text
 
 
-def main() -> int:
-    """Parse, plan, run, report."""
-    config = parse(
-        EvaluationConfig,
-        sys.argv[1:],
-        program="evaluate.py",
-        description=(__doc__ or "").splitlines()[0],
-    )
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        if config.compare:
-            print(comparison(config.compare, config.dims))
-            return 0
-        if config.prefetch:
-            return _prefetch(config)
-        return _tabulate(config) if config.report_only else _evaluate(config)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"evaluate.py: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; finished results are kept, the same command continues")
-        return 130
+def evaluate(config: EvaluationConfig) -> int:
+    """Do what the configuration requests; returns the exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
+    if config.compare:
+        print(report.comparison(config.compare, config.dims))
+        return 0
+    if config.prefetch:
+        assert config.datasets is not None
+        failures = prefetch(config.datasets, find_tasks(config).tasks, sys.stdout)
+        for failure in failures:
+            sys.stderr.write(f"evaluate.py: could not fetch {failure}\n")
+        print(f"{'incomplete' if failures else 'complete'}: {config.datasets}")
+        return 1 if failures else 0
+    return tabulate(config) if config.report_only else score(config)
 
 
-def _prefetch(config: EvaluationConfig) -> int:
-    """Fill the mirror."""
-    assert config.datasets is not None
-    failures = prefetch(config.datasets, find_tasks(config)[0], sys.stdout)
-    for failure in failures:
-        sys.stderr.write(f"evaluate.py: could not fetch {failure}\n")
-    print(f"{'incomplete' if failures else 'complete'}: {config.datasets}")
-    return 1 if failures else 0
-
-
-def _tabulate(config: EvaluationConfig) -> int:
-    """Report without running: the plan that was asked for, or whatever the folder holds."""
-    there = read_plans(config.output, config.dims)
+def tabulate(config: EvaluationConfig) -> int:
+    """Report without running: the requested plan, or everything that the folder holds."""
+    is_named = not config.model and bool(config.benchmark or config.tasks or config.data)
+    selection = find_tasks(config) if is_named else None
+    plans = report.read_plans(config.output, config.dims, selection)
     if config.model:
-        plans = [make_plan(config)]
-        if not any(plan.results == plans[0].results for plan in there):
-            found = ", ".join(str(plan.results) for plan in there)
-            raise ValueError(f"expected results in {plans[0].results}, found only {found}")
-    elif config.benchmark or config.tasks or config.data:
-        plans = [asked_for(plan, *find_tasks(config)) for plan in there]
-    else:
-        plans = there
+        found, plans = plans, [make_plan(config)]
+        if plans[0].results not in [plan.results for plan in found]:
+            folders = ", ".join(str(plan.results) for plan in found)
+            raise ValueError(f"expected results in {plans[0].results}, found only {folders}")
     for plan in plans:
-        apart = config.output / "reports" / plan.results.name
-        _write_report(config, plan, {}, apart if len(plans) > 1 else config.output)
+        one_of_many = config.output / "reports" / plan.results.name
+        write_report(plan, {}, one_of_many if len(plans) > 1 else config.output)
     return 0
 
 
-def _evaluate(config: EvaluationConfig) -> int:
-    """The exit code of a run."""
+def score(config: EvaluationConfig) -> int:
+    """Run the plan and report; 1 if a task failed."""
     plan = make_plan(config)
     environment = dict(os.environ)
     if config.datasets:
-        plan = replace(plan, tasks=tuple(mirrored(config.datasets, plan.tasks)))
+        plan = replace(plan, tasks=mirrored(config.datasets, plan.tasks))
         environment["HF_HUB_OFFLINE"] = "1"
     print(report.plan_table(plan), end="\n\n", flush=True)
     if config.dry_run:
         return 0
     runner = Runner(
         plan,
-        devices=config.devices or _visible_devices(),
+        devices=config.devices or visible_devices(),
         environment=environment,
         logs=config.output / "logs",
         timeout=config.timeout,
@@ -102,35 +85,31 @@ def _evaluate(config: EvaluationConfig) -> int:
         stream=sys.stdout,
     )
     failures = runner.run()
-    _write_report(config, plan, failures, config.output)
+    write_report(plan, failures, config.output)
     return 1 if failures else 0
 
 
-def _write_report(
-    config: EvaluationConfig, plan: Plan, failures: Mapping[str, Failure], folder: Path
-) -> None:
-    """Print the tables and write them, and plots, into a folder."""
+def visible_devices() -> list[str]:
+    """Every visible GPU, else one CPU worker; another process counts, so that this one holds none."""
+    code = "import torch; print(torch.cuda.device_count())"
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    return [f"cuda:{i}" for i in range(int(answer.stdout))] or ["cpu"]
+
+
+def write_report(plan: Plan, failures: Mapping[str, Failure], folder: Path) -> None:
+    """Print the tables and write them, and pictures, into a folder."""
     rows = report.score_rows(plan)
     text = report.markdown(plan, rows, failures)
     write_text(folder / "summary.md", text)
     write_text(folder / "summary.csv", report.comma_separated(plan, rows))
-    images = plots.draw(folder, rows, config.output / "logs" / "timeline.jsonl")
-    written = ", ".join(["summary.md", "summary.csv", *images])
+    written = ", ".join(["summary.md", "summary.csv", *report.draw(folder, rows)])
     print(f"\n{text}\nwritten to {folder}: {written}")
     if find_spec("matplotlib") is None:
-        print('no plots: they need matplotlib, pip install "kalm-min[report]"')
-
-
-def _visible_devices() -> list[str]:
-    """Every visible GPU, else one CPU worker; asked of another process, so this one holds none."""
-    ask = "import torch; print(torch.cuda.device_count())"
-    answer = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
-    return [f"cuda:{i}" for i in range(int(answer.stdout))] or ["cpu"]
-
-
-def _interrupt(number: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
+        print('no pictures: they need matplotlib, pip install "kalm-min[report]"')
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    names = {"program": "evaluate.py", "description": (__doc__ or "").partition("\n")[0]}
+    raise SystemExit(run(EvaluationConfig, evaluate, sys.argv[1:], **names, resumable=True))

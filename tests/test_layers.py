@@ -64,7 +64,7 @@ CONFINED = {
     "faiss": ("kalm_min.topk", "kalm_min.mining.nominees"),
     "mteb": MTEB_SIDE,
     "datasets": MTEB_SIDE,
-    "matplotlib": ("kalm_min.mining.report", "kalm_min.evaluation.plots"),
+    "matplotlib": ("kalm_min.mining.report", "kalm_min.evaluation.report"),
     "pyarrow": ("kalm_min.convert",),
     "transformers": (),
     "sentence_transformers": (),

@@ -304,8 +304,8 @@ def build_task(folder: Path) -> "AbsTask":
     positive class), and reranking candidates carry mteb's own ids (ties are broken by id). One is
     not: clustering reads every text, where mteb's default samples 4 % of them.
     """
-    import mteb
     from datasets import DatasetDict
+    from mteb import TaskMetadata, abstasks
 
     problems: list[str] = []
     dataset, rows = read_dataset(folder, problems)
@@ -333,7 +333,7 @@ def build_task(folder: Path) -> "AbsTask":
             subsets = list(rows)
             data = {part: {"test": pairs} for part, pairs in data.items()}
     languages = list(dataset.languages)
-    attributes["metadata"] = mteb.TaskMetadata(
+    attributes["metadata"] = TaskMetadata(
         name=dataset.name,
         description=f"a {dataset.kind} dataset in a folder",
         type=kind.type,  # pyright: ignore[reportArgumentType] -- one of its literals
@@ -343,7 +343,7 @@ def build_task(folder: Path) -> "AbsTask":
         eval_langs=dict.fromkeys(subsets, languages) if subsets else languages,
     )
     name = "Retrieval" if kind.scores == _RANKED else kind.type
-    task = type(dataset.name, (getattr(mteb.abstasks, f"AbsTask{name}"),), attributes)()
+    task = type(dataset.name, (getattr(abstasks, f"AbsTask{name}"),), attributes)()
     task.dataset, task.data_loaded = data, True
     return task
 

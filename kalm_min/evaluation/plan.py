@@ -1,78 +1,92 @@
-"""What is to be evaluated: tasks, instructions, and which results exist already.
+"""What to evaluate: settings, tasks, instructions, and which results exist already.
 
-Benchmarks and task names go through mteb (imported only then), folders through `local_data`. Each
-task gets its instruction from our own tables, its cost in characters and the file its result
-belongs in. A result counts as done only if it was made by the same weights, settings, instruction
-and data, and holds every dimension asked for: an old score is never reused by mistake.
-
-Not here: anything that touches a device. The parent process lives on this module alone.
+Benchmarks and task names are resolved by mteb (imported only then), folders by `local`. Every task
+gets its instruction from instructions.json, its size in characters, and the file its result belongs
+in. A result is reused only if it was made with the same weights, settings, instruction and data, and
+holds every requested dimension. The parent process needs nothing else: no torch and no device.
 """
 
-import difflib
-import hashlib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TextIO
 
 from kalm_min.evaluation.local import KINDS, LocalDataset, find_datasets
-from kalm_min.files import checkpoint_folders, hash_checkpoint, read_json
+from kalm_min.files import (
+    atomic_directory,
+    checkpoint_folders,
+    did_you_mean,
+    digest,
+    hash_checkpoint,
+    read_json,
+)
+
+if TYPE_CHECKING:
+    from mteb import AbsTask
+    from mteb.results import TaskResult
 
 _TABLES = Path(__file__).with_name("instructions.json")
-_NEEDS_MTEB = 'evaluation needs mteb: pip install "kalm-min[eval]"'
-_MAX_TOKENS = 512  # what a text is counted up to where --max-length does not say
+_MAX_TOKENS = 512  # what a text is counted up to where --max-length is not given
 _CHARACTERS_PER_TOKEN = 4
+_MAX_SHOWN = 5  # missing repositories
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig:
     """The settings of evaluate.py."""
 
-    model: str = ""
-    """Model folder, LoRA adapters among them, or Hugging Face hub id."""
-    benchmark: tuple[str, ...] = ()
-    """Benchmarks of mteb, e.g. "MTEB(eng, v1)" "MTEB(cmn, v1)"."""
-    tasks: tuple[str, ...] = ()
-    """Single tasks of mteb, e.g. STS12 SciFact."""
-    data: tuple[Path, ...] = ()
-    """Dataset folders of one's own, or folders of such."""
-    output: Path = Path("results")
-    """Folder for results, logs and summary; the same command again continues there."""
-    dims: tuple[int, ...] = ()
-    """Matryoshka dimensions to score, all from one encoding; the full one if none is given."""
-    devices: tuple[str, ...] = ()
-    """One worker each, e.g. cuda:0 cuda:1 or cpu cpu; every visible GPU, else one CPU worker."""
-    instructions: str = "v2"
-    """official-v1, v2, none, or a JSON file {task or "type:STS": text or {query, document}}."""
-    max_length: int | None = None
-    """Tokens kept of a text, prompt included; the checkpoint's own limit if none."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What the model computes in; auto is bfloat16 where native, else float32."""
-    causal: bool | None = None
-    """Attention mode; the checkpoint's own if none."""
-    pooling: Literal["mean", "lasttoken"] | None = None
-    """Pooling; the checkpoint's own if none."""
-    store: Path | None = None
-    """Folder in which vectors are kept, to be found again by any later run of the same checkpoint."""
-    shard: str = ""
-    """This machine's part of the plan, e.g. 2/4; the parts meet in the same --output."""
-    timeout: float = 1800.0
-    """Seconds without progress after which a worker is replaced."""
-    dry_run: bool = False
-    """Print the plan and stop."""
-    datasets: Path | None = None
-    """Mirror of the hub's datasets; with it nothing is taken from the network."""
-    prefetch: bool = False
-    """Copy the datasets of --benchmark and --tasks from the hub into --datasets and stop."""
-    report_only: bool = False
-    """Run nothing, tabulate what is there; without --model everything that --output holds."""
-    compare: tuple[Path, ...] = ()
-    """Run nothing, tabulate two results folders or more beside one another."""
+    model: Annotated[str, "Model folder, LoRA adapter folder, or Hugging Face hub id."] = ""
+    benchmark: Annotated[tuple[str, ...], 'Benchmarks of mteb, e.g. "MTEB(eng, v1)".'] = ()
+    tasks: Annotated[tuple[str, ...], "Single tasks of mteb, e.g. STS12 SciFact."] = ()
+    data: Annotated[tuple[Path, ...], "Local dataset folders, or folders of dataset folders."] = ()
+    output: Annotated[
+        Path, "Folder for results, logs and summary; the same command again resumes there."
+    ] = Path("results")
+    dims: Annotated[
+        tuple[int, ...], "Matryoshka dimensions to score, from one encoding; the full one if none."
+    ] = ()
+    devices: Annotated[
+        tuple[str, ...], "One worker each, e.g. cuda:0 cuda:1; every visible GPU, or cpu, if none."
+    ] = ()
+    instructions: Annotated[
+        str,
+        'official-v1, v2, none, or a JSON file {task or "type:STS": text or {query, document}}.',
+    ] = "v2"
+    max_length: Annotated[
+        int | None, "Maximum tokens per text, prompt included; the checkpoint's limit if none."
+    ] = None
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        "Type the model computes in; auto is bfloat16 where native, else float32.",
+    ] = "auto"
+    causal: Annotated[bool | None, "Causal attention; the checkpoint's mode if none."] = None
+    pooling: Annotated[
+        Literal["mean", "lasttoken"] | None, "Pooling; the checkpoint's method if none."
+    ] = None
+    store: Annotated[
+        Path | None, "Folder that keeps vectors for later runs of the same checkpoint."
+    ] = None
+    shard: Annotated[str, "This machine's part of the plan, e.g. 2/4; all share one --output."] = ""
+    timeout: Annotated[float, "Seconds without progress after which a worker is replaced."] = 1800.0
+    dry_run: Annotated[bool, "Print the plan and stop."] = False
+    datasets: Annotated[
+        Path | None, "Mirror of the hub's datasets; if given, the network is not used."
+    ] = None
+    prefetch: Annotated[
+        bool, "Copy the datasets of --benchmark and --tasks from the hub into --datasets and stop."
+    ] = False
+    report_only: Annotated[
+        bool, "Run nothing, tabulate existing results; without --model, all results of --output."
+    ] = False
+    compare: Annotated[
+        tuple[Path, ...], "Run nothing, tabulate two or more results folders side by side."
+    ] = ()
 
     def __post_init__(self) -> None:
-        """Refuse what no run could mean."""
+        """Validate option combinations."""
         if len(self.compare) == 1:
             raise ValueError("--compare: expected two folders or more, found one")
         if self.compare or (self.report_only and not self.model):
@@ -98,39 +112,38 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """What is said before the texts of a task; "" is nothing."""
+    """The instructions of a task; an empty one adds no prompt."""
 
-    query: str = ""
-    """Before queries, and before every text of a task without two sides."""
-    document: str = ""
-    """Before the documents of retrieval and reranking."""
-    origin: Literal["task", "type", "none"] = "none"
-    """Whether the table (or task.toml) names the task, or only its type, or says nothing."""
+    query: str = ""  # also of every text where a task does not distinguish queries and documents
+    document: str = ""  # of retrieval and reranking
+    origin: Literal["task", "type", "none"] = "none"  # what the table (or task.toml) names
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedTask:
-    """One leaf task: what a worker needs to run it and where its result belongs."""
+    """One task (never an aggregate): what a worker needs to run it and to identify its result."""
 
     name: str
     type: str
     main_score: str
     revision: str
-    characters: int
-    """To encode, each text once; 0 where mteb does not say. Orders and divides the work."""
+    characters: int  # to encode, each text once; 0 if unknown; orders and divides the work
     instruction: Instruction
-    folder: Path | None = None
-    """Of a local dataset; None for a task of mteb's own."""
-    repository: str = ""
-    """On the hub, of a task of mteb's own."""
-    mirror: Path | None = None
-    """The copy of the repository to read instead."""
+    folder: Path | None = None  # of a local dataset
+    repository: str = ""  # on the hub, of a task of mteb
+    mirror: Path | None = None  # the local copy to read instead of the repository
     splits: tuple[str, ...] = ("test",)
     subsets: tuple[str, ...] = ()
-    texts: int = 0
-    corpus_characters: int = 0
-    """The part of `characters` that are documents to search, which several workers may encode."""
+    corpus_characters: int = 0  # those of documents to search, which several workers may encode
     documents: int = 0
+
+
+class Selection(NamedTuple):
+    """The requested tasks."""
+
+    tasks: list[PlannedTask]
+    benchmarks: dict[str, tuple[str, ...]]  # -> names of tasks, which may be aggregates
+    aggregates: dict[str, tuple[str, ...]]  # -> names of the tasks that are averaged
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,28 +151,21 @@ class Plan:
     """Everything a run needs to know, decided before it starts."""
 
     model: str
-    checkpoint: str
-    """Hash of the model's files."""
-    dims: tuple[int, ...]
-    """Largest first."""
-    settings: dict[str, Any]
-    tasks: tuple[PlannedTask, ...]
-    """The longest first."""
-    results: Path
-    """Folder of the result files."""
+    checkpoint: str  # hash of the model's files
+    dims: tuple[int, ...]  # largest first
+    settings: dict[str, object]
+    tasks: tuple[PlannedTask, ...]  # largest first
+    results: Path  # folder of the result files
     benchmarks: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Benchmark -> its tasks, aggregates among them."""
     aggregates: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Aggregate task -> the leaf tasks it is the mean of."""
-    elsewhere: frozenset[str] = frozenset()
-    """Tasks that are another machine's."""
+    elsewhere: frozenset[str] = frozenset()  # names of the tasks that other machines run
 
     def result_path(self, task: PlannedTask) -> Path:
-        """Where a task's result file belongs."""
+        """The file of a task's result."""
         return self.results / f"{task.name}.json"
 
-    def key(self, task: PlannedTask) -> dict[str, Any]:
-        """All that decides a score, apart from the dimension."""
+    def key(self, task: PlannedTask) -> dict[str, object]:
+        """Everything that decides a score, apart from the dimension."""
         return self.settings | {
             "checkpoint": self.checkpoint,
             "revision": task.revision,
@@ -171,16 +177,19 @@ class Plan:
         }
 
     def result(self, task: PlannedTask) -> dict[str, Any] | None:
-        """The finished result of a task, or None if there is none that still holds."""
+        """The valid result of a task with every requested dimension, or None.
+
+        It is mteb's own result at the largest dimension with an entry "kalm_min": "key", "type",
+        "used", "seconds" and "dims", which holds mteb's result at each dimension.
+        """
         try:
             result = read_json(self.result_path(task))
             record = result["kalm_min"]
-            holds = record["key"] == self.key(task)
-            return (
-                result if holds and {str(d) for d in self.dims} <= record["dims"].keys() else None
-            )
+            is_valid = record["key"] == self.key(task)
+            has_dims = {str(dim) for dim in self.dims} <= record["dims"].keys()
+            return result if is_valid and has_dims else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None  # Absent, torn or not ours: run it (again).
+            return None  # absent, torn or another program's: the task is run
 
 
 def make_plan(config: EvaluationConfig) -> Plan:
@@ -188,35 +197,40 @@ def make_plan(config: EvaluationConfig) -> Plan:
     folders = checkpoint_folders(config.model)
     tasks, benchmarks, aggregates = find_tasks(config)
     checkpoint = hash_checkpoint(*folders)
-    settings = {
+    settings: dict[str, object] = {
         "instructions": Path(config.instructions).stem,
         "max_length": config.max_length,
         "dtype": config.dtype,
         "causal": config.causal,
         "pooling": config.pooling,
     }
-    digest = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()
+    full = read_json(folders[-1] / "config.json").get("hidden_size")
+    if not isinstance(full, int):
+        raise ValueError(f"{folders[-1] / 'config.json'}: expected hidden_size, found none")
+    for dim in config.dims:
+        if dim > full:
+            raise ValueError(f"--dims: {dim} is more than the model's {full} dimensions")
     is_local = Path(config.model).expanduser().is_dir()
     owner = f"local/{folders[0].resolve().name}" if is_local else config.model
     # mteb's layout, so that mteb.ResultCache(output) finds the results too.
-    revision = f"{checkpoint[:12]}-{digest[:8]}"
+    revision = f"{checkpoint[:12]}-{digest(repr(sorted(settings.items())))[:8]}"
     return Plan(
         model=config.model,
         checkpoint=checkpoint,
-        dims=_check_dims(folders[-1], config.dims),
+        dims=tuple(sorted(config.dims or [full], reverse=True)),
         settings=settings,
         tasks=tuple(sorted(tasks, key=lambda task: -task.characters)),
-        elsewhere=_elsewhere(tasks, config.shard),
         results=config.output / "results" / owner.replace("/", "__") / revision,
         benchmarks=benchmarks,
         aggregates=aggregates,
+        elsewhere=tasks_elsewhere(tasks, config.shard),
     )
 
 
-def _elsewhere(tasks: Sequence[PlannedTask], shard: str) -> frozenset[str]:
-    """The tasks that part `shard` ("2/4") leaves to the other machines.
+def tasks_elsewhere(tasks: Sequence[PlannedTask], shard: str) -> frozenset[str]:
+    """The tasks that part `shard` ("2/4") leaves to other machines, which all compute the same.
 
-    The same on every machine: the largest task to the machine that has least so far.
+    The largest remaining task goes to the machine that has least so far.
     """
     number, count = map(int, (shard or "1/1").split("/"))
     totals = [0] * count
@@ -229,95 +243,31 @@ def _elsewhere(tasks: Sequence[PlannedTask], shard: str) -> frozenset[str]:
     return frozenset(others)
 
 
-def find_tasks(
-    config: EvaluationConfig,
-) -> tuple[list[PlannedTask], dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
-    """The leaf tasks asked for, the tasks of each benchmark, and the leaves of each aggregate."""
+def find_tasks(config: EvaluationConfig) -> Selection:
+    """The requested tasks. Raises ValueError with one sentence for what cannot be run."""
     if find_spec("mteb") is None:
-        raise ValueError(_NEEDS_MTEB)
+        raise ValueError('evaluation needs mteb: pip install "kalm-min[eval]"')
     table = instruction_table(config.instructions)
-    tasks = [
-        _plan_local(dataset, table, silent=config.instructions == "none")
-        for path in config.data
-        for dataset in find_datasets(path)
-    ]
-    benchmarks: dict[str, tuple[str, ...]] = {}
-    aggregates: dict[str, tuple[str, ...]] = {}
+    selection = Selection([], {}, {})
     if config.benchmark or config.tasks:
-        benchmarks, aggregates, found = _plan_mteb(config, table)
-        tasks += found
-    names = [task.name for task in tasks]
+        selection = _select_from_mteb(config, table)
+    for path in config.data:
+        for dataset in find_datasets(path):
+            selection.tasks.append(_plan_local(dataset, table, config.instructions))
+    names = [task.name for task in selection.tasks]
     for name in sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two tasks are called {name}; rename the folder of one")
-    return tasks, benchmarks, aggregates
+    return selection
 
 
-def _check_dims(folder: Path, dims: Sequence[int]) -> tuple[int, ...]:
-    full = read_json(folder / "config.json").get("hidden_size")
-    if not isinstance(full, int):
-        raise ValueError(f"{folder / 'config.json'}: expected hidden_size, found none")
-    for dim in dims:
-        if dim > full:
-            raise ValueError(f"--dims: {dim} is more than the model's {full} dimensions")
-    return tuple(sorted(dims or [full], reverse=True))
-
-
-def instruction_table(style: str) -> dict[str, Any]:
-    """A style of instructions.json, or a user's own JSON file.
-
-    Sources of the wording. official-v1: the lists of the official evaluation script
-    (HITsz-TMG/KaLM-Embedding, evaluate/utils.py), typing errors included; what it does not list
-    gets no instruction. v2: those lists as mteb's kalm_models.py corrects them, and the instructions
-    of symmetric tasks, on both sides (V2 section on data; rows "-query"/"-document" there).
-    The v2 defaults of bitext mining, classification and clustering are what mteb's loader falls
-    back on for these models.
-    """
-    if style.endswith(".json"):
-        if not Path(style).is_file():
-            raise ValueError(f"--instructions: {style}: expected a file, found none")
-        table = read_json(style)
-        if not isinstance(table, dict):
-            raise ValueError(f"{style}: expected an object, found {type(table).__name__}")
-    else:
-        tables = read_json(_TABLES)
-        if style not in tables:
-            near = difflib.get_close_matches(style, tables, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise ValueError(
-                f"--instructions: expected {', '.join(tables)} or a .json file, found {style!r}{hint}"
-            )
-        table = tables[style]
-    for name, entry in table.items():
-        sides = entry if isinstance(entry, dict) else {"query": entry}
-        if not sides.keys() <= {"query", "document"} or not all(
-            isinstance(text, str) for text in sides.values()
-        ):
-            raise ValueError(f"{style}: {name}: expected a text or {{query, document}}")
-    return table
-
-
-def resolve_instruction(table: dict[str, Any], name: str, kind: str) -> Instruction:
-    """The instruction of a task: its own row, that of its first version, or its type's.
-
-    `kind` is mteb's name of the type. A task `X.v2` is the data of X, sampled or cleaned.
-    """
-    for key in (name, re.sub(r"\.v\d+$", "", name), f"type:{kind}"):
-        if key in table:
-            entry = table[key]
-            sides = entry if isinstance(entry, dict) else {"query": entry}
-            origin = "type" if key.startswith("type:") else "task"
-            return Instruction(**sides, origin=origin)
-    return Instruction()
-
-
-def _plan_local(dataset: LocalDataset, table: dict[str, Any], *, silent: bool) -> PlannedTask:
-    """`silent`: the style is none, which also holds back an instruction of task.toml."""
+def _plan_local(dataset: LocalDataset, table: Mapping[str, Instruction], style: str) -> PlannedTask:
     kind = KINDS[dataset.kind].type
     instruction = resolve_instruction(table, dataset.name, kind)
-    if dataset.instruction is not None and not silent:
+    if dataset.instruction is not None and style != "none":
         instruction = Instruction(query=dataset.instruction, origin="task")
     if dataset.symmetric:
-        instruction = Instruction(instruction.query, instruction.query, instruction.origin)
+        instruction = replace(instruction, document=instruction.query)
+    is_corpus = dataset.kind == "retrieval"  # nearly all of its texts are documents
     return PlannedTask(
         name=dataset.name,
         type=kind,
@@ -326,128 +276,215 @@ def _plan_local(dataset: LocalDataset, table: dict[str, Any], *, silent: bool) -
         characters=dataset.characters,
         instruction=instruction,
         folder=dataset.path,
-        texts=dataset.texts,
-        # Nearly all texts of retrieval are the corpus.
-        corpus_characters=dataset.characters if dataset.kind == "retrieval" else 0,
-        documents=dataset.texts if dataset.kind == "retrieval" else 0,
+        corpus_characters=dataset.characters * is_corpus,
+        documents=dataset.texts * is_corpus,
     )
 
 
-# From here on: mteb.
+# ---- instructions --------------------------------------------------------------------------------
 
 
-def _plan_mteb(
-    config: EvaluationConfig, table: dict[str, Any]
-) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]], list[PlannedTask]]:
-    """Benchmarks and task names -> (benchmark: tasks), (aggregate: leaves), leaf tasks.
+def instruction_table(style: str) -> dict[str, Instruction]:
+    """A style of instructions.json, or a user's JSON file: task, or "type:" and a type -> instruction.
 
-    A task of two benchmarks is run once, on the splits and subsets of both.
+    Sources of the wording. official-v1: the lists of the official evaluation script
+    (HITsz-TMG/KaLM-Embedding, evaluate/utils.py), typing errors included; what it does not list
+    gets no instruction. v2: those lists as mteb's kalm_models.py corrects them, and the instructions
+    of symmetric tasks for queries and documents alike (V2 section on data; rows "-query"/"-document"
+    there). The v2 defaults of bitext mining, classification and clustering are what mteb's loader
+    falls back on for these models.
     """
+    if style.endswith(".json"):
+        if not Path(style).is_file():
+            raise ValueError(f"--instructions: {style}: expected a file, found none")
+        entries = read_json(style)
+        if not isinstance(entries, dict):
+            raise ValueError(f"{style}: expected an object, found {type(entries).__name__}")
+    else:
+        tables = read_json(_TABLES)
+        if style not in tables:
+            raise ValueError(
+                f"--instructions: expected {', '.join(tables)} or a .json file, "
+                f"found {style!r}{did_you_mean(style, tables)}"
+            )
+        entries = tables[style]
+    table: dict[str, Instruction] = {}
+    for name, entry in entries.items():
+        texts = entry if isinstance(entry, dict) else {"query": entry}
+        if not texts.keys() <= {"query", "document"} or not all(
+            isinstance(text, str) for text in texts.values()
+        ):
+            raise ValueError(f"{style}: {name}: expected a text or {{query, document}}")
+        table[name] = Instruction(**texts, origin="type" if name.startswith("type:") else "task")
+    return table
+
+
+def resolve_instruction(table: Mapping[str, Instruction], name: str, kind: str) -> Instruction:
+    """The instruction of a task: its own row, that of its first version, or its type's.
+
+    `kind` is mteb's name of the type. A task `X.v2` is the data of X, sampled or cleaned.
+    """
+    keys = (name, re.sub(r"\.v\d+$", "", name), f"type:{kind}")
+    return next((table[key] for key in keys if key in table), Instruction())
+
+
+# ---- tasks of mteb -------------------------------------------------------------------------------
+
+
+def _select_from_mteb(config: EvaluationConfig, table: Mapping[str, Instruction]) -> Selection:
+    """A task of two benchmarks is run once, on the splits and subsets of both."""
     import mteb
     from mteb.abstasks.aggregated_task import AbsTaskAggregate
 
-    members: dict[str, list[Any]] = {}
-    for name in config.benchmark:
-        try:
-            members[name] = list(mteb.get_benchmark(name).tasks)
-        except KeyError as error:
-            raise ValueError(f"--benchmark: {error.args[0]}") from error
     try:
-        single: list[Any] = [mteb.get_task(name) for name in config.tasks]
+        members = {name: list(mteb.get_benchmark(name).tasks) for name in config.benchmark}
+    except KeyError as error:
+        raise ValueError(f"--benchmark: {error.args[0]}") from error
+    try:
+        queue = [mteb.get_task(name) for name in config.tasks]
     except KeyError as error:
         reason = str(error.args[0]).removeprefix("KeyError: ")
         raise ValueError(f"--tasks: {reason}") from error
+    queue = [task for group in members.values() for task in group] + queue
     aggregates: dict[str, tuple[str, ...]] = {}
-    leaves: dict[str, PlannedTask] = {}
-    queue = [task for group in [*members.values(), single] for task in group]
+    tasks: dict[str, PlannedTask] = {}
     for task in queue:
+        metadata = task.metadata
         if isinstance(task, AbsTaskAggregate):
-            aggregates[task.metadata.name] = tuple(t.metadata.name for t in task.metadata.tasks)
-            queue += task.metadata.tasks
-        else:
-            planned = _plan_leaf(task, table, config.max_length)
-            leaves[planned.name] = _join(leaves.get(planned.name), planned)
-    groups = {name: tuple(task.metadata.name for task in group) for name, group in members.items()}
-    return groups, aggregates, list(leaves.values())
-
-
-def _plan_leaf(task: Any, table: dict[str, Any], max_length: int | None) -> PlannedTask:
-    metadata = task.metadata
-    if list(metadata.modalities) != ["text"]:
-        raise ValueError(
-            f"{metadata.name} is about {', '.join(metadata.modalities)}, not only text"
+            aggregates[metadata.name] = tuple(part.metadata.name for part in task.tasks)
+            queue += task.tasks
+            continue
+        if list(metadata.modalities) != ["text"]:
+            kinds = ", ".join(metadata.modalities)
+            raise ValueError(f"{metadata.name} is about {kinds}, not only text")
+        characters, corpus_characters, documents = task_size(task, config.max_length)
+        new = PlannedTask(
+            name=metadata.name,
+            type=metadata.type,
+            main_score=metadata.main_score,
+            revision=metadata.revision,
+            characters=characters,
+            instruction=resolve_instruction(table, metadata.name, metadata.type),
+            repository=metadata.dataset["path"],
+            splits=tuple(task.eval_splits),
+            subsets=tuple(task.hf_subsets),
+            corpus_characters=corpus_characters,
+            documents=documents,
         )
-    return PlannedTask(
-        name=metadata.name,
-        type=metadata.type,
-        main_score=metadata.main_score,
-        revision=metadata.revision,
-        instruction=resolve_instruction(table, metadata.name, metadata.type),
-        splits=tuple(task.eval_splits),
-        subsets=tuple(task.hf_subsets),
-        repository=metadata.dataset["path"],
-        **_sizes(task, max_length),
-    )
+        old = tasks.setdefault(new.name, new)
+        if old != new:
+            raise ValueError(
+                f"{new.name} is requested twice with different parts ({old.splits} {old.subsets} and "
+                f"{new.splits} {new.subsets}); evaluate the benchmarks one after the other, in "
+                "separate --output folders"
+            )
+    names = {name: tuple(task.metadata.name for task in group) for name, group in members.items()}
+    return Selection(list(tasks.values()), names, aggregates)
 
 
-def _join(a: PlannedTask | None, b: PlannedTask) -> PlannedTask:
-    if a is None or a == b:
-        return b
-    raise ValueError(
-        f"{b.name} is asked for twice with different parts ({a.splits} {a.subsets} and {b.splits} "
-        f"{b.subsets}); evaluate the benchmarks one after the other, in separate --output folders"
-    )
+def task_size(task: "AbsTask", max_length: int | None) -> tuple[int, int, int]:
+    """Characters to encode, those of documents to search, and the number of these documents.
 
-
-def _sizes(task: Any, max_length: int | None) -> dict[str, int]:
-    """Texts and characters to encode, from the statistics that mteb ships of splits and subsets.
-
-    A text is counted once in a column, and only up to about the length that is encoded.
+    From the statistics that mteb ships of splits and subsets. A text is counted once per column, and
+    only up to about the length that is encoded.
     """
     longest = _CHARACTERS_PER_TOKEN * (max_length or _MAX_TOKENS)
-    sampled = getattr(task, "max_document_to_embed", None)  # of a task that takes a part only
-    total = dict.fromkeys(("texts", "characters", "documents", "corpus_characters"), 0.0)
+    sampled = getattr(task, "max_document_to_embed", None)  # of a task that encodes a sample only
+    characters = corpus_characters = documents = 0.0
     for split, statistics in (task.metadata.descriptive_stats or {}).items():
         subsets = statistics.get("hf_subset_descriptive_stats") or {}
         parts = [subsets[name] for name in task.hf_subsets if name in subsets] or [statistics]
-        for part in parts if split in task.eval_splits else ():
-            for name, column in part.items():
-                if not isinstance(column, dict) or not column.get("total_text_length"):
-                    continue
+        columns = [item for part in parts for item in part.items()]
+        for name, column in columns if split in task.eval_splits else ():
+            if isinstance(column, dict) and (length := column.get("total_text_length")):
                 average = column["average_text_length"] or 1
-                texts = column.get("unique_texts") or column["total_text_length"] / average
+                texts = column.get("unique_texts") or length / average
                 texts = min(texts, sampled or texts)
-                total["texts"] += texts
-                total["characters"] += texts * min(average, longest)
+                characters += texts * min(average, longest)
                 if name.startswith("documents"):
-                    total["documents"] += texts
-                    total["corpus_characters"] += texts * min(average, longest)
-    return {name: round(value) for name, value in total.items()}
+                    documents += texts
+                    corpus_characters += texts * min(average, longest)
+    return round(characters), round(corpus_characters), round(documents)
 
 
-def official_results(name: str, leaves: dict[str, dict[str, Any]]) -> Any:
-    """The TaskResult of a task, or of an aggregate by mteb's own rule, from its leaves' results."""
-    import mteb
-    from mteb.abstasks.aggregated_task import AbsTaskAggregate
-    from mteb.results import TaskResult
-
-    task: Any = mteb.get_task(name)
-    if not isinstance(task, AbsTaskAggregate):
-        return TaskResult.from_dict(leaves[name])
-    parts = [TaskResult.from_dict(leaves[leaf.metadata.name]) for leaf in task.metadata.tasks]
-    return task.combine_task_results(parts)
-
-
-def official_means(benchmark: str, leaves: dict[str, dict[str, Any]]) -> dict[str, float | None]:
+def official_means(benchmark: str, results: Mapping[str, dict]) -> dict[str, float | None]:
     """mteb's own summary of a benchmark (0 to 1): "Mean(Task)", "Mean(TaskType)" and each type.
 
-    `leaves` holds mteb's result of every leaf task, by name. Raises ValueError when one is missing:
-    mteb does not average a part of a benchmark, and neither do we.
+    `results` holds mteb's result of every task by name, without aggregates. Raises ValueError when
+    one is missing: mteb does not average a part of a benchmark, and neither does this.
     """
     import mteb
     from mteb.results import BenchmarkResults, ModelResult
 
-    whole = mteb.get_benchmark(benchmark)
-    results = [official_results(task.metadata.name, leaves) for task in whole.tasks]
-    model = ModelResult(model_name="a/model", model_revision="0", task_results=results)
-    return whole.get_score(BenchmarkResults(model_results=[model]), raise_error=True)["a/model"]
+    full = mteb.get_benchmark(benchmark)
+    found = [_official_result(task, results) for task in full.tasks]
+    model = ModelResult(model_name="a/model", model_revision="0", task_results=found)
+    return full.get_score(BenchmarkResults(model_results=[model]), raise_error=True)["a/model"]
+
+
+def official_score(name: str, results: Mapping[str, dict]) -> float:
+    """The main score (0 to 1) of an aggregate by mteb's own rule, from its tasks' results by name."""
+    import mteb
+
+    return float(_official_result(mteb.get_task(name), results).get_score())
+
+
+def _official_result(task: "AbsTask", results: Mapping[str, dict]) -> "TaskResult":
+    from mteb.abstasks.aggregated_task import AbsTaskAggregate
+    from mteb.results import TaskResult
+
+    if not isinstance(task, AbsTaskAggregate):
+        return TaskResult.from_dict(results[task.metadata.name])
+    parts = [TaskResult.from_dict(results[part.metadata.name]) for part in task.tasks]
+    return task.combine_task_results(parts)
+
+
+# ---- a mirror of the hub's datasets --------------------------------------------------------------
+# <mirror>/<owner>/<name>/<revision>/ is a repository, complete or absent. The revision is in the path
+# because `datasets` reads whatever a folder holds, and the result would name the revision that was
+# meant. Scripts are not copied, so none can run.
+
+
+def mirrored(mirror: Path, tasks: Iterable[PlannedTask]) -> tuple[PlannedTask, ...]:
+    """The tasks, reading the mirror. Raises ValueError naming the first repositories it lacks."""
+    found = tuple(replace(t, mirror=_copy_of(mirror, t)) if t.repository else t for t in tasks)
+    missing = [str(task.mirror) for task in found if task.mirror and not task.mirror.is_dir()]
+    if missing:
+        more = f" and {len(missing) - _MAX_SHOWN} more" if len(missing) > _MAX_SHOWN else ""
+        raise ValueError(
+            f"--datasets: expected {', '.join(missing[:_MAX_SHOWN])}{more}, found none; the same "
+            "command with --prefetch, on a machine with network access, copies them"
+        )
+    return found
+
+
+def _copy_of(mirror: Path, task: PlannedTask) -> Path:
+    return mirror.absolute() / task.repository / task.revision
+
+
+def prefetch(mirror: Path, tasks: Iterable[PlannedTask], stream: TextIO) -> list[str]:
+    """Copy the repositories of tasks from the hub, each at its task's revision.
+
+    Returns one sentence per repository that could not be copied; the same call again resumes it.
+    """
+    from huggingface_hub import snapshot_download
+
+    failures: list[str] = []
+    wanted = {_copy_of(mirror, task): task for task in tasks if task.repository}
+    for number, (folder, task) in enumerate(wanted.items(), start=1):
+        what = f"{task.repository} at {task.revision[:12]} ({task.name})"
+        stream.write(f"[{number}/{len(wanted)}] {what}\n")
+        stream.flush()
+        if folder.is_dir():
+            continue
+        part = folder.with_name(f".{task.revision}.part")
+        options = {"repo_type": "dataset", "revision": task.revision, "ignore_patterns": ["*.py"]}
+        try:
+            snapshot_download(task.repository, local_dir=part, **options)
+        except Exception as error:  # the hub client raises a dozen kinds
+            failures.append(f"{what}: {' '.join(str(error).split())[:300]}")
+            continue
+        shutil.rmtree(part / ".cache", ignore_errors=True)  # the client's own notes
+        with atomic_directory(folder) as complete:
+            part.replace(complete)
+    return failures

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kalm_min.evaluation.mirror import mirrored
-from kalm_min.evaluation.plan import Instruction, PlannedTask
+from kalm_min.evaluation.plan import Instruction, PlannedTask, mirrored
 from tests.evaluation.hub import serve, write_repository
 
 ROOT = Path(__file__).parents[2]
@@ -95,7 +94,5 @@ def test_another_revision_is_not_used(tmp_path):
     with pytest.raises(ValueError, match=r"mteb/a/new, found none"):
         mirrored(tmp_path, [task])
     shutil.move(tmp_path / "mteb" / "a" / "old", tmp_path / "mteb" / "a" / "new")
-    assert mirrored(tmp_path, [task, own]) == [
-        replace(task, mirror=tmp_path / "mteb" / "a" / "new"),
-        own,
-    ]
+    copy = replace(task, mirror=tmp_path / "mteb" / "a" / "new")
+    assert mirrored(tmp_path, [task, own]) == (copy, own)

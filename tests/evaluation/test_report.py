@@ -1,16 +1,23 @@
-"""Tables: what is in them, what is beside them, and no mean that says more than it is."""
+"""Tables and pictures: scores, means that name their tasks, published scores, folders compared."""
 
 import csv
 import io
+from dataclasses import replace
 
 import pytest
 
+from kalm_min.evaluation import report
+from kalm_min.evaluation.plan import Selection
 from kalm_min.evaluation.report import (
-    _published,
+    PUBLISHED,
+    Row,
     comma_separated,
+    comparison,
+    draw,
     markdown,
     plan_table,
     published_scores,
+    read_plans,
     score_rows,
 )
 
@@ -83,7 +90,7 @@ def test_another_part_of_a_task_is_another_task(finished):
 def test_the_published_scores_give_the_published_means(mteb, benchmark, means):
     """Every task of both benchmarks is there, with its own parts, and no number was mistyped."""
     tasks = mteb.get_benchmark(benchmark).tasks
-    entries = {task.metadata.name: _published()["tasks"][task.metadata.name] for task in tasks}
+    entries = {task.metadata.name: PUBLISHED["tasks"][task.metadata.name] for task in tasks}
     for version, (over_tasks, over_types) in means.items():
         types = {}
         for task in tasks:
@@ -95,3 +102,148 @@ def test_the_published_scores_give_the_published_means(mteb, benchmark, means):
         assert sum(every) / len(every) == pytest.approx(over_tasks, abs=0.006)
         over = sum(sum(group) / len(group) for group in types.values()) / len(types)
         assert over == pytest.approx(over_types, abs=0.006)
+
+
+SCORES = {"a": {32: 0.5, 8: 0.4}, "b": {32: 0.7, 8: 0.6}}
+
+
+def test_the_report_of_a_folder_is_that_of_the_run(finished, tmp_path):
+    """Promise: the same tables, whatever the order in which tasks were run."""
+    plan = finished("r", SCORES, {"b": "Retrieval"})
+    (found,) = read_plans(tmp_path / "r")
+    assert (found.model, found.checkpoint, found.dims) == (plan.model, plan.checkpoint, plan.dims)
+    assert markdown(found, score_rows(found), {}) == markdown(plan, score_rows(plan), {})
+    assert comma_separated(found, score_rows(found)) == comma_separated(plan, score_rows(plan))
+    (same,) = read_plans(plan.results)
+    assert same == found
+
+
+def test_every_checkpoint_is_a_plan_of_its_own(finished, tmp_path):
+    plan = finished("r", SCORES)
+    finished("r", SCORES, results=plan.results.with_name("other"), checkpoint="d" * 64)
+    assert [found.checkpoint[0] for found in read_plans(tmp_path / "r")] == ["c", "d"]
+
+
+def test_dimensions_are_those_in_common(finished, tmp_path):
+    """Those asked for, where some are; a task without them is missing and not averaged as nothing."""
+    plan = finished("r", {"a": {32: 0.5}})
+    finished("r", {"b": {32: 0.7, 8: 0.6}})
+    assert read_plans(tmp_path / "r")[0].dims == (32,)
+    (found,) = read_plans(tmp_path / "r", (8,))
+    assert [found.result(task) is not None for task in found.tasks] == [False, True]
+    assert [row.name for row in score_rows(found)][2:] == [
+        *("mean of 1 STS (1 task missing)",),
+        *("mean of 1 tasks (1 task missing)", "mean of 1 types (1 task missing)"),
+    ]
+    finished("r", {"c": {16: 0.7}})
+    with pytest.raises(ValueError, match="no dimension in common, choose with --dims"):
+        read_plans(plan.results)
+
+
+def test_files_that_are_no_results_are_passed_over(finished, tmp_path):
+    """Torn files, mteb's own notes and results of other programs."""
+    plan = finished("r", SCORES)
+    (plan.results / "model_meta.json").write_text("{}")
+    (plan.results / "torn.json").write_text('{"kalm_min": {"key"')
+    (plan.results / "list.json").write_text("[]")
+    assert len(read_plans(tmp_path / "r")[0].tasks) == 2
+    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "absent"):
+        with pytest.raises(ValueError, match=f"{folder}: expected a folder that evaluate.py wrote"):
+            read_plans(tmp_path / folder)
+
+
+def test_requested_tasks_without_a_result_are_shown(finished, tmp_path):
+    plan = finished("r", SCORES)
+    requested = Selection([*plan.tasks, replace(plan.tasks[0], name="c")], {}, {})
+    (found,) = read_plans(tmp_path / "r", selection=requested)
+    assert [(row.name, row.scores[32]) for row in score_rows(found)][:3] == [
+        *(("a", 50.0), ("b", 70.0), ("c", None))
+    ]
+
+
+A = {"x": {32: 0.5, 8: 0.4}, "y": {32: 0.7, 8: 0.6}, "only": {32: 0.9, 8: 0.1}}
+B = {"x": {32: 0.6, 8: 0.5}, "y": {32: 0.6, 8: 0.5}, "else": {32: 0.2, 8: 0.1}}
+TYPES = {"y": "Retrieval", "else": "Retrieval"}
+
+
+def test_differences_and_means_over_what_is_common(finished, tmp_path):
+    """Promise: a task that one of them lacks is shown and in no mean."""
+    finished("a", A, TYPES)
+    finished("b", B, TYPES)
+    text = comparison([tmp_path / "a", tmp_path / "b"])
+    head, _, *table = table_of(text.splitlines())
+    assert head == ["task", "type", "a (32)", "b (32)", "b (32) - a (32)"]
+    assert table == [
+        ["else", "Retrieval", "—", "20.00", "—"],
+        ["y", "Retrieval", "70.00", "60.00", "-10.00"],
+        ["only", "STS", "90.00", "—", "—"],
+        ["x", "STS", "50.00", "60.00", "+10.00"],
+        ["mean of 1 Retrieval", "", "70.00", "60.00", "-10.00"],
+        ["mean of 1 STS", "", "50.00", "60.00", "+10.00"],
+        ["mean of 2 tasks", "", "60.00", "60.00", "+0.00"],
+        ["mean of 2 types", "", "60.00", "60.00", "+0.00"],
+    ]
+    assert "Means are over the tasks that all folders have" in text
+    assert "- a (32): a/model. Checkpoint cccccccccccc; dtype auto" in text
+
+
+def test_three_folders_at_one_dimension(finished, tmp_path):
+    folders = [tmp_path / name / "same" for name in "abc"]
+    for folder in folders:
+        finished(folder.relative_to(tmp_path), A)
+    text = comparison(folders, (8,))
+    head = table_of(text.splitlines())[0]
+    assert head[2:] == [
+        *(f"{folder} (8)" for folder in folders),
+        *(f"{folder} (8) - {folders[0]} (8)" for folder in folders[1:]),
+    ]
+    assert "| 40.00 | 40.00 | 40.00 | +0.00 | +0.00 |" in " ".join(text.split())
+
+
+def test_other_data_under_the_same_name_is_left_out(finished, tmp_path):
+    """Bug to avoid: a difference of data read as one of models."""
+    finished("a", A)
+    finished("b", B, revision="2")
+    text = comparison([tmp_path / "a", tmp_path / "b"])
+    assert "Left out, not the same data or score: x, y." in text
+    assert "mean of" not in text
+
+
+def test_what_cannot_be_compared_is_said(finished, tmp_path):
+    finished("a", A)
+    for folders, dims, reason in (
+        (("a", "gone"), (), "gone: expected a folder that evaluate.py wrote"),
+        (("a", "a"), (32, 8), "expected one of --dims, found 2"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            comparison([tmp_path / name for name in folders], dims)
+    plan = finished("c", A)
+    finished("c", B, results=plan.results.with_name("other"), checkpoint="d" * 64)
+    with pytest.raises(ValueError, match="expected one checkpoint with one set of settings, found"):
+        comparison([tmp_path / "a", tmp_path / "c"])
+
+
+def picture_rows(count, dims=(896, 64)):
+    types = ["STS", "Retrieval", "Clustering", "Odd"]
+    return [
+        Row("task", f"t{i}", types[i % 4], "m", {dim: 40.0 + i + dim / 99 for dim in dims})
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 60])
+def test_what_there_is_is_drawn(tmp_path, count):
+    """No curve of one dimension, no picture without a complete task."""
+    pytest.importorskip("matplotlib")
+    assert draw(tmp_path, picture_rows(count)) == ["types.png", "dimensions.png"]
+    for name in ("types.png", "dimensions.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert draw(tmp_path, picture_rows(count, dims=(896,))) == ["types.png"]
+    assert draw(tmp_path, [Row("task", "t", "STS", "m", {896: None})]) == []
+
+
+def test_without_matplotlib_there_are_no_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    assert draw(tmp_path, picture_rows(3)) == []
+    assert list(tmp_path.iterdir()) == []
