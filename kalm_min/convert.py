@@ -3,8 +3,8 @@
     hub/<task>/train-00000-of-00003.parquet -> data/<task>/train-00000-of-00003.jsonl
 
 Each row is checked like a line of training data, so what was converted opens. Rows are read in
-batches, so memory stays flat. Each file is complete or absent; the same command resumes where it was
-interrupted. Needs `pip install "kalm-min[data]"`. Not here: downloading, and `<task>.toml`.
+batches, so memory stays flat. Each file is complete or absent; the same command resumes after an
+interruption. Needs `pip install "kalm-min[data]"`. Not here: downloading, and `<task>.toml`.
 """
 
 import gzip

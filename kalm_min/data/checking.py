@@ -1,6 +1,6 @@
 """The check of every line of training data, once, before a run, on all cores.
 
-    files -> ranges of lines -> summarise, in this or in child processes -> in the order of the files
+    files -> ranges of lines -> summarise, in this or in child processes -> in file order
          -> the malformed lines, or a cached summary of each file: its tasks, what their rows lack,
             the rows of each task, and the group of each row
 
@@ -98,14 +98,13 @@ def load_summary(file: JsonlFile) -> list[tuple[str | None, Counts]] | None:
     return [(task, counts) for task, counts in read_json(path)] if path.exists() else None
 
 
-def rows_by_task(file: JsonlFile) -> Ints:
-    """(rows,) of a checked file with several tasks, sorted by task, memory-mapped."""
-    return np.asarray(np.load(file.sidecar("rows.npy"), mmap_mode="r"))
+def load_array(file: JsonlFile, name: str) -> Ints:
+    """An array of the summary of a checked file, memory-mapped: (rows,).
 
-
-def groups_of_rows(file: JsonlFile) -> Ints:
-    """(rows,) hash of the group of each row of a checked file with groups, memory-mapped."""
-    return np.asarray(np.load(file.sidecar("groups.npy"), mmap_mode="r"))
+    "rows" has the row numbers sorted by task, if there are several tasks; "groups" the hash of the
+    group of each row, if a row has one.
+    """
+    return np.asarray(np.load(file.sidecar(f"{name}.npy"), mmap_mode="r"))
 
 
 def check_all(path: Path, files: Sequence[JsonlFile], progress: TextIO | None) -> None:
@@ -155,16 +154,16 @@ def check_all(path: Path, files: Sequence[JsonlFile], progress: TextIO | None) -
                     break
             if malformed == before:  # the summary last, so that it never comes without the arrays
                 if len(tasks) > 1:
-                    _save(file, "rows.npy", np.argsort(task_of, kind="stable"))
+                    _save(file, "rows", np.argsort(task_of, kind="stable"))
                 if groups.any():
-                    _save(file, "groups.npy", groups)
+                    _save(file, "groups", groups)
                 write_json(file.sidecar(_SUMMARY), list(tasks.items()))
     if malformed:
         raise ValueError(f"{path}: {list_problems(malformed, 'malformed line', problems)}")
 
 
 def _save(file: JsonlFile, name: str, array: Ints) -> None:
-    with atomic_write(file.sidecar(name)) as sidecar:
+    with atomic_write(file.sidecar(f"{name}.npy")) as sidecar:
         np.save(sidecar, array)
 
 

@@ -5,11 +5,9 @@
 
 Each file or sub-folder of a folder is a task. The "task" of a line takes precedence over the name
 of its file, so a single file may hold many tasks. `<task>.toml` beside the data holds the settings
-of a task. The outcome of the check is cached with the index of each file: opening again reads no
-line.
+of a task. The outcome of the check is cached with the index: opening again reads no line.
 
-Not here: the check itself (checking.py), drawing positives and negatives (batches.py, labels.py),
-and prompts (batches.py).
+Not here: the check (checking.py), and prompts and what is drawn (batches.py, labels.py).
 """
 
 import os
@@ -23,13 +21,11 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from kalm_min.data.checking import Counts, check_all, groups_of_rows, load_summary, rows_by_task
+from kalm_min.data.checking import Counts, check_all, load_array, load_summary
 from kalm_min.data.index import Ints, JsonlFile
 from kalm_min.data.labels import LabelIndex
 from kalm_min.data.records import SETTINGS, TaskSettings, read_settings
 from kalm_min.files import did_you_mean
-
-_LABEL_DRAW = 1  # the purpose of a generator, beside those of batches.py
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +69,7 @@ class TrainingData:
     process sends the path: the other process opens the same cached index.
 
     Args:
-        path: a JSONL(.gz) file or a folder of tasks. Every line that was not checked yet is checked.
+        path: a JSONL(.gz) file or a folder of tasks. Lines that were not checked yet are checked.
         instruction: for examples whose line and task set none.
         cache_dir: see JsonlFile.
         progress: where a check that takes long is shown.
@@ -130,23 +126,17 @@ class TrainingData:
         task, record = bisect_right(self._task_ends, i), self.record(i)
         negative_groups = None
         if labels := self._labels[task]:
-            key = np.random.SeedSequence(seed, spawn_key=(epoch, i, _LABEL_DRAW))
+            # The last number tells the generator from that of batches.py.
+            rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(epoch, i, 1)))
             first = self._task_ends[task] - self.task_sizes[task]
             positive, negatives = labels.draw(
-                i - first,
-                lambda row: self.record(first + row),
-                num_negatives,
-                np.random.default_rng(key),
+                i - first, lambda row: self.record(first + row), num_negatives, rng
             )
             record |= {"pos": [positive["query"]], "neg": [other["query"] for other in negatives]}
             record |= {"pos_scores": None, "neg_scores": None}
             negative_groups = tuple(str(other["group"]) for other in negatives)
         settings, group = self.settings[task], record.get("group")
         instructions = (record.get("instruction"), settings.instruction, self._instruction)
-        positive_scores, negative_scores = (
-            None if scores is None else tuple(map(float, scores))
-            for scores in (record.get("pos_scores"), record.get("neg_scores"))
-        )
         return Example(
             query=record["query"],
             positives=tuple(record.get("pos") or ()),
@@ -155,8 +145,8 @@ class TrainingData:
             index=i,
             instruction=next((text for text in instructions if text is not None), None),
             group=None if group is None else str(group),
-            positive_scores=positive_scores,
-            negative_scores=negative_scores,
+            positive_scores=_floats(record.get("pos_scores")),
+            negative_scores=_floats(record.get("neg_scores")),
             negative_groups=negative_groups,
             symmetric=settings.symmetric,
             in_batch_negatives=settings.in_batch_negatives,
@@ -201,14 +191,14 @@ class TrainingData:
             return None
         _require("group", segments, "expected 'group' in every line of a label-based task")
         hashes = np.concatenate(
-            [
-                groups if isinstance(one.rows, range) else groups[one.rows]
-                for one in segments
-                for groups in [groups_of_rows(one.file)]
-            ]
+            [load_array(one.file, "groups")[np.asarray(one.rows)] for one in segments]
         )
         first = self._task_ends[task] - self.task_sizes[task]
         return LabelIndex(hashes, name, lambda row: self.location(first + row))
+
+
+def _floats(scores: list[float] | None) -> tuple[float, ...] | None:
+    return None if scores is None else tuple(map(float, scores))
 
 
 def _require(what: str, segments: Sequence[_Segment], expected: str) -> None:
@@ -226,7 +216,7 @@ def _segments(task: str, file: JsonlFile) -> list[_Segment]:
     """The rows of a checked file by task; those that name no task belong to `task`."""
     summary = load_summary(file)
     assert summary, "the file was checked"
-    rows = rows_by_task(file) if len(summary) > 1 else range(len(file))
+    rows = load_array(file, "rows") if len(summary) > 1 else range(len(file))
     ends = list(accumulate(counts["rows"][0] for _, counts in summary))
     return [
         _Segment(name or task, file, rows[end - counts["rows"][0] : end], counts)

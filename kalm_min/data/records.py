@@ -11,7 +11,7 @@ import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, TypeGuard, cast, get_type_hints
 
 from kalm_min.files import did_you_mean, read_jsonl, read_toml
 
@@ -36,10 +36,7 @@ def problem_with(
 ) -> str | None:
     """The first violation ("expected ..., found ..."), or None. A null counts as absent.
 
-    Args:
-        record: a parsed line or settings file.
-        fields: what each key may hold.
-        extra: whether keys without a field are allowed.
+    `extra` allows keys without a field.
     """
     for key, value in record.items():
         field = fields.get(key)
@@ -63,10 +60,10 @@ def _misfit(value: object, field: Field) -> str | None:
     items = cast("list[object]", value)
     if len(items) < field.items:
         return f"{len(items)} items" if items else "an empty list"
-    if all(map(field.fits, items)):  # the usual case, fast
-        return None
-    number, item = next((n, item) for n, item in enumerate(items, 1) if not field.fits(item))
-    return f"{_describe(item)} as item {number}"
+    for number, item in enumerate(items, start=1):
+        if not field.fits(item):
+            return f"{_describe(item)} as item {number}"
+    return None
 
 
 def _describe(value: object) -> str:
@@ -82,22 +79,16 @@ def _describe(value: object) -> str:
     return "nothing" if value is None else json.dumps(value, default=str)
 
 
-def is_string(value: object) -> bool:
+def is_string(value: object) -> TypeGuard[str]:
     """A string that UTF-8 can hold; JSON can spell half a surrogate pair, which it cannot."""
-    if not isinstance(value, str):
-        return False
-    if value.isascii():
-        return True
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return isinstance(value, str) and (
+        value.isascii() or value.encode("utf-8", "ignore").decode() == value
+    )
 
 
 def is_text(value: object) -> bool:
     """A string that holds more than white space."""
-    return is_string(value) and value != "" and not cast("str", value).isspace()
+    return is_string(value) and value != "" and not value.isspace()
 
 
 def is_flag(value: object) -> bool:
@@ -120,7 +111,7 @@ def read_rows(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, row) for each good row of a .jsonl or .jsonl.gz file.
 
-    What is wrong with the others is appended to `problems`, as `file:line: expected ..., found ...`.
+    For each other row `file:line: expected ..., found ...` is appended to `problems`.
     """
     for number, row in read_jsonl(path, problems):
         if problem := problem_with(row, fields, extra=True):
@@ -150,6 +141,7 @@ def read_settings(path: Path, fields: Mapping[str, Field]) -> dict[str, Any]:
 
 # ---- training data -------------------------------------------------------------------------------
 
+_FLAG = Field("true or false", is_flag)
 LINE: dict[str, Field] = {
     "query": Field("a non-empty string", is_text, required=True),
     "pos": Field("a list of at least one non-empty string", is_text, items=0),
@@ -186,30 +178,25 @@ def problem_with_line(record: Mapping[str, object]) -> str | None:
 class TaskSettings:
     """What `<task>.toml` beside the data may set."""
 
-    instruction: str | None = None
+    instruction: Annotated[str | None, Field("a string", is_string)] = None
     """For lines without an instruction. "" means none, even where the run has a default."""
-    symmetric: bool = False
+    symmetric: Annotated[bool, _FLAG] = False
     """Queries and documents are of one kind (similarity, duplicates): both get the instruction."""
-    in_batch_negatives: bool = True
+    in_batch_negatives: Annotated[bool, _FLAG] = True
     """False: the candidates of a query are the documents of its line only."""
-    label_based: bool = False
+    label_based: Annotated[bool, _FLAG] = False
     """Positives are other texts of the line's group, negatives texts of other groups (labels.py);
     what the lines hold as "pos" and "neg" is not trained on, and "pos" may be absent."""
-    weight: float = 1.0
+    weight: Annotated[float, Field("a number, 0 or more", lambda v: is_number(v, least=0))] = 1.0
     """How often an epoch takes each example; 0.5 is half of them, a new half in each epoch."""
-    max_examples: int | None = None
+    max_examples: Annotated[
+        int | None,
+        Field("a whole number, 1 or more", lambda v: isinstance(v, int) and is_number(v, least=1)),
+    ] = None
     """The maximum number of examples per epoch, a new subset in each epoch."""
 
 
 SETTINGS: dict[str, Field] = {
-    "instruction": Field("a string", is_string),
-    "symmetric": Field("true or false", is_flag),
-    "in_batch_negatives": Field("true or false", is_flag),
-    "label_based": Field("true or false", is_flag),
-    "weight": Field("a number, 0 or more", lambda value: is_number(value, least=0)),
-    "max_examples": Field(
-        "a whole number, 1 or more",
-        lambda value: isinstance(value, int) and is_number(value, least=1),
-    ),
+    name: hint.__metadata__[0]
+    for name, hint in get_type_hints(TaskSettings, include_extras=True).items()
 }
-"""What each of the settings must be."""

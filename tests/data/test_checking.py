@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kalm_min.data import JsonlFile, TrainingData, checking
-from kalm_min.data.checking import check_all, groups_of_rows, load_summary, rows_by_task
+from kalm_min.data.checking import check_all, load_array, load_summary
 from kalm_min.files import text_hash
 
 
@@ -69,11 +69,11 @@ def test_the_summary_is_that_of_the_lines(tmp_path_factory, many_ranges, records
     assert load_summary(file) == expected
     if len(tasks) > 1:
         order = sorted(range(len(records)), key=lambda i: tasks.index(records[i].get("task")))
-        assert rows_by_task(file).tolist() == order
+        assert load_array(file, "rows").tolist() == order
     if any("group" in record for record in records):
         groups = [str(record["group"]) if "group" in record else None for record in records]
         hashes = [0 if group is None else text_hash(group) for group in groups]
-        assert groups_of_rows(file).tolist() == hashes
+        assert load_array(file, "groups").tolist() == hashes
 
 
 def test_children_find_what_one_process_finds(tmp_path, children, monkeypatch):
