@@ -10,50 +10,40 @@ import sys
 
 import torch
 
-from kalm_min.config import parse
+from kalm_min.config import run
+from kalm_min.mining import report
 from kalm_min.mining.pipeline import Miner, MiningConfig
 from kalm_min.training import distributed
 
 
 def main(argv: list[str]) -> int:
-    """Run; 0 when finished, 2 for what the user can mend, 130 when interrupted, 1 otherwise."""
+    """Run and return the exit code; see `config.run`."""
     description = "Mine hard negatives and drop inconsistent rows, alone or under torchrun."
-    config = parse(MiningConfig, argv, program="mine.py", description=description)
-    environment = dict(os.environ)
-    device = distributed.local_device(environment)
+    return run(MiningConfig, mine, argv, program="mine.py", description=description, resumable=True)
+
+
+def mine(config: MiningConfig) -> int:
+    """Mine, or print what there is to do."""
+    device = distributed.local_device(dict(os.environ))
     if config.device is not None:
         device = torch.device(config.device)
-    distributed.start(environment, device)
+    distributed.start(dict(os.environ), device)
     try:
-        return _mine(config, device)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; what was written is kept, the same command goes on\n")
-        return 130
-    except (ValueError, OSError) as error:
-        kept = "; what was written is kept, the same command goes on"
-        sys.stderr.write(f"mine.py: {error}{kept * isinstance(error, OSError)}\n")
-        return 1 if isinstance(error, OSError) else 2
+        miner = Miner(config, device, sys.stderr)
+        if config.dry_run:
+            plan = miner.plan()
+            output, text = sys.stdout, f"{plan}\n"
+        else:
+            total, remarks = miner.run()
+            lines = [f"look at {remark}\n" for remark in remarks]
+            lines.append(f"{report.sentence(total)}; {total['negatives']:,} negatives; ")
+            lines.append(f"report: {config.output / 'README.md'}\n")
+            output, text = sys.stderr, "".join(lines)
+        if distributed.rank() == 0:
+            output.write(text)
+        return 0
     finally:
         distributed.stop()
-
-
-def _mine(config: MiningConfig, device: torch.device) -> int:
-    """Wire the parts and run them."""
-    miner = Miner(config, device, sys.stderr)
-    if config.dry_run:
-        plan = miner.plan()
-        if distributed.rank() == 0:
-            sys.stdout.write(plan + "\n")
-        return 0
-    total, remarks = miner.run()
-    if distributed.rank() == 0:
-        sys.stderr.write("".join(f"look at {remark}\n" for remark in remarks))
-        sys.stderr.write(
-            f"{total['rows']:,} rows = {total['kept']:,} kept + {total['outranked']:,} outranked + "
-            f"{total['short']:,} with too few negatives; {total['negatives']:,} negatives; "
-            f"report: {config.output / 'README.md'}\n"
-        )
-    return 0
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def measured(rows: list[Row], model: str) -> Iterator[tuple[str, int]]:
             kept, total = mine(model, data, Path(folder), k)
             for row in kept:
                 assert not answers[row["query"]] & set(row["neg"]), row
-            assert total["rows"] == len(rows) == len(kept) + total["outranked"] + total["short"]
+            assert total["rows"] == len(rows) == len(kept) + total["inconsistent"] + total["short"]
             dropped = len(rows) - len(kept)
             caught = wrong - sum(row["relevance"] for row in kept)
             shares = [f"{caught / of:.2f}" if of else "-" for of in (dropped, wrong)]

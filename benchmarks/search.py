@@ -1,8 +1,8 @@
 """Exact search: ours, faiss's flat index, and the bare matrix product they cannot beat.
 
-    python benchmarks/search.py [--documents 200000] [--queries 10000] [--width 896] [--k 100]
-    python benchmarks/search.py --memory [--sizes 100000 2000000] [--width 64]
-    torchrun --nproc-per-node 3 benchmarks/search.py --agree --documents 50000 --width 256 [--vectors DIR]
+    python benchmarks/search.py [--documents 200000] [--queries 10000] [--dim 896] [--k 100]
+    python benchmarks/search.py --memory [--sizes 100000 2000000] [--dim 64]
+    torchrun --nproc-per-node 3 benchmarks/search.py --agree --documents 50000 --dim 256 [--vectors DIR]
 
 All three take the queries in parts, in turn, so that a change of the machine's speed meets them
 alike; ratios are medians over the parts. Vectors are random unit vectors, made on the spot. faiss's
@@ -11,7 +11,7 @@ index holds its own copy of the documents; building it is not timed.
 --memory searches documents on disk and applies the rules to what was found, each size in a fresh
 process, and prints how far its resident memory rose (Linux).
 
---agree compares ids and order of numpy's, a GPU's, faiss's and all processes' nominations.
+--agree compares ids, order and scores of torch, faiss, a GPU and all processes together.
 """
 
 import os
@@ -28,14 +28,12 @@ import numpy as np
 import torch
 
 from kalm_min.config import parse
-from kalm_min.embedder import fastest_safe_dtype
-from kalm_min.mining.catalogue import TEXT, Catalogue, Texts
-from kalm_min.mining.negatives import Rules
-from kalm_min.mining.nominees import Vectors, import_faiss
-from kalm_min.mining.search import on_grid, search, search_on_all_ranks
-from kalm_min.mining.selection import select
-from kalm_min.mining.store import StoredNeighbours, StoredVectors
+from kalm_min.mining.pipeline import StoredNeighbours
+from kalm_min.mining.rules import Rules, select
+from kalm_min.mining.texts import TEXT, TextIndex
+from kalm_min.topk import Ints, Vectors, merge, on_grid, top_k
 from kalm_min.training import distributed
+from kalm_min.vectors import StoredVectors, TextSet
 
 _SHARD = 1024
 
@@ -46,7 +44,7 @@ class Options:
 
     documents: Annotated[int, "Vectors searched."] = 200_000
     queries: Annotated[int, "Vectors searched for."] = 10_000
-    width: Annotated[int, "Dimension of the vectors."] = 896
+    dim: Annotated[int, "Dimension of the vectors."] = 896
     k: Annotated[int, "Neighbours."] = 100
     rounds: Annotated[int, "Parts into which the queries are divided."] = 10
     device: Annotated[str, "Device of the products; faiss stays on the CPU."] = "cpu"
@@ -82,12 +80,12 @@ def main(argv: list[str]) -> None:
         speed(options)
 
 
-def unit(count: int, width: int, seed: int) -> Vectors:
+def unit(count: int, dim: int, seed: int) -> Vectors:
     """Random unit vectors on the grid, made in blocks."""
     rng = np.random.default_rng(seed)
-    vectors = np.empty((count, width), np.float32)
+    vectors = np.empty((count, dim), np.float32)
     for start in range(0, count, _SHARD):
-        block = rng.standard_normal((min(_SHARD, count - start), width), np.float32)
+        block = rng.standard_normal((min(_SHARD, count - start), dim), np.float32)
         block /= np.linalg.norm(block, axis=1, keepdims=True)
         vectors[start : start + _SHARD] = on_grid(block)
     return vectors
@@ -95,20 +93,18 @@ def unit(count: int, width: int, seed: int) -> Vectors:
 
 def speed(options: Options) -> None:
     """Alternate ours, faiss and the product; print medians and ratios."""
-    documents = unit(options.documents, options.width, 0)
-    queries = unit(options.queries, options.width, 1)
-    faiss = import_faiss()
+    documents = unit(options.documents, options.dim, 0)
+    queries = unit(options.queries, options.dim, 1)
+    import faiss
+
     faiss.omp_set_num_threads(torch.get_num_threads())
-    index = faiss.IndexFlatIP(options.width)
+    index = faiss.IndexFlatIP(options.dim)
     index.add(documents)
     programs = {
-        "kalm_min": lambda part: search(part, documents, options.k, device=options.device).ids,
+        "kalm_min": lambda part: top_k(part, documents, options.k, device=options.device).ids,
         "faiss IndexFlatIP": lambda part: index.search(part, options.k)[1],
         "matrix product alone": lambda part: product(part, documents, options.device),
     }
-    if fastest_safe_dtype(torch.device(options.device)) is torch.bfloat16:
-        halves = torch.from_numpy(documents).to(options.device, torch.bfloat16)
-        programs["the same in bfloat16"] = lambda part: product_of_halves(part, halves)
     wall: dict[str, list[float]] = {name: [] for name in programs}
     work: dict[str, float] = dict.fromkeys(programs, 0.0)
     different = 0.0
@@ -120,9 +116,9 @@ def speed(options: Options) -> None:
             wall[name].append(time.perf_counter() - start)
             work[name] += time.process_time() - started
         different += (found[0] != found[1]).sum() / (options.queries * options.k)
-    flop = 2 * options.queries * options.documents * options.width
+    flop = 2 * options.queries * options.documents * options.dim
     print(
-        f"{options.queries:,} queries, {options.documents:,} documents, {options.width} dimensions, "
+        f"{options.queries:,} queries, {options.documents:,} documents, {options.dim} dimensions, "
         f"top {options.k}, {torch.get_num_threads()} threads, in {options.rounds} parts\n"
     )
     print("| search | seconds | processor seconds | GFLOP/s | share of the product's speed |")
@@ -163,35 +159,27 @@ def product(queries: Vectors, documents: Vectors, device: str) -> None:
     torch.cuda.synchronize()
 
 
-def product_of_halves(queries: Vectors, documents: torch.Tensor) -> None:
-    """All scores in bfloat16, none kept: a limit where that format is native."""
-    asked = torch.from_numpy(queries).to(documents)
-    scores = asked.new_empty(len(asked), 16_384)
-    for block in documents.split(16_384):
-        torch.mm(asked, block.T, out=scores[:, : len(block)])
-    if documents.is_cuda:
-        torch.cuda.synchronize()
-
-
 def agree(options: Options) -> None:
     """Search with everything there is; raise where two find other ids or another order."""
     distributed.start(dict(os.environ), torch.device(options.device))
     if options.vectors is None:
-        documents = unit(options.documents, options.width, 0)
-        queries = unit(options.queries, options.width, 1)
+        documents = unit(options.documents, options.dim, 0)
+        queries = unit(options.queries, options.dim, 1)
     else:
         found = [np.load(path) for path in sorted(options.vectors.glob("*.npy"))]
         documents = np.concatenate(found)[: options.documents]
         queries = documents[:: max(1, len(documents) // options.queries)]
     k = options.k
     ways = {
-        "numpy": lambda: search(queries, documents, k),
-        "faiss": lambda: search(queries, documents, k, backend="faiss"),
-        options.device: lambda: search(queries, documents, k, device=options.device),
+        "torch": lambda: top_k(queries, documents, k),
+        "faiss": lambda: top_k(queries, documents, k, backend="faiss"),
     }
-    searched = search_on_all_ranks(
-        queries, documents, k, lambda rows, span: search(rows, documents, k, span=span)
-    )
+    if options.device != "cpu":
+        ways[options.device] = lambda: top_k(queries, documents, k, device=options.device)
+    rank, world = distributed.rank(), distributed.world_size()
+    span = len(documents) * rank // world, len(documents) * (rank + 1) // world
+    found = distributed.gather_objects(top_k(queries, documents, k, span=span))
+    searched = merge(found, k)
     if distributed.rank() == 0:
         for name, way in ways.items():
             other = way()
@@ -207,59 +195,78 @@ def agree(options: Options) -> None:
 
 def memory(options: Options) -> None:
     """A fresh process for each size; the documents come from disk."""
-    print(f"{options.width} dimensions, {options.queries:,} queries, top {options.k}\n")
+    print(f"{options.dim} dimensions, {options.queries:,} queries, top {options.k}\n")
     print("| documents | on disk | resident before | rise in search | rise in filter | seconds |")
     print("|---|---|---|---|---|---|")
     for size in options.sizes:
         with tempfile.TemporaryDirectory() as folder:
-            for shard, start in enumerate(range(0, size, _SHARD)):
-                block = unit(min(_SHARD, size - start), options.width, shard)
-                np.save(Path(folder) / f"{shard:06d}.npy", block)
+            documents = on_disk(Path(folder), size, options.dim)
+            for shard in documents.missing():
+                documents.encode(shard, RandomVectors(options.dim))  # pyright: ignore[reportArgumentType]
             command = [sys.executable, __file__, "--child", folder, "--documents", str(size)]
-            for name in ("width", "k", "queries"):
+            for name in ("dim", "k", "queries"):
                 command += [f"--{name}", str(getattr(options, name))]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             *numbers, seconds = done.stdout.split()
-            cells = [f"{number} MiB" for number in (size * options.width * 4 >> 20, *numbers)]
+            cells = [f"{number} MiB" for number in (size * options.dim * 4 >> 20, *numbers)]
             print(f"| {size:,} | {' | '.join(cells)} | {seconds} |", flush=True)
 
 
 def searched_on_disk(options: Options, folder: Path) -> tuple[str, ...]:
     """MiB resident before, how far it rose in the search and in the filter, seconds of both."""
-    paths = sorted(folder.glob("*.npy"))
-    cuts = np.minimum(np.arange(len(paths) + 1) * _SHARD, options.documents)
-    documents = StoredVectors(paths, cuts, options.width)
-    queries = unit(options.queries, options.width, 1)
-    catalogue = a_catalogue(options.queries, options.documents)
+    documents = on_disk(folder, options.documents, options.dim)
+    queries = unit(options.queries, options.dim, 1)
+    index = an_index(options.queries, documents.texts.hashes)
     stored = StoredNeighbours(folder / str(options.k), options.queries, options.k)
-    search(queries[:8], unit(2048, options.width, 2), 8)  # what a library allocates once
+    top_k(queries[:8], unit(2048, options.dim, 2), 8)  # what a library allocates once
     start, before = time.perf_counter(), resident("VmRSS")
     rises: list[int] = []
     for step in ("search", "filter"):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak so far
         if step == "search":
             for block in stored.missing():
-                part = queries[stored.bounds(block)]
-                stored.write(block, search(part, documents, options.k))
+                stored.write(block, top_k(queries[block], documents, options.k))
         else:
-            select(catalogue, catalogue.documents.hashes, queries, documents, stored, Rules())
+            hashes = documents.texts.hashes
+            select(index, hashes, queries, documents, stored.read, Rules())
         rises.append(resident("VmHWM") - before)
     return str(before), *map(str, rises), f"{time.perf_counter() - start:.0f}"
 
 
-def a_catalogue(queries: int, documents: int) -> Catalogue:
+class RandomVectors:
+    """Stands for an embedder."""
+
+    dtype = torch.float32
+
+    def __init__(self, dim: int) -> None:
+        """Of this dimension."""
+        self.dim = dim
+
+    def encode(self, texts: list[str], prompt: str) -> Vectors:
+        """Random unit vectors."""
+        return unit(len(texts), self.dim, int(texts[0]))
+
+
+def on_disk(folder: Path, size: int, dim: int) -> StoredVectors:
+    """Vectors of as many texts that are their own numbers."""
+    texts = TextSet.of(lambda start, stop: [str(i) for i in range(start, stop)], size)
+    return StoredVectors(folder, texts, dim)
+
+
+def an_index(queries: int, documents: Ints) -> TextIndex:
     """As many rows as queries, each with one of the documents as its positive."""
     rng = np.random.default_rng(0)
-    sides = [np.zeros(number, TEXT) for number in (queries, documents)]
-    for table in sides:
-        table["hash"] = rng.integers(-(2**62), 2**62, len(table))
-    return Catalogue(
+    tables = [np.zeros(number, TEXT) for number in (queries, len(documents))]
+    tables[0]["hash"] = rng.integers(-(2**62), 2**62, queries)
+    tables[1]["hash"] = documents
+    return TextIndex(
         first=0,
-        queries=Texts(sides[0], ("",)),
-        documents=Texts(sides[1], ("",)),
+        instructions=("",),
+        queries=tables[0],
+        documents=tables[1],
         row_query=np.arange(queries),
         starts=np.arange(queries + 1),
-        positives=rng.integers(0, documents, queries),
+        positives=rng.integers(0, len(documents), queries),
         groups=np.zeros(queries, np.int64),
         fingerprint="",
     )

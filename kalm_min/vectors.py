@@ -154,8 +154,8 @@ class StoredVectors:
         codes = np.array([text_hash(prompt) for prompt in texts.prompts], np.int64)
         pairs = np.stack([codes[texts.prompt_ids], texts.hashes], axis=1)  # (n, 2)
         parts = [pairs[start:stop].tobytes() for start, stop in pairwise(self.cuts.tolist())]
-        self._names = [f"shards/{digest(part)[:32]}.npy" for part in parts]
-        self.key = digest(*self._names)[:32]
+        self.names = [f"shards/{digest(part)[:32]}.npy" for part in parts]
+        self.key = digest(*self.names)[:32]
         """A digest of all texts and prompts, in order."""
         self._in_memory: dict[int, Vectors] = {}
         self._stored_dimension = dimension
@@ -172,12 +172,16 @@ class StoredVectors:
     def missing(self) -> list[int]:
         """The shards that are not stored, or stored but unreadable."""
         found: list[int] = []
-        for shard in range(len(self._names)):
+        for shard in range(len(self.names)):
             try:
                 self._shard(shard)
             except (OSError, ValueError):
                 found.append(shard)
         return found
+
+    def characters(self, shard: int) -> int:
+        """How many characters the texts of a shard have."""
+        return int(self.texts.sizes[self.cuts[shard] : self.cuts[shard + 1]].sum())
 
     def encode(self, shard: int, embedder: Embedder, *, needs_disk: bool = True) -> None:
         """Encode a shard and write it. What is encoded together is always the same texts.
@@ -204,7 +208,7 @@ class StoredVectors:
             )
         self._in_memory[shard] = on_grid(vectors)
         if self.folder is not None:
-            path = self.folder / self._names[shard]
+            path = self.folder / self.names[shard]
             try:
                 write_array(path, self._in_memory[shard])
                 del self._in_memory[shard]
@@ -220,7 +224,7 @@ class StoredVectors:
         if self.folder is None:
             raise FileNotFoundError(f"shard {shard} is not encoded")
         shape = (int(self.cuts[shard + 1] - self.cuts[shard]), self._stored_dimension)
-        return read_array(self.folder / self._names[shard], shape, np.dtype(np.float32))
+        return read_array(self.folder / self.names[shard], shape, np.dtype(np.float32))
 
     def __getitem__(self, key: slice | Ints) -> Vectors:
         """The rows of a slice without step, or those numbered by an array in any order."""

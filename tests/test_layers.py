@@ -61,7 +61,7 @@ CONFINED = {
     ),
     "torch.nn.attention.varlen": ("kalm_min.model.attention",),
     "flash_attn": (),
-    "faiss": ("kalm_min.topk", "kalm_min.mining.nominees"),
+    "faiss": ("kalm_min.topk",),
     "mteb": MTEB_SIDE,
     "datasets": MTEB_SIDE,
     "matplotlib": ("kalm_min.mining.report", "kalm_min.evaluation.report"),

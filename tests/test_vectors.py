@@ -18,7 +18,7 @@ def stored(texts, prompt="", folder=None):
 
 
 def names(texts, prompt=""):
-    return stored(texts, prompt)._names
+    return stored(texts, prompt).names
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -100,17 +101,19 @@ def test_every_row_is_accounted_for(toy, mined):
     for task in ("planted", "twice", "labels", "grouped"):
         summary = read_json(mined / ".mining" / "tasks" / f"{task}.json")["summary"]
         assert summary["rows"] == len(rows_of(toy, task))
-        assert summary["rows"] == summary["kept"] + summary["outranked"] + summary["short"]
+        assert summary["rows"] == summary["kept"] + summary["inconsistent"] + summary["short"]
         assert summary["kept"] == len(rows_of(mined, task))
         assert sum(summary["ranks"]) == (0 if task == "grouped" else summary["rows"])
-    assert "490 rows in = " in (mined / "README.md").read_text(encoding="utf-8")
+    assert "490 rows = 450 kept + 40 that failed the consistency filter + 0 with" in (
+        mined / "README.md"
+    ).read_text(encoding="utf-8")
 
 
 def test_report_shows_rows_to_judge(mined):
-    """Dropped rows stand with what outranked them; a corpus without the ranks asked for is named."""
+    """Dropped rows stand with what ranked above them; a corpus without the ranks is named."""
     page = (mined / "README.tasks" / "planted.md").read_text(encoding="utf-8")
-    dropped, kept = page.split("rows outranked")[1], page.split("rows kept")[1]
-    assert dropped.count("first stranger: ``") == 20
+    dropped, kept = page.split("rows failed the consistency filter")[1], page.split("rows kept")[1]
+    assert dropped.count("top unlabelled: ``") == 20
     assert kept.count("positive, rank") == 5
     assert kept.count(" negative: ``") == 20
     overview = (mined / "README.md").read_text(encoding="utf-8")
@@ -212,7 +215,7 @@ def test_full_disk(toy, mined, tiny_model_dir, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("mine.py: [Errno ")
-    assert "the same command goes on" in done.stderr
+    assert "the same command continues" in done.stderr
     assert list((output / ".mining").glob("model/shards/*.npy"))
     assert run(tiny_model_dir, toy, output, *RULES) == 0
     assert contents(output) == contents(mined)
@@ -226,7 +229,7 @@ def test_dry_run_writes_nothing(toy, mined, tiny_model_dir, capsys):
     assert not nowhere.exists()
     kept = len(rows_of(mined, "planted"))
     table = capsys.readouterr().out
-    assert f"| 0 kchar | 0 blocks | {kept} |" in table
+    assert re.search(rf"\| +0 kchar \| +0 blocks \| +{kept} \|", table)
     assert "copied" in table
     assert run(tiny_model_dir, toy, nowhere, *RULES, "--dry-run") == 0
     assert not nowhere.exists()
@@ -297,7 +300,7 @@ def program(model, data, output):
     ]  # fmt: skip
 
 
-def test_killed_runs_go_on_to_the_same_bytes(toy, mined, tiny_model_dir, tmp_path):
+def test_killed_runs_resume_to_the_same_bytes(toy, mined, tiny_model_dir, tmp_path):
     """kill -9 once a shard was written; the next run ends like the unbroken one."""
     output = tmp_path / "out"
     command = [sys.executable, *program(tiny_model_dir, toy, output)]

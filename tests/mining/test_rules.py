@@ -3,17 +3,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kalm_min.mining.negatives import KEPT, OUTRANKED, SHORT, Rules, choose, random_keys
+from kalm_min.mining.rules import INCONSISTENT, KEPT, SHORT, Rules, choose, random_keys
 
 SCORES = np.linspace(0.9, 0.0, 10, dtype=np.float32)[None]  # one row, ten neighbours
 
 
-def one(rules, *, best=0.95, strangers=None, keys=None):
+def one(rules, *, best=0.95, unlabelled=None, keys=None):
     """The choice for a single row."""
-    strangers = np.ones((1, 10), bool) if strangers is None else np.array([strangers], bool)
+    unlabelled = np.ones((1, 10), bool) if unlabelled is None else np.array([unlabelled], bool)
     keys = np.arange(10, dtype=np.uint64)[None] if keys is None else keys
     best = np.array([best], np.float32)
-    return choose(SCORES, strangers, np.ones((1, 10), bool), best, keys, rules)
+    return choose(SCORES, unlabelled, np.ones((1, 10), bool), best, keys, rules)
 
 
 def columns(choice):
@@ -26,41 +26,41 @@ def rules(**changes):
 
 
 def test_rank_range_counts_from_one_both_ends_in():
-    """Ranks 3 to 5 are the third, fourth and fifth stranger."""
+    """Ranks 3 to 5 are the third, fourth and fifth unlabelled candidate."""
     assert columns(one(rules(rank_range=(3, 5)))) == [2, 3, 4]
 
 
 def test_known_answers_take_no_rank():
-    """A positive, or the query itself, neither is chosen nor pushes strangers down."""
-    strangers = [False, True, False, True, True, True, True, True, True, True]
-    assert columns(one(rules(rank_range=(2, 3)), strangers=strangers)) == [3, 4]
+    """A positive, or the query itself, neither is chosen nor pushes unlabelled candidates down."""
+    unlabelled = [False, True, False, True, True, True, True, True, True, True]
+    assert columns(one(rules(rank_range=(2, 3)), unlabelled=unlabelled)) == [3, 4]
 
 
 def test_official_rank_is_zero_based_over_everything():
-    """The official slice [2:4] takes 0-based places 2 and 3, positives counted."""
-    strangers = [False, True, True, True, True, True, True, True, True, True]
-    choice = one(rules(rank_range=(2, 4), official_rank=True), strangers=strangers)
+    """The official slice [2:4] takes 0-based ranks 2 and 3, positives counted."""
+    unlabelled = [False, True, True, True, True, True, True, True, True, True]
+    choice = one(rules(rank_range=(2, 4), official_rank=True), unlabelled=unlabelled)
     assert columns(choice) == [2, 3]
 
 
-@pytest.mark.parametrize(("ahead", "fate"), [(2, KEPT), (3, OUTRANKED)])
-def test_consistency_is_rank_k(ahead, fate):
-    """With k = 3 a positive with two strangers above it has rank 3 and stays; with three it goes."""
+@pytest.mark.parametrize(("ahead", "status"), [(2, KEPT), (3, INCONSISTENT)])
+def test_consistency_is_rank_k(ahead, status):
+    """With k = 3 a positive with two unlabelled candidates above it has rank 3 and stays; with three it goes."""
     best = (SCORES[0, ahead - 1] + SCORES[0, ahead]) / 2
-    assert one(rules(consistency_top_k=3), best=best).fate[0] == fate
+    assert one(rules(consistency_top_k=3), best=best).status[0] == status
 
 
-@pytest.mark.parametrize(("ahead", "fate"), [(3, KEPT), (4, OUTRANKED)])
-def test_official_consistency_lets_one_more_pass(ahead, fate):
+@pytest.mark.parametrize(("ahead", "status"), [(3, KEPT), (4, INCONSISTENT)])
+def test_official_consistency_lets_one_more_pass(ahead, status):
     """The official code compares with the score at the 0-based place k."""
     best = (SCORES[0, ahead - 1] + SCORES[0, ahead]) / 2
-    official = KEPT if not best < SCORES[0, 3] else OUTRANKED
-    assert one(rules(consistency_top_k=3, official_rank=True), best=best).fate[0] == fate
-    assert official == fate
+    official = KEPT if not best < SCORES[0, 3] else INCONSISTENT
+    assert one(rules(consistency_top_k=3, official_rank=True), best=best).status[0] == status
+    assert official == status
 
 
 def test_ties_do_not_outrank():
-    """A stranger with the positive's own score is not above it."""
+    """An unlabelled candidate with the positive's own score is not above it."""
     assert one(rules(consistency_top_k=1), best=float(SCORES[0, 0])).ahead[0] == 0
 
 
@@ -96,8 +96,8 @@ def test_short_rows():
     few = {"rank_range": (9, 10), "num_negatives": 3}
     kept = one(rules(**few))
     assert columns(kept) == [8, 9]
-    assert kept.fate[0] == KEPT
-    assert one(rules(**few, short_rows="drop")).fate[0] == SHORT
+    assert kept.status[0] == KEPT
+    assert one(rules(**few, short_rows="drop")).status[0] == SHORT
 
 
 def test_random_keys_depend_on_the_pair_alone():
@@ -127,9 +127,9 @@ def test_random_choice_is_even():
 
 @given(st.data())
 def test_choice_keeps_its_promises(data):
-    """Only strangers of the range within the limits, none twice, as many as there are up to n."""
+    """Only unlabelled candidates of the range within the limits, none twice, as many as there are up to n."""
     width = data.draw(st.integers(1, 30))
-    strangers = np.array([data.draw(st.lists(st.booleans(), min_size=width, max_size=width))])
+    unlabelled = np.array([data.draw(st.lists(st.booleans(), min_size=width, max_size=width))])
     first = data.draw(st.integers(0, 20))
     settings = Rules(
         rank_range=(first, data.draw(st.integers(max(first, 1), 40))),
@@ -140,15 +140,15 @@ def test_choice_keeps_its_promises(data):
     scores = np.sort(np.random.default_rng(0).random((1, width), np.float32))[:, ::-1]
     keys = random_keys(np.array([1]), np.arange(width)[None], data.draw(st.integers(0, 9)))
     best = np.ones(1, np.float32)
-    listed = np.ones_like(strangers)
-    found = columns(choose(scores, strangers, listed, best, keys, settings))
-    places = np.cumsum(listed if settings.official_rank else strangers) - settings.official_rank
+    listed = np.ones_like(unlabelled)
+    found = columns(choose(scores, unlabelled, listed, best, keys, settings))
+    ranks = np.cumsum(listed if settings.official_rank else unlabelled) - settings.official_rank
     low, high = settings.rank_range
     fits = [
         j
         for j in range(width)
-        if strangers[0, j]
-        and low <= places[j] <= high - settings.official_rank
+        if unlabelled[0, j]
+        and low <= ranks[j] <= high - settings.official_rank
         and (settings.max_score is None or scores[0, j] <= np.float32(settings.max_score))
     ]
     assert found == sorted(set(found))

@@ -1,0 +1,304 @@
+"""The rules: which rows are consistent, and which neighbours become their negatives. Numpy only.
+
+KaLM V1 section 3 (ranking consistency filtering, k = 50; 7 hard negatives of ranks 50 to 100), with
+margins as in NV-Retriever. Every rule is a mask over stored neighbours, so other settings cost
+seconds.
+
+An unlabelled candidate is a document of the corpus that is not labelled as an answer to the query:
+not the query's text itself, not a positive of the query in any row, not a text of its class. Ranks
+count unlabelled candidates, from 1; a positive's rank is one more than the unlabelled candidates
+with a higher score.
+
+`official_rank` counts as the official code does: every document, a row fails when the score at the
+0-based position k is higher than its best positive's (so rank k + 1 still passes), and of a range only
+0-based positions are taken, first included, last not. (The official code also lets every row pass
+when its list is not longer than k. That is not repeated.)
+
+B rows of a block    K stored neighbours    n negatives per row    R, P rows and positives of a task
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kalm_min.mining.texts import TextIndex
+from kalm_min.topk import Ints, Rows
+
+Bools = NDArray[np.bool_]
+Scores = NDArray[np.float32]
+Codes = NDArray[np.uint64]
+
+KEPT, INCONSISTENT, SHORT = 0, 1, 2  # status of a row
+BINS = 100  # of scores from -1 to 1
+_ROWS = 2048  # at a time
+_ODD = np.uint64(0x9E3779B97F4A7C15)
+_LAST = np.uint64(2**64 - 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rules:
+    """How rows are judged and negatives chosen."""
+
+    rank_range: Annotated[tuple[int, int], "First and last rank of a negative, from 1."] = (50, 100)
+    num_negatives: Annotated[int, "Negatives per row, where there are as many candidates."] = 7
+    consistency_top_k: Annotated[
+        int | None, "Drop a row whose best positive ranks lower than this; none keeps every row."
+    ] = 50
+    official_rank: Annotated[bool, "Count ranks as the official code does (docs/design.md)."] = (
+        False
+    )
+    choice: Annotated[
+        Literal["random", "top"], "Which candidates: any, or those with the highest scores."
+    ] = "random"
+    min_score: Annotated[float | None, "Lowest score (cosine) of a negative."] = None
+    max_score: Annotated[float | None, "Highest score (cosine) of a negative."] = None
+    absolute_margin: Annotated[
+        float | None, "A negative scores at least this much less than the row's best positive."
+    ] = None
+    relative_margin: Annotated[
+        float | None, "The same as a share of the positive's score: 0.05 is NV-Retriever's 95 %."
+    ] = None
+    short_rows: Annotated[
+        Literal["keep", "drop"], "What becomes of a row with fewer candidates than negatives."
+    ] = "keep"
+    seed: Annotated[int, "Seed of the random choice."] = 0
+
+    def __post_init__(self) -> None:
+        """Validate option combinations."""
+        first, last = self.rank_range
+        if not 0 <= first <= last or last < 1:
+            raise ValueError(f"rank_range: expected two ranks, first <= last, found {first} {last}")
+        if self.num_negatives < 0:
+            raise ValueError(f"num_negatives: expected 0 or more, found {self.num_negatives}")
+        if self.consistency_top_k is not None and self.consistency_top_k < 1:
+            raise ValueError(
+                f"consistency_top_k: expected a rank from 1, found {self.consistency_top_k}"
+            )
+
+    @property
+    def depth(self) -> int:
+        """How many unlabelled candidates a list of neighbours must hold."""
+        return max(self.rank_range[1], (self.consistency_top_k or 0) + self.official_rank)
+
+
+class Choice(NamedTuple):
+    """The status and negatives of the rows of a block."""
+
+    status: Ints  # (B,) KEPT, INCONSISTENT or SHORT
+    ahead: Ints  # (B,) unlabelled candidates listed above the best positive
+    columns: Ints  # (B, n) of the negatives among the neighbours, highest score first; -1 is none
+
+
+def choose(
+    scores: Scores, is_unlabelled: Bools, is_listed: Bools, best: Scores, keys: Codes, rules: Rules
+) -> Choice:
+    """Judge rows and choose their negatives.
+
+    Args:
+        scores: (B, K) of the neighbours, the highest first.
+        is_unlabelled: (B, K) which neighbours are unlabelled candidates.
+        is_listed: (B, K) which positions hold a neighbour at all.
+        best: (B,) score of each row's best positive.
+        keys: (B, K) random; the lowest are chosen.
+        rules: the settings.
+    """
+    off = int(rules.official_rank)
+    counted = is_listed if rules.official_rank else is_unlabelled
+    ahead = (counted & (scores > best[:, None])).sum(1)
+    ranks = np.cumsum(counted, axis=1)
+    allowed = is_unlabelled & (ranks >= rules.rank_range[0] + off) & (ranks <= rules.rank_range[1])
+    allowed &= scores <= _highest_allowed(best, rules)[:, None]
+    if rules.min_score is not None:
+        allowed &= scores >= np.float32(rules.min_score)
+    columns = _take(allowed, keys, rules)
+    status = np.full(len(best), KEPT)
+    if rules.short_rows == "drop":
+        status[(columns >= 0).sum(1) < rules.num_negatives] = SHORT
+    if rules.consistency_top_k is not None:
+        status[ahead >= rules.consistency_top_k + off] = INCONSISTENT
+    return Choice(status, ahead, columns)
+
+
+def _highest_allowed(best: Scores, rules: Rules) -> Scores:
+    """(B,) highest score a negative of each row may have."""
+    highest = np.full_like(best, np.inf if rules.max_score is None else rules.max_score)
+    if rules.absolute_margin is not None:
+        highest = np.minimum(highest, best - np.float32(rules.absolute_margin))
+    if rules.relative_margin is not None:
+        # A share of the magnitude: a share of a negative score would be a limit above it.
+        highest = np.minimum(highest, best - np.float32(rules.relative_margin) * np.abs(best))
+    return highest
+
+
+def _take(allowed: Bools, keys: Codes, rules: Rules) -> Ints:
+    """(B, n) columns of the chosen, in order; -1 where there are fewer."""
+    count, n = allowed.shape[1], rules.num_negatives
+    positions = np.broadcast_to(np.arange(count, dtype=np.uint64), allowed.shape)
+    priority = np.where(allowed, keys >> 1 if rules.choice == "random" else positions, _LAST)
+    order = np.argsort(priority, axis=1, kind="stable")[:, :n]
+    taken = np.where(np.take_along_axis(allowed, order, 1), order, count)
+    columns = np.full((len(allowed), n), -1)
+    columns[:, : taken.shape[1]] = np.sort(taken, axis=1)
+    columns[columns == count] = -1
+    return columns
+
+
+def random_keys(queries: Ints, candidates: Ints, seed: int) -> Codes:
+    """(B, K) random numbers for (B,) query and (B, K) candidate hashes.
+
+    A function of seed and the two texts alone, so a row's negatives do not depend on the rows around
+    it, on the order of the file or on who computed them.
+    """
+    state = _pairs(queries[:, None], candidates) + np.uint64(seed * 0xD1342543DE82EF95 % 2**64)
+    # The finaliser of splitmix64 (Steele, Lea and Flood 2014).
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)
+    return state ^ (state >> np.uint64(31))
+
+
+class Labels:
+    """Which documents are labelled as answers to which queries of a task, in all its rows."""
+
+    def __init__(self, index: TextIndex) -> None:
+        """Collect the pairs: a query and itself, a query and its positives, a class and its texts."""
+        queries = index.queries["hash"][index.row_query]  # (R,)
+        positives = index.documents["hash"][index.positives]  # (P,)
+        count = np.diff(index.starts)
+        groups = index.groups
+        pairs = [
+            _pairs(queries, queries),
+            _pairs(np.repeat(queries, count), positives),
+            _pairs(groups, queries)[groups != 0],
+            _pairs(np.repeat(groups, count), positives)[np.repeat(groups, count) != 0],
+        ]
+        self._pairs = np.unique(np.concatenate(pairs))
+        counts = np.unique(np.repeat(queries, count), return_counts=True)[1]
+        self.max_per_query = int(counts.max()) + 1
+        """Most documents labelled for one query; for a class there may be more."""
+
+    def mask(self, queries: Ints, groups: Ints, candidates: Ints) -> Bools:
+        """(B, K) which candidate hashes are labelled, for rows of these (B,) query and group hashes."""
+        return self._has(_pairs(queries[:, None], candidates)) | (
+            (groups != 0)[:, None] & self._has(_pairs(groups[:, None], candidates))
+        )
+
+    def _has(self, pairs: Codes) -> Bools:
+        positions = np.searchsorted(self._pairs, pairs)
+        return self._pairs[np.minimum(positions, len(self._pairs) - 1)] == pairs
+
+
+def _pairs(left: Ints, right: Ints) -> Codes:
+    """A 64-bit code of each pair of hashes, as unlikely to collide as they are."""
+    return left.view(np.uint64) * _ODD + right.view(np.uint64)
+
+
+# ---- a full task ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """The status and negatives of the rows of a task."""
+
+    status: Ints  # (R,) KEPT, INCONSISTENT or SHORT
+    ahead: Ints  # (R,) listed unlabelled candidates that score higher than the best positive
+    beyond: Bools  # (R,) the best positive scores less than every listed neighbour: rank not known
+    negatives: Ints  # (R, n) numbers in the corpus, the highest score first; -1 is none
+    negative_scores: Scores  # (R, n)
+    positive_scores: Scores  # (P,) in the order of TextIndex.positives
+    top: Ints  # (R,) the unlabelled candidate with the highest score; -1 where there is none
+    top_scores: Scores  # (R,)
+    histogram: Ints  # (BINS,) scores of all listed unlabelled candidates
+
+    def pairs(self, index: TextIndex) -> tuple[Bools, Ints, Bools, Ints]:
+        """Which positives (P,) and negatives (R, n) are written, each with the rows of those written."""
+        rows = np.arange(len(index))
+        row_of = np.repeat(rows, np.diff(index.starts))  # (P,)
+        kept = self.status == KEPT
+        chosen = kept[:, None] & (self.negatives >= 0)
+        return kept[row_of], row_of[kept[row_of]], chosen, np.repeat(rows, chosen.sum(1))
+
+    def with_scores(self, index: TextIndex, positives: Scores, negatives: Scores) -> "Selection":
+        """The same choice with another model's scores of what is written; nan for the rest."""
+        of_positives, _, of_negatives, _ = self.pairs(index)
+        positive_scores = np.full_like(self.positive_scores, np.nan)
+        negative_scores = np.full_like(self.negative_scores, np.nan)
+        positive_scores[of_positives] = positives
+        negative_scores[of_negatives] = negatives
+        return replace(self, positive_scores=positive_scores, negative_scores=negative_scores)
+
+
+def select(
+    index: TextIndex,
+    corpus: Ints,
+    queries: Rows,
+    documents: Rows,
+    neighbours: Callable[[Ints], tuple[Ints, Scores]],
+    rules: Rules,
+) -> Selection:
+    """Judge every row of a task and choose its negatives, block by block.
+
+    Args:
+        index: the task.
+        corpus: (N,) hashes of the texts that were searched.
+        queries: vectors of index.queries.
+        documents: vectors of index.documents, which hold the positives.
+        neighbours: gives (B, K) ids in the corpus and scores for (B,) numbers of queries.
+        rules: the settings.
+    """
+    labels = Labels(index)
+    histogram = np.zeros(BINS, np.int64)
+    parts: list[dict[str, NDArray[np.generic]]] = []
+    for start in range(0, len(index), _ROWS):
+        rows = slice(start, min(start + _ROWS, len(index)))
+        numbers = index.row_query[rows]
+        bounds = index.starts[rows.start : rows.stop + 1]
+        answers = index.positives[bounds[0] : bounds[-1]]
+        positives = pair_scores(queries, np.repeat(numbers, np.diff(bounds)), documents, answers)
+        best = np.maximum.reduceat(positives, bounds[:-1] - bounds[0])  # every row has a positive
+        ids, scores = neighbours(numbers)
+        is_listed = ids >= 0
+        hashes, candidates = index.queries["hash"][numbers], corpus[ids]
+        is_unlabelled = is_listed & ~labels.mask(hashes, index.groups[rows], candidates)
+        keys = random_keys(hashes, candidates, rules.seed)
+        choice = choose(scores, is_unlabelled, is_listed, best, keys, rules)
+        top = np.where(is_unlabelled.any(1), is_unlabelled.argmax(1), -1)[:, None]
+        histogram += score_histogram(scores[is_unlabelled])
+        parts.append(
+            {
+                "status": choice.status,
+                "ahead": choice.ahead,
+                "beyond": best < np.where(is_listed, scores, np.inf).min(1, initial=np.inf),
+                "negatives": _at(ids, choice.columns, -1),
+                "negative_scores": _at(scores, choice.columns, np.nan),
+                "positive_scores": positives,
+                "top": _at(ids, top, -1)[:, 0],
+                "top_scores": _at(scores, top, np.nan)[:, 0],
+            }
+        )
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return Selection(**joined, histogram=histogram)  # pyright: ignore[reportArgumentType]
+
+
+def pair_scores(queries: Rows, numbers: Ints, documents: Rows, answers: Ints) -> Scores:
+    """(p,) products of queries[numbers] and documents[answers], exact, then rounded to float32."""
+    scores = np.empty(len(numbers), np.float32)
+    for start in range(0, len(numbers), 4 * _ROWS):
+        part = slice(start, start + 4 * _ROWS)
+        left, right = queries[numbers[part]], documents[answers[part]]
+        scores[part] = np.einsum("pd,pd->p", left.astype(np.float64), right.astype(np.float64))
+    return scores
+
+
+def _at(values: NDArray[np.generic], columns: Ints, none: float) -> NDArray[np.generic]:
+    """values[row, columns[row]], `none` where the column is -1."""
+    taken = np.take_along_axis(values, np.maximum(columns, 0), 1)
+    return np.where(columns >= 0, taken, np.asarray(none, values.dtype))
+
+
+def score_histogram(scores: Scores) -> Ints:
+    """(BINS,) how many scores lie in each fiftieth from -1 to 1; others count in the outer bins."""
+    bins = np.floor((scores.ravel().astype(np.float64) + 1) * (BINS / 2)).astype(np.int64)
+    return np.bincount(np.clip(bins, 0, BINS - 1), minlength=BINS)

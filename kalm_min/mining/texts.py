@@ -1,0 +1,186 @@
+"""Which texts a task holds, by number: one pass over its rows, after which everything is arrays.
+
+    rows -> queries    (unique by instruction and text)
+         -> documents  (unique by text: positives, then negatives, in order of appearance)
+         -> which query and which positives each row has
+
+A text is a 64-bit hash and a position (row, slot) where it can be read again, so that a task of
+many millions of rows is some arrays, never a list of strings. The numbers are a function of the data
+alone: not of the model, of the number of processes, or of what was mined before.
+
+R rows    n unique texts    P positives of all rows
+"""
+
+import json
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kalm_min.data import JsonlFile, TrainingData
+from kalm_min.data.records import Field, is_text, problem_with
+from kalm_min.files import atomic_write, digest, text_hash
+from kalm_min.topk import Ints
+from kalm_min.vectors import TextSet
+
+Table = NDArray[np.void]
+
+_FIELDS = ("hash", "instruction", "row", "slot", "size")
+TEXT = np.dtype([(name, np.int64) for name in _FIELDS])
+"""One text: hash without instruction, number of the instruction, where to read it (slot 0 is the
+query, then come positives and negatives), characters with instruction."""
+_POOL = {"text": Field("a non-empty string of valid Unicode", is_text, required=True)}
+
+
+class Texts(NamedTuple):
+    """Unique texts that can be read again."""
+
+    table: Table  # (n,) of TEXT
+    instructions: tuple[str, ...]  # the different ones; "" is none
+    read: Callable[[int, int], str]  # read(row, slot) gives a text again
+
+    def take(self, numbers: Ints) -> "Texts":
+        """Some of them, in the order given."""
+        return self._replace(table=self.table[numbers])
+
+    def set(self, template: str) -> TextSet:
+        """As a store of vectors takes them, each with its instruction, by a template, as a prompt."""
+        rows_and_slots = self.table[["row", "slot"]]
+        return TextSet(
+            hashes=self.table["hash"],
+            sizes=self.table["size"],
+            prompts=tuple(template.format(instruction=x) if x else "" for x in self.instructions),
+            prompt_ids=self.table["instruction"],
+            read=lambda start, stop: [self.read(*at) for at in rows_and_slots[start:stop].tolist()],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextIndex:
+    """The texts of a task and how its R rows use them."""
+
+    first: int  # number of its first row in TrainingData; its rows follow one another
+    instructions: tuple[str, ...]  # the different ones; "" is none
+    queries: Table  # (n,) of TEXT
+    documents: Table  # (n,) of TEXT
+    row_query: Ints  # (R,) number of each row's query
+    starts: Ints  # (R + 1,) row r has positives[starts[r] : starts[r + 1]]
+    positives: Ints  # (P,) numbers of documents
+    groups: Ints  # (R,) hash of the class label; 0 is none
+    fingerprint: str  # a digest of every row: changes when anything in the task does
+
+    def __len__(self) -> int:
+        return len(self.row_query)
+
+    def save(self, path: Path) -> None:
+        """Write an .npz file, complete or not at all."""
+        arrays: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        arrays["instructions"] = json.dumps(self.instructions)
+        with atomic_write(path) as file:
+            np.savez(file, **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> "TextIndex":
+        """Read what `save` wrote."""
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        return cls(
+            first=int(arrays.pop("first")),
+            instructions=tuple(json.loads(str(arrays.pop("instructions")))),
+            fingerprint=str(arrays.pop("fingerprint")),
+            **arrays,
+        )
+
+
+class _UniqueTexts:
+    """Collects unique texts in order of appearance."""
+
+    def __init__(self, instructions: dict[str, int]) -> None:
+        self._numbers: dict[int, int] = {}
+        self._instructions = instructions
+        self._table = array("q")
+
+    def add(self, text: str, instruction: str, row: int, slot: int, *, apart: bool = False) -> int:
+        """The text's number; `apart` distinguishes equal texts with different instructions."""
+        code = text_hash(text)
+        prompt = self._instructions.setdefault(instruction, len(self._instructions))
+        number = self._numbers.setdefault(code + (prompt << 64 if apart else 0), len(self._numbers))
+        if number * len(_FIELDS) == len(self._table):
+            self._table.extend((code, prompt, row, slot, len(instruction) + len(text)))
+        return number
+
+    def table(self) -> Table:
+        return np.frombuffer(self._table.tobytes(), TEXT)
+
+
+def index_task(data: TrainingData, task: int, *, with_negatives: bool) -> TextIndex:
+    """Read a task once.
+
+    Args:
+        data: the opened data.
+        task: its number in data.task_names.
+        with_negatives: whether the negatives of the rows are documents too, as where a task is its
+            own corpus; with a pool only the positives are.
+
+    A document that several rows of a symmetric task hold under different instructions is encoded
+    with the first one's.
+    """
+    first = sum(data.task_sizes[:task])
+    instructions: dict[str, int] = {}
+    queries, documents = _UniqueTexts(instructions), _UniqueTexts(instructions)
+    row_query, positives, groups, starts = array("q"), array("q"), array("q"), array("q", [0])
+    hashes = array("q")
+    for row in range(first, first + data.task_sizes[task]):
+        example = data[row]
+        instruction = example.instruction or ""
+        of_documents = instruction if example.symmetric else ""
+        hashes.append(text_hash(json.dumps([data.record(row), instruction, of_documents])))
+        row_query.append(queries.add(example.query, instruction, row, 0, apart=True))
+        texts = example.positives + (example.negatives if with_negatives else ())
+        numbers = [documents.add(text, of_documents, row, i) for i, text in enumerate(texts, 1)]
+        positives.extend(numbers[: len(example.positives)])
+        starts.append(len(positives))
+        groups.append(0 if example.group is None else text_hash(example.group))
+    return TextIndex(
+        first=first,
+        instructions=tuple(instructions),
+        queries=queries.table(),
+        documents=documents.table(),
+        row_query=np.array(row_query, np.int64),
+        starts=np.array(starts, np.int64),
+        positives=np.array(positives, np.int64),
+        groups=np.array(groups, np.int64),
+        fingerprint=digest(hashes.tobytes()),
+    )
+
+
+def reader(data: TrainingData) -> Callable[[int, int], str]:
+    """Reads a text again; the row read last is kept, as its texts come together."""
+    last: tuple[int, tuple[str, ...]] = -1, ()
+
+    def read(row: int, slot: int) -> str:
+        nonlocal last
+        if last[0] != row:
+            example = data[row]
+            last = row, (example.query, *example.positives, *example.negatives)
+        return last[1][slot]
+
+    return read
+
+
+def open_pool(path: Path, cache_dir: Path | None = None) -> Texts:
+    """The unique texts of a JSONL(.gz) file with the key "text".
+
+    Raises ValueError with file:line for a line without a text in it.
+    """
+    file, unique = JsonlFile(path, cache_dir), _UniqueTexts({})
+    for row in range(len(file)):
+        record = file[row]
+        if problem := problem_with(record, _POOL, extra=True):
+            raise ValueError(f"{file.location(row)}: {problem}")
+        unique.add(record["text"], "", row, 0)
+    return Texts(unique.table(), ("",), lambda row, slot: file[row]["text"])
