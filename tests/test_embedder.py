@@ -228,6 +228,15 @@ def test_attention_mode_is_never_guessed(folder):
     assert load(folder, causal=True).causal is True
 
 
+def test_maximum_length_stays_within_the_positions(folder):
+    """sentence-transformers' file wins; without it the smaller of the tokenizer's and the model's."""
+    assert load(folder).max_length == 32
+    (folder / "sentence_bert_config.json").unlink()
+    for stated, expected in ((17, 17), (131_072, 512), (10**30, 512), (None, 512)):
+        edit(folder, "tokenizer_config.json", model_max_length=stated)
+        assert load(folder).max_length == expected
+
+
 def test_end_of_text_rule_is_kept_for_others(folder, tmp_path):
     """add_eos_token (gte-Qwen2) closes every text here, and in transformers after a save."""
     from transformers import AutoTokenizer

@@ -126,6 +126,27 @@ def test_gradients_equal_transformers(tmp_path):
         assert (parameter.grad - expected[name].grad).abs().max() <= 1e-5 * scale, name
 
 
+@pytest.mark.parametrize("case", ["grouped", "qwen3"])
+def test_autocast_keeps_sixteen_bits_to_the_attention(case, tmp_path, monkeypatch):
+    """float32 weights under autocast: no warning, queries and keys in bfloat16, float32's result nearly."""
+    from kalm_min.model import qwen2
+
+    tiny(**CASES[case]).save_pretrained(tmp_path)
+    model = load_model(tmp_path, dtype=torch.float32)
+    packed, seen, attention = Packed.from_sequences(sequences()), set(), qwen2.packed_attention
+
+    def spy(query, key, value, *rest, **options):
+        seen.update({query.dtype, key.dtype, value.dtype})
+        return attention(query, key, value, *rest, **options)
+
+    expected = model(packed, causal=True)
+    monkeypatch.setattr(qwen2, "packed_attention", spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(packed, causal=True)
+    assert seen == {torch.bfloat16}
+    assert (found.float() - expected).norm() <= 0.05 * expected.norm()
+
+
 def test_initialise_is_the_architecture_default():
     """A fresh decoder has std initializer_range, zero biases, unit norms, and depends on the seed alone."""
     config = ModelConfig(
