@@ -70,8 +70,8 @@ class Embedder:
     ) -> None:
         """Join a decoder, used where and in the dtype it is, and its tokenizer.
 
-        The others are the attributes of `model.folder.Settings`. Raises ValueError where they, or
-        the two parts, cannot belong together.
+        The keywords are documented where they are read: `model.folder.Settings`. Raises ValueError
+        where the tokenizer is not the decoder's or a setting has no meaning.
         """
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
