@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,13 +26,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 
-from kalm_min.config import parse
+from kalm_min.config import run
+from kalm_min.console import table
 from kalm_min.data import Example, collate
 from kalm_min.files import write_text
 from kalm_min.model import ModelConfig, Packed, Qwen2, initialise, pool
 from kalm_min.training import distributed, parallel
 from kalm_min.training.parallel import ParallelConfig
-from kalm_min.training.step import LossConfig, StepResult, TokenBatch, contrastive_step
+from kalm_min.training.step import LossConfig, TokenBatch, contrastive_step
 
 LIMIT = 1e-10
 _QUERIES = 12  # divides by 1, 2 and 3 processes
@@ -77,11 +78,9 @@ OPTIONS = (
 class Way(NamedTuple):
     """One way to compute a step."""
 
-    budget: int
-    """Tokens of a chunk."""
+    budget: int  # tokens per chunk
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    others: int | None = None
-    """Tokens of a chunk on all processes but the first, where they differ."""
+    others: int | None = None  # tokens per chunk on all processes but the first, where they differ
 
 
 WAYS = {
@@ -95,23 +94,14 @@ WAYS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckConfig:
-    """The exactness check."""
+    """Compare one process, several, and gradient caching, for every loss option."""
 
-    output: Path | None = None
-    """Also write the table to this Markdown file."""
-    processes: tuple[int, ...] = (1, 2, 3)
-    """Numbers of gloo processes; each must divide 12."""
-
-
-class Result(NamedTuple):
-    """Loss and gradients of one way to compute a step."""
-
-    loss: float
-    gradients: dict[str, Tensor]
+    output: Annotated[Path | None, "Markdown file to which the table is written too."] = None
+    processes: Annotated[tuple[int, ...], "Numbers of processes; each divides 12."] = (1, 2, 3)
 
 
 def examples(count: int = _QUERIES) -> list[Example]:
-    """Made-up examples in which every kind of false negative occurs."""
+    """Examples in which every kind of false negative occurs."""
     made = []
     for i in range(count):
         positives = (f"positive {i // 2}",) if i < 4 else (f"positive {i}", f"other {i}")
@@ -165,127 +155,103 @@ def decoder() -> Qwen2:
     return model.double()
 
 
-def step(option: Option, way: Way) -> Result:
-    """One step on this process's share, with the loss and gradients that data parallelism gives.
+def step(option: Option, way: Way) -> dict[str, Tensor]:
+    """The "loss" of one step, and every parameter's gradient, as data parallelism gives them.
 
-    It is taken twice: in the second one DDP exchanges more, having seen the first.
+    The step is taken twice: in the second one DDP exchanges more, having seen the first.
     """
-    rank, size = distributed.rank(), distributed.world_size()
-    share = _QUERIES // size
-    own = examples()[rank * share : (rank + 1) * share]
+    rank, share = distributed.rank(), _QUERIES // distributed.world_size()
+    batch = tokenized(examples()[rank * share : (rank + 1) * share], option.num_negatives)
     model = decoder()
     wrapped = parallel.wrap(model, ParallelConfig(strategy=way.strategy))
 
     def embed(packed: Packed) -> Tensor:
         return pool(wrapped(packed, causal=False), packed.cu_seqlens, "mean")
 
-    def once() -> StepResult:
+    loss = torch.zeros(())
+    for _ in range(2):
         model.zero_grad()
-        return contrastive_step(
-            tokenized(own, option.num_negatives),
+        loss = contrastive_step(
+            batch,
             embed,
             option.loss,
             device=torch.device("cpu"),
             tokens_per_batch=way.others if rank and way.others else way.budget,
             no_sync=partial(parallel.no_sync, wrapped),
             sharded=parallel.is_sharded(model),
-        )
-
-    once()
-    result = once()
-    gradients = {
-        name: parallel.full_tensor(p.grad)
-        for name, p in model.named_parameters()
-        if p.grad is not None
+        ).loss
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": distributed.mean(loss)} | {
+        name: parallel.full_tensor(gradient) for name, gradient in gradients.items()
     }
-    return Result(distributed.mean(result.loss).item(), gradients)
 
 
-def difference(one: Result, other: Result) -> float:
+def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """The larger of the relative differences of the loss and of all gradients together."""
-    assert one.gradients.keys() == other.gradients.keys()
-    gap = sum((one.gradients[k] - other.gradients[k]).square().sum() for k in one.gradients)
-    norm = sum(g.square().sum() for g in one.gradients.values())
-    return max(abs(one.loss - other.loss) / abs(one.loss), float(gap / norm) ** 0.5)
+    assert one.keys() == other.keys()
+    gradients = one.keys() - {"loss"}
+    squares = sum((one[name] - other[name]).square().sum() for name in gradients)
+    norm = sum(one[name].square().sum() for name in gradients)
+    return max(float(abs(other["loss"] / one["loss"] - 1)), float(squares / norm) ** 0.5)
 
 
 def compare(processes: Iterable[int]) -> Iterator[tuple[str, int, str, float]]:
     """Yield (option, processes, way, relative difference from the plain form)."""
     plain = {option.name: step(option, WAYS["1 chunk"]) for option in OPTIONS}
     for count in processes:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]  # free
         with tempfile.TemporaryDirectory() as folder:
-            context = start_processes(
-                _worker, (count, _free_port(), folder), nprocs=count, start_method="spawn"
-            )
-            assert context is None
+            start_processes(_worker, (count, port, folder), nprocs=count, start_method="spawn")
             for option, way in product(OPTIONS, WAYS):
-                found = _read(Path(folder) / f"{option.name} {way}.safetensors")
+                found = load_file(Path(folder) / f"{option.name} {way}.safetensors")
                 yield option.name, count, way, difference(plain[option.name], found)
 
 
 def _worker(rank: int, count: int, port: int, folder: str) -> None:
-    """One process: every option in every way; rank 0 keeps the results."""
+    """One process: every option in every way; rank 0 writes the results."""
     torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= address | {"RANK": str(rank), "WORLD_SIZE": str(count)}
     distributed.start(dict(os.environ), torch.device("cpu"))
     try:
         for option, (name, way) in product(OPTIONS, WAYS.items()):
             result = step(option, way)
             if rank == 0:
-                tensors = result.gradients | {"": torch.tensor(result.loss, dtype=torch.float64)}
-                save_file(tensors, Path(folder) / f"{option.name} {name}.safetensors")
+                save_file(result, Path(folder) / f"{option.name} {name}.safetensors")
         distributed.barrier()  # leave together: what ends early breaks the others' connections
     finally:
         distributed.stop()
     distributed.hard_exit(0)
 
 
-def _read(path: Path) -> Result:
-    """What a worker kept."""
-    gradients = load_file(path)
-    return Result(gradients.pop("").item(), gradients)
-
-
-def _free_port() -> int:
-    """A port nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def main(argv: list[str]) -> int:
+def check(config: CheckConfig) -> int:
     """Print the table; 0 when every difference is within the limit."""
-    description = "Compare one process, several, and gradient caching, for every loss option."
-    config = parse(CheckConfig, argv, program="kalm_min.check", description=description)
     rows = list(compare(config.processes))
-    counts = list(product(config.processes, WAYS))
+    columns = list(product(config.processes, WAYS))
     cells = {(name, count, way): value for name, count, way, value in rows}
-    heads = [f"{count} x {way}" for count, way in counts]
     lines = [
         "# One process = several = gradient-cached",
         "",
         "Largest relative difference of loss and parameter gradients from one plain backward over",
-        "the whole batch, float64, CPU, gloo. Columns: processes x chunks (n: one text a",
+        "the whole batch, float64, CPU, gloo. Columns: processes x chunks (n: one text per",
         "chunk; 1 or n: one chunk on the first process, n on the others; sharded: FSDP2).",
         f"Made by `python -m kalm_min.check`; the limit is {LIMIT:.0e}.",
         "",
-        f"| loss option | {' | '.join(heads)} |",
-        f"|---|{'---|' * len(heads)}",
+        table(
+            ["loss option", *(f"{count} x {way}" for count, way in columns)],
+            [
+                [name, *(f"{cells[name, *column]:.0e}" for column in columns)]
+                for name, *_ in OPTIONS
+            ],
+        ),
+        "",
     ]
-    for option in OPTIONS:
-        values = " | ".join(f"{cells[option.name, *place]:.0e}" for place in counts)
-        lines.append(f"| {option.name} | {values} |")
-    table = "\n".join(lines) + "\n"
-    sys.stdout.write(table)
+    sys.stdout.write("\n".join(lines))
     if config.output is not None:
-        write_text(config.output, table)
+        write_text(config.output, "\n".join(lines))
     return int(max(value for *_, value in rows) > LIMIT)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(CheckConfig, check, sys.argv[1:], program="kalm_min.check"))
