@@ -78,16 +78,17 @@ def info_nce(
     pairs = max(1, int(memory_gib * 2**30 / (sides * (48 * len(cuts) + 16))))
     fits = len(queries) * len(documents) <= pairs
     pairs = pairs if queries.is_cuda else min(pairs, _CACHED)
-    height = min(len(queries), math.isqrt(pairs))
-    width = pairs // height
-    both = (torch.split(vectors, height) for vectors in (queries, documents[labels]))
+    tile_rows = min(len(queries), math.isqrt(pairs))
+    tile_columns = pairs // tile_rows
+    both = (torch.split(vectors, tile_rows) for vectors in (queries, documents[labels]))
     blocks = [tuple(_prefixes(part, cuts) for part in parts) for parts in zip(*both, strict=True)]
     positives = torch.cat([_paired_cosines(*block) for block in blocks], dim=1)  # (K, B)
     indices = torch.arange(len(documents), device=labels.device)
 
     def negatives_of(block: int, columns: slice, candidates: _Prefixes) -> Tensor:
         """The log-sum-exp over the negatives in a tile, (K, b)."""
-        rows, (query, positive) = slice(block * height, (block + 1) * height), blocks[block]
+        rows = slice(block * tile_rows, (block + 1) * tile_rows)
+        query, positive = blocks[block]
         cosines = _cosines(query, candidates)  # K of (b, n)
         masked = labels[rows, None] == indices[columns]  # (b, n)
         if callable(mask):
@@ -109,8 +110,8 @@ def info_nce(
         )
     sums: list[list[Tensor]] = [[] for _ in blocks]  # (K, b) of each tile
     # Documents outside, so that backward is done with those of a tile before it begins the next.
-    for number, part in enumerate(torch.split(documents, width)):
-        columns = slice(number * width, (number + 1) * width)
+    for i, part in enumerate(torch.split(documents, tile_columns)):
+        columns = slice(i * tile_columns, (i + 1) * tile_columns)
         candidates = _prefixes(part, cuts)
         for block, found in enumerate(sums):
             found.append(compute(block, columns, candidates))
@@ -124,8 +125,9 @@ def info_nce(
     nll = torch.logaddexp(zero, x)  # (K, B)
     if gamma:
         nll = (-gamma * torch.logaddexp(zero, -x)).exp() * nll  # log(1 - p) = -log(1 + e^-x)
-    weight_of = dict(zip(dims, weights, strict=True)) or {cuts[0]: 1.0}
-    return (nll.new_tensor([weight_of[dim] for dim in cuts]) @ nll).mean()
+    weighted = [*zip(dims, weights, strict=True)] or [(cuts[0], 1.0)]
+    scale = [sum(weight for dim, weight in weighted if dim == cut) for cut in cuts]
+    return (nll.new_tensor(scale) @ nll).mean()
 
 
 def _prefixes(vectors: Tensor, cuts: list[int]) -> _Prefixes:

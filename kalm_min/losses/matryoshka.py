@@ -10,6 +10,7 @@ A weighted sum, not a mean: with the weights of the public recipe (1, .3, .2, .1
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from kalm_min.losses.info_nce import info_nce
@@ -41,15 +42,11 @@ def matryoshka(
     """
     full = queries.shape[1]
     if len(dims) != len(weights) or not dims:
-        raise ValueError(
-            f"matryoshka: expected one weight per dimension, found {dims} and {weights}"
-        )
+        found = f"{dims} and {weights}"
+        raise ValueError(f"matryoshka: expected one weight per dimension, found {found}")
     if max(dims) > full or min(dims) < 1:
         raise ValueError(f"matryoshka: expected dimensions from 1 to {full}, found {max(dims)}")
     if loss is info_nce:
         return loss(queries, documents, labels, dims=dims, weights=weights, **options)
-    terms = [
-        weight * loss(queries[:, :dim], documents[:, :dim], labels, **options)
-        for dim, weight in zip(dims, weights, strict=True)
-    ]
-    return sum(terms[1:], start=terms[0])
+    values = [loss(queries[:, :dim], documents[:, :dim], labels, **options) for dim in dims]
+    return torch.stack([w * value for w, value in zip(weights, values, strict=True)]).sum()

@@ -1,6 +1,6 @@
 """Gradient caching: the gradient of one large contrastive batch in the memory of a small one.
 
-n  texts of this process's share of the batch    D  width
+n  texts of this process's share of the batch    D  dimension
 
 A contrastive loss couples all texts of a batch, but only through their vectors:
 
@@ -10,7 +10,7 @@ A contrastive loss couples all texts of a batch, but only through their vectors:
 
 Memory is that of one chunk whatever n is; the gradient is the same (Gao et al. 2021, "Scaling Deep
 Contrastive Learning Batch Size under Memory Limited Setup"). Step 3 repeats step 1 exactly because
-the decoder has no dropout. With one chunk steps 1 and 3 are the same forward: plain backward.
+the decoder has no dropout. With one chunk, steps 1 and 3 are the same forward pass: plain backward.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,14 +38,14 @@ def cached_backward(
     Args:
         embed: (b, D) vectors of a packed chunk.
         chunks: the texts, packed.
-        rows: for each chunk, the places of its texts among all n.
+        rows: for each chunk, the indices of its texts among all n.
         loss: a scalar of the (n, D) vectors. It may communicate: every process calls it once.
         no_sync: entered around every replay but the last, so that processes exchange parameter
-            gradients once a step.
-        rounds: the largest number of chunks that any process has; None: this process's own. All
-            take the plain way or none: a wrapped model may exchange something in a forward, and
-            so does the loss, and exchanges must come in one order everywhere.
-        sharded: every call of `embed` is a joint act, so all processes make `rounds` of them.
+            gradients once per step.
+        rounds: the largest number of chunks of any process; by default that of this process. All
+            processes use plain backward or none: a wrapped model may communicate in its forward
+            pass, and so does the loss, and communication must have one order on all processes.
+        sharded: every call of `embed` is collective, so all processes make `rounds` calls.
     """
     rounds = rounds or len(chunks)
     spare = rounds - len(chunks) if sharded else 0
@@ -63,7 +63,7 @@ def cached_backward(
     value = loss(leaf)
     value.backward()
     assert leaf.grad is not None
-    gradients = leaf.grad[order].split([len(places) for places in rows])
+    gradients = leaf.grad[order].split([len(indices) for indices in rows])
     for number, (chunk, gradient) in enumerate(zip(chunks, gradients, strict=True), start=1):
         with nullcontext() if number == len(chunks) else no_sync():
             embed(chunk).backward(gradient)

@@ -71,11 +71,7 @@ class LossConfig:
         for name in ("temperature", "distillation_temperature", "memory_gib"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: expected more than 0, found {getattr(self, name)}")
-        share, dims, weights = (
-            self.distillation_weight,
-            self.matryoshka_dims,
-            self.matryoshka_weights,
-        )
+        share, dims = self.distillation_weight, self.matryoshka_dims
         if self.gamma < 0:
             raise ValueError(f"gamma: expected 0 or more, found {self.gamma}")
         if not 0 <= share <= 1:
@@ -84,11 +80,9 @@ class LossConfig:
             raise ValueError("false_negative_margin: expected mask_false_negatives to be true")
         if len(set(dims)) != len(dims):
             raise ValueError("matryoshka_dims: expected each dimension once")
-        if len(dims) != len(weights):
-            raise ValueError(
-                f"matryoshka_weights: expected one for each of the {len(dims)} matryoshka_dims, "
-                f"found {len(weights)}"
-            )
+        if len(dims) != (found := len(self.matryoshka_weights)):
+            expected = f"one for each of the {len(dims)} matryoshka_dims"
+            raise ValueError(f"matryoshka_weights: expected {expected}, found {found}")
 
 
 class TokenBatch(NamedTuple):
@@ -131,10 +125,10 @@ def contrastive_step(
         batch: this process's share of the global batch, as many queries on every process.
         embed: (b, D) vectors of a packed chunk.
         config: the loss.
-        device: where `embed` wants its chunks.
+        device: of the chunks that `embed` is given.
         tokens_per_batch: tokens of one chunk; bounds the memory, changes no result.
         no_sync: see `cached_backward`.
-        sharded: every call of `embed` is a joint act of all processes.
+        sharded: every call of `embed` is collective.
     """
     lengths = [len(ids) for ids in batch.sequences]
     rows = token_budget_batches(lengths, tokens_per_batch)
@@ -178,22 +172,22 @@ def contrastive_batch(
     per_query = np.bincount(text.document_owner, minlength=size)  # (B,)
     present = np.arange(max(2, per_query.max())) < per_query[:, None]  # (B, M)
     rows = text.labels[:, None] + np.arange(present.shape[1]) * present  # (B, M)
-    most = max(map(len, text.positive_hashes))
-    positives = np.stack([np.resize(hashes, most) for hashes in text.positive_hashes])  # (B, P)
+    longest = max(map(len, text.positive_hashes))
+    positives = np.stack([np.resize(hashes, longest) for hashes in text.positive_hashes])  # (B, P)
     start = 0 if query_negatives else size
-    candidates, known = vectors[start:], tensor(meta.T[start:].copy())
+    candidates, candidate_meta = vectors[start:], tensor(meta.T[start:].copy())
     first = size - start  # the row of this process's first document
     if gather:
         counts = distributed.row_counts(len(candidates), vectors.device)
         first += sum(counts[: distributed.rank()])
         candidates = distributed.gather_rows(candidates, counts)  # (N, D)
-        known = distributed.gather_rows(known, counts)  # (N, 4)
+        candidate_meta = distributed.gather_rows(candidate_meta, counts)  # (N, 4)
     return ContrastiveBatch(
         queries=vectors[:size],
         documents=candidates,
         labels=tensor(text.labels) + first,
         query_meta=tensor(queries),
-        document_meta=known.T.contiguous(),
+        document_meta=candidate_meta.T.contiguous(),
         positives=tensor(positives),
         in_batch=tensor(text.in_batch),
         rows=tensor(rows) + first,
@@ -217,8 +211,8 @@ def contrastive_loss(
     counts: dict[str, Tensor] = {}
 
     def mask(rows: slice, columns: slice, cosines: Tensor, positives: Tensor) -> Tensor:
-        close = None if margin is None else cosines > positives + margin
-        masks = non_candidates(batch, rows, columns, close)
+        too_similar = None if margin is None else cosines > positives + margin
+        masks = non_candidates(batch, rows, columns, too_similar)
         if not config.mask_false_negatives:
             masks = {reason: m & (reason in {"self", "foreign"}) for reason, m in masks.items()}
         for name, count in count_pairs(batch, masks, rows, columns).items():
