@@ -14,10 +14,10 @@ PYTEST := $(BIN)/python -m pytest -n 2
 
 .PHONY: help venv test fast lint types size demo clean
 
-help:  ## this list
+help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-venv: $(READY)  ## the virtual environment .venv with the package and all its tools
+venv: $(READY)  ## make the virtual environment .venv with the package and all its tools
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kalm_min needs Python 3.11 or newer: make PYTHON=python3.12")'
@@ -28,23 +28,23 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]" --group dev
 	touch $@
 
-test: lint types  ## lint, format, types, import layers and all tests
+test: lint types  ## check lint, format and types, and run all tests
 	$(PYTEST)
 
-fast: $(READY)  ## the tests that take a moment
+fast: $(READY)  ## run the quick tests
 	$(PYTEST) -m "not slow and not network and not gpu"
 
-lint: $(READY)  ## ruff: rules and format
+lint: $(READY)  ## check rules and format with ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(READY)  ## pyright
+types: $(READY)  ## check types with pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-size: $(READY)  ## how large the package is, part by part
+size: $(READY)  ## print the size of the package, part by part
 	$(BIN)/python benchmarks/size.py
 
-demo: $(READY)  ## from this machine's own documentation to a trained, measured model
+demo: $(READY)  ## train and evaluate a small model on this machine's own documentation
 	$(BIN)/python examples/demo.py
 
 clean:  ## remove the environment, caches and what the demo wrote
