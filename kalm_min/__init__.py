@@ -1,10 +1,10 @@
-"""KaLM-Embedding: a Qwen2 decoder turned into a text embedder, trained, mined for and measured.
+"""KaLM-Embedding: a Qwen2 decoder as a text embedder, with training, mining and evaluation.
 
 `from kalm_min import Embedder` is all that encoding needs. Names are resolved when first used
 (PEP 562), so that `import kalm_min.sampling` plans an epoch without waiting for torch.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kalm_min.embedder import Embedder
@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 __all__ = ["Embedder", "__version__"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "Embedder":
         from kalm_min.embedder import Embedder
 
