@@ -58,7 +58,8 @@ class TrainConfig(Recipe):
     """A training run."""
 
     output: Annotated[
-        Path, "Folder of the run: config.toml, log.jsonl, checkpoints/, final/; with LoRA adapter/."
+        Path,
+        "Folder of the run: config.toml, log.jsonl, checkpoints/, final/, with LoRA also adapter/.",
     ]
     model: ModelSource
     lora: LoRAConfig = field(default_factory=LoRAConfig)

@@ -54,9 +54,10 @@ class SamplingConfig:
     homogeneous_ratio: Annotated[
         float, "Share of each batch that is of one task: 1 is one task per batch, 0 mixes all."
     ] = 1.0
-    num_negatives: Annotated[int, "Hard negatives drawn per query, at most."] = 7
+    num_negatives: Annotated[int, "Maximum number of hard negatives drawn per query."] = 7
     size_exponent: Annotated[
-        float, "An epoch draws from a task ~ size^this: 1 is each example once, 0 equal shares."
+        float,
+        "A task of size n gets a share n^this of an epoch; 1: each example once, 0: equal shares.",
     ] = 1.0
     seed: Annotated[int, "Seed of the order of examples and of the texts drawn from them."] = 0
 
@@ -96,13 +97,15 @@ class LoopConfig:
     """How long to train, and what to do on the way."""
 
     epochs: Annotated[int, "Passes over the data."] = 1
-    max_steps: Annotated[int | None, "Stop, and end the schedule, after this many steps."] = None
+    max_steps: Annotated[
+        int | None, "Stop after this many steps; the learning rate reaches 0 there too."
+    ] = None
     tokens_per_batch: Annotated[
         int, "Tokens per forward of a process; bounds the memory and changes no result."
     ] = 16_384
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"],
-        "Of matrix products; weights and optimizer stay float32. auto: bfloat16 where native.",
+        "Precision of matrix products; weights stay float32. auto: bfloat16 where it is native.",
     ] = "auto"
     save_every: Annotated[int, "Steps between checkpoints."] = 500
     keep_checkpoints: Annotated[
