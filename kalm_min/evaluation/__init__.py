@@ -1,7 +1,7 @@
-"""Scores of a model on mteb's benchmarks and on one's own datasets.
+"""Scores of a model on mteb's benchmarks and on local datasets.
 
-    plan -> runner -> one worker process per device -> a result file per task -> report
+    plan -> runner -> one worker process per device -> one result file per task -> report
 
-The parent (`plan`, `runner`, `report`) never touches a device; a worker (`worker`, `encoder`) may
-die without taking anything but its own task along. Every score is mteb's; none is computed here.
+The parent (`plan`, `local`, `runner`, `report`) never uses a device; a worker (`worker`, `adapter`)
+may die without losing anything but its current task. Every score is computed by mteb.
 """

@@ -162,7 +162,15 @@ def read_dataset(folder: Path, problems: list[str]) -> tuple[LocalDataset, dict[
         )
     files = _files(folder, kind)
     rows = _read_rows(files, kind, problems)
-    lengths = [len(text) for part in rows.values() for row in part for text in _texts(row)]
+    encoded = [
+        value
+        for part in rows.values()
+        for row in part
+        for column, value in row.items()
+        if not column.endswith(("id", "label"))
+    ]
+    texts = [text for value in encoded for text in (value if isinstance(value, list) else [value])]
+    lengths = [len(text) for text in texts if isinstance(text, str)]
     dataset = LocalDataset(
         name=folder.resolve().name,
         path=folder.resolve(),
@@ -174,14 +182,6 @@ def read_dataset(folder: Path, problems: list[str]) -> tuple[LocalDataset, dict[
         **settings,
     )
     return dataset, rows
-
-
-def _texts(row: dict[str, Any]) -> Iterator[str]:
-    """The texts of a row that the model will read."""
-    for column, value in row.items():
-        if not column.endswith(("id", "label")):
-            values = value if isinstance(value, list) else [value]
-            yield from (text for text in values if isinstance(text, str))
 
 
 def _recognise(folder: Path) -> str:
@@ -317,8 +317,13 @@ def build_task(folder: Path) -> "AbsTask":
     if kind.scores == _RANKED:
         data = {"default": {"test": _search_data(rows, dataset.kind)}}
     else:
-        if "label" in kind.columns:
-            _number_labels(rows)
+        if "label" in kind.columns:  # numbered in sorted order, numbers before texts
+            labeled = [row for part in rows.values() for row in part]
+            labels = {row["label"] for row in labeled}
+            order = sorted(labels, key=lambda label: (isinstance(label, str), label))
+            indices = {label: index for index, label in enumerate(order)}
+            for row in labeled:
+                row["label"] = indices[row["label"]]
         if column := {"sts": "score", "summarization": "relevance"}.get(dataset.kind):
             scores = np.concatenate([np.ravel(row[column]) for row in rows["test"]]).tolist()
             attributes = {"min_score": min(scores), "max_score": max(scores)}
@@ -353,16 +358,6 @@ def _columns(rows: Rows, names: Mapping[str, str]) -> "Dataset":
     from datasets import Dataset
 
     return Dataset.from_dict({new: [row[old] for row in rows] for old, new in names.items()})
-
-
-def _number_labels(rows: dict[str, Rows]) -> None:
-    """Replace every label by its index in sorted order, numbers before texts."""
-    labels = {row["label"] for part in rows.values() for row in part}
-    order = sorted(labels, key=lambda label: (isinstance(label, str), label))
-    indices = {label: index for index, label in enumerate(order)}
-    for part in rows.values():
-        for row in part:
-            row["label"] = indices[row["label"]]
 
 
 def _search_data(rows: dict[str, Rows], kind: str) -> dict[str, object]:

@@ -6,6 +6,7 @@ in. A result is reused only if it was made with the same weights, settings, inst
 holds every requested dimension. The parent process needs nothing else: no torch and no device.
 """
 
+import hashlib
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +20,6 @@ from kalm_min.files import (
     atomic_directory,
     checkpoint_folders,
     did_you_mean,
-    digest,
     hash_checkpoint,
     read_json,
 )
@@ -212,8 +212,10 @@ def make_plan(config: EvaluationConfig) -> Plan:
             raise ValueError(f"--dims: {dim} is more than the model's {full} dimensions")
     is_local = Path(config.model).expanduser().is_dir()
     owner = f"local/{folders[0].resolve().name}" if is_local else config.model
-    # mteb's layout, so that mteb.ResultCache(output) finds the results too.
-    revision = f"{checkpoint[:12]}-{digest(repr(sorted(settings.items())))[:8]}"
+    # mteb's layout, so that mteb.ResultCache(output) finds the results too. Not files.digest: a
+    # different hash would give the folders of earlier runs other names.
+    hashed = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()
+    revision = f"{checkpoint[:12]}-{hashed[:8]}"
     return Plan(
         model=config.model,
         checkpoint=checkpoint,

@@ -179,18 +179,25 @@ def peers(mteb, tiny_model_dir):
     }
 
 
-def order(folder, name, **instructions):
-    key = {"query_instruction": "", "document_instruction": ""} | instructions
-    return {"name": name, "type": KINDS[name].type, "folder": str(folder / name), "key": key}
+def order(folder, name, store, **instructions):
+    key = {"query_instruction": "", "document_instruction": "", "checkpoint": "c"} | instructions
+    kind = KINDS[name].type
+    return {
+        "name": name,
+        "type": kind,
+        "folder": str(folder / name),
+        "key": key,
+        "store": str(store),
+    }
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
-def test_scores_equal_those_of_sentence_transformers(mteb, embedder, peers, eight, kind):
+def test_scores_equal_those_of_sentence_transformers(mteb, embedder, peers, eight, tmp_path, kind):
     """Promise: the same main score to 1e-4, at each dimension, in mteb's own file format."""
     from mteb.results import TaskResult
 
-    result = json.loads(json.dumps(evaluate_task(embedder, order(eight, kind), [32, 8])))
+    result = json.loads(json.dumps(evaluate_task(embedder, order(eight, kind, tmp_path), [32, 8])))
     for dim, peer in peers.items():
         expected = mteb.evaluate(
             peer,
@@ -214,10 +221,10 @@ def test_scores_equal_those_of_sentence_transformers(mteb, embedder, peers, eigh
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_instructions_reach_the_texts(embedder, eight):
+def test_instructions_reach_the_texts(embedder, eight, tmp_path):
     """The prompt is the checkpoint's template around the instruction, and it is recorded."""
-    plain = evaluate_task(embedder, order(eight, "sts"), [32])
-    said = evaluate_task(embedder, order(eight, "sts", query_instruction="Compare"), [32])
+    plain = evaluate_task(embedder, order(eight, "sts", tmp_path), [32])
+    said = evaluate_task(embedder, order(eight, "sts", tmp_path, query_instruction="Compare"), [32])
     assert said["kalm_min"]["used"]["prompts"]["query"] == "Instruct: Compare \n Query: "
     assert said["kalm_min"]["used"]["prompts"]["document"] == ""
     assert said["kalm_min"]["used"]["dtype"] == "float32"
@@ -225,8 +232,8 @@ def test_instructions_reach_the_texts(embedder, eight):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_score_that_is_no_number_is_an_error(embedder, datasets):
+def test_a_score_that_is_no_number_is_an_error(embedder, datasets, tmp_path):
     """Average precision of three classes does not exist; the task fails instead of passing."""
     (datasets / "classification" / "task.toml").write_text('main_metric = "ap"')
     with pytest.raises(ValueError, match="main score is not a number"):
-        evaluate_task(embedder, order(datasets, "classification"), [32])
+        evaluate_task(embedder, order(datasets, "classification", tmp_path / "store"), [32])

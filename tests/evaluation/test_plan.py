@@ -161,7 +161,14 @@ def test_a_result_holds_for_its_settings_only(config):
         assert not any(other.result(task) for task in other.tasks), change
 
 
-def test_dimensions_are_had_or_not(config):
+def test_the_folder_of_results_is_that_of_earlier_versions(config):
+    """Bug to avoid: another hash of the same settings, and no old result is found again."""
+    plan = config()
+    assert plan.results.name == f"{plan.checkpoint[:12]}-864b3a7a"
+    assert plan.results.parent.name == "local__model"
+
+
+def test_dimensions_are_present_or_not(config):
     """A result with more dimensions serves a run that asks for fewer, not the other way round."""
     plan = config(dims=(8, 32))
     assert plan.dims == (32, 8)
