@@ -179,12 +179,12 @@ def _open(path: Path) -> Any:
     try:
         # Without pre_buffer, which keeps what it has read until the end of the file.
         return ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False)
-    except (OSError, ValueError) as error:  # pyarrow's own errors are these
+    except (OSError, ValueError) as error:  # pyarrow's errors are of these classes
         found = str(error).partition("\n")[0]
         raise ValueError(f"{path}: expected a Parquet file, found: {found}") from error
 
 
-def _batches(path: Path) -> Iterator[list[dict[str, Any]]]:
+def _batches(path: Path) -> Iterator[list[dict[str, object]]]:
     """The rows, some at a time, with the columns that training data knows."""
     file = _open(path)
     names: list[str] = file.schema_arrow.names

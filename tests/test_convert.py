@@ -115,8 +115,8 @@ def test_bad_rows_are_named(hub, tmp_path, capsys):
         (4, "expected 'pos' to be a list of at least one non-empty string, found nothing"),
         (5, "found nothing as item 2"),
     ):
-        (told,) = [line for line in error.splitlines() if f"{source}, row {number}: " in line]
-        assert problem in told
+        (reported,) = [line for line in error.splitlines() if f"{source}, row {number}: " in line]
+        assert problem in reported
     assert not (tmp_path / "out" / "bad" / "x.jsonl").exists()
     assert len(list((tmp_path / "out").rglob("*.jsonl"))) == 3
 
@@ -145,7 +145,7 @@ def test_many_bad_rows(tmp_path, capsys):
     ],
 )
 def test_instructions(tmp_path, query, expected):
-    """The prefix of published queries becomes the line's instruction, if asked for."""
+    """The prefix of published queries becomes the line's instruction, if requested."""
     write(tmp_path / "hub" / "x.parquet", [{"query": query, "pos": ["p"]}])
     convert(tmp_path / "hub", tmp_path / "split", "--split-instruction")
     convert(tmp_path / "hub", tmp_path / "whole")
@@ -173,7 +173,7 @@ def test_what_is_no_training_data(tmp_path, capsys, content, problem):
 
 
 def test_a_damaged_file(tmp_path, capsys):
-    """Damage in the middle is told with the file; no half of it is left behind."""
+    """Damage in the middle is reported with the file; no half of it is left behind."""
     path = write(tmp_path / "hub" / "x.parquet", [row(f"{i} " * 50) for i in range(5000)])
     content = bytearray(path.read_bytes())
     content[100:2000] = bytes(1900)
@@ -184,7 +184,7 @@ def test_a_damaged_file(tmp_path, capsys):
 
 
 def test_folders_that_are_no_tasks(tmp_path, capsys):
-    """Nothing there, or files too deep: told before anything is written."""
+    """Nothing there, or files too deep: reported before anything is written."""
     write(tmp_path / "hub" / "data" / "a" / "x.parquet", [row("0")])
     for folder, problem in (
         (tmp_path / "none", "none: expected Parquet files, in a sub-folder per task, found none"),

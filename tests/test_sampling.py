@@ -126,31 +126,31 @@ def test_one_task_per_block_at_ratio_one(plan):
 
 @given(plans(), st.sampled_from([0.25, 0.5, 0.75]))
 def test_a_share_of_each_block_stays_with_its_task(plan, ratio):
-    """With ratio r, B - int(B(1-r)) places of a block come from one task, left-overs apart."""
+    """With ratio r, B - int(B(1-r)) positions of a block come from one task, left-overs apart."""
     task = task_of(plan["task_sizes"])
     B = plan["batch_size"]
     kept = B - int(B * (1 - ratio))  # these ratios are exact in binary
-    whole = Counter()
+    full = Counter()
     for batch in joined({**plan, "homogeneous_ratio": ratio}):
         first = set(task[batch[:kept]])
         if len(batch) == B and len(first) == 1:
-            whole[first.pop()] += 1
+            full[first.pop()] += 1
     for number, size in enumerate(plan["task_sizes"]):
-        assert whole[number] >= size // B
+        assert full[number] >= size // B
 
 
 @pytest.mark.parametrize(
     ("batch_size", "ratio", "mixed"), [(10, 0.9, 1), (10, 0.7, 3), (100, 0.71, 29), (7, 0.9, 0)]
 )
-def test_mixed_places_survive_rounding(batch_size, ratio, mixed):
-    """10 * (1 - 0.9) is 0.99...98 in floating point and must count as one place."""
+def test_mixed_positions_survive_rounding(batch_size, ratio, mixed):
+    """10 * (1 - 0.9) is 0.99...98 in floating point and must count as one position."""
     sizes = [batch_size * 50] * 8
     task = task_of(sizes)
     plan = {"task_sizes": sizes, "batch_size": batch_size, "homogeneous_ratio": ratio}
-    place_is_mixed = np.zeros(batch_size, bool)
+    position_is_mixed = np.zeros(batch_size, bool)
     for batch in one_epoch(plan):
-        place_is_mixed |= task[batch] != task[batch[0]]
-    assert place_is_mixed.tolist() == [False] * (batch_size - mixed) + [True] * mixed
+        position_is_mixed |= task[batch] != task[batch[0]]
+    assert position_is_mixed.tolist() == [False] * (batch_size - mixed) + [True] * mixed
 
 
 def test_ratio_zero_is_plain_random_sampling():
@@ -198,8 +198,8 @@ def test_resume_anywhere_is_the_uninterrupted_run(plan, data):
     """State saved after any step, through JSON, continues with the next one."""
     epoch = data.draw(st.integers(0, 3))
     rank = data.draw(st.integers(0, plan["world_size"] - 1))
-    whole = one_epoch(plan, epoch, rank=rank)
-    step = data.draw(st.integers(0, len(whole)))
+    full = one_epoch(plan, epoch, rank=rank)
+    step = data.draw(st.integers(0, len(full)))
 
     broken = TaskBatchSampler(**plan, rank=rank)
     broken.set_epoch(epoch)
@@ -211,17 +211,17 @@ def test_resume_anywhere_is_the_uninterrupted_run(plan, data):
     resumed.load_state_dict(state)
     assert resumed.state_dict() == state
     resumed.set_epoch(epoch)  # as a loop over epochs does
-    assert done + list(resumed) == whole
-    assert resumed.state_dict()["step"] == len(whole)
-    assert list(resumed) == whole
+    assert done + list(resumed) == full
+    assert resumed.state_dict()["step"] == len(full)
+    assert list(resumed) == full
     resumed.set_epoch(epoch + 1)
     assert list(resumed) == one_epoch(plan, epoch + 1, rank=rank)
 
 
 def test_resume_on_another_number_of_ranks():
-    """The place counts global batches, so a run may resume on more ranks or fewer."""
+    """The position counts global batches, so a run may resume on more ranks or fewer."""
     plan = {"task_sizes": [50, 70], "batch_size": 8, "seed": 3}
-    whole = one_epoch(plan)
+    full = one_epoch(plan)
     sampler = TaskBatchSampler(**plan)
     list(islice(sampler, 4))
     parts = []
@@ -229,7 +229,7 @@ def test_resume_on_another_number_of_ranks():
         half = TaskBatchSampler(**plan, rank=rank, world_size=2)
         half.load_state_dict(sampler.state_dict())
         parts.append(list(half))
-    assert [a + b for a, b in zip(*parts, strict=True)] == whole[4:]
+    assert [a + b for a, b in zip(*parts, strict=True)] == full[4:]
 
 
 @pytest.mark.parametrize(
@@ -290,19 +290,19 @@ def test_resume_past_the_end_is_refused():
     ],
 )
 def test_contradictions_are_refused(arguments, message):
-    """Each wrong argument is told in one sentence when the sampler is made."""
+    """Each wrong argument is reported in one sentence when the sampler is made."""
     with pytest.raises(ValueError, match=message):
         TaskBatchSampler(**{"task_sizes": [50, 70], "batch_size": 8, **arguments})
 
 
 def test_every_task_order_is_equally_likely():
-    """The shuffle is not biased: over epochs each example visits each place equally often."""
+    """The shuffle is not biased: over epochs each example visits each position equally often."""
     sampler = TaskBatchSampler([4], 4)
-    places = np.zeros((4, 4), int)
+    visits = np.zeros((4, 4), int)
     for epoch in range(2000):
         sampler.set_epoch(epoch)
-        places[next(iter(sampler)), range(4)] += 1
-    assert abs(places - 500).max() < 5 * np.sqrt(500 * 0.75)
+        visits[next(iter(sampler)), range(4)] += 1
+    assert abs(visits - 500).max() < 5 * np.sqrt(500 * 0.75)
 
 
 def test_a_capped_task_shows_other_examples_each_epoch():

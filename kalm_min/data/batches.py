@@ -35,7 +35,7 @@ class TextBatch:
     query_hashes: Ints
     """(B,)"""
     positive_hashes: list[Ints]
-    """Per query, of all its known positives, drawn or not."""
+    """Per query, of all its positives, drawn or not."""
     document_hashes: Ints
     """(N,)"""
     query_groups: Ints
@@ -90,10 +90,10 @@ def collate(
             example.negative_groups or [None] * len(example.negatives),
             strict=True,
         )
-        known = {example.query, *example.positives}
+        excluded = {example.query, *example.positives}
         found: dict[str, tuple[str, float, str | None]] = {}
         for candidate in candidates:
-            if candidate[0] not in known:
+            if candidate[0] not in excluded:
                 found.setdefault(candidate[0], candidate)
         negatives = list(found.values())
         if len(negatives) > num_negatives:

@@ -139,9 +139,9 @@ def check_all(path: Path, files: Sequence[JsonlFile], progress: TextIO | None) -
                 problems += summary.problems[: LISTED - len(problems)]
                 malformed += summary.malformed
                 for task, counts in summary.tasks.items():
-                    known = tasks.setdefault(task, {})
+                    total_counts = tasks.setdefault(task, {})
                     for what, (count, first) in counts.items():
-                        _add(known, what, count, first)
+                        _add(total_counts, what, count, first)
                 number_of = {task: number for number, task in enumerate(tasks)}
                 numbers = np.array([number_of[task] for task in summary.tasks], np.int32)
                 if numbers.any():

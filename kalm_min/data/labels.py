@@ -2,22 +2,21 @@
 
 For a text of a task with classes the positive is a random other text of the same class, not the
 name of the class, and the negatives are texts of other classes. Both are drawn when the example is
-read, from the rows of each class; the texts themselves are never read as a whole.
+read, from the rows of each class; no more texts are read than are drawn.
 
 Not here: the settings that make a task label-based (records.py), and the generator (dataset.py).
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from kalm_min.data.index import Ints
 from kalm_min.files import text_hash
 
-_TRIES = 8  # draws of a positive before one with the query's own text is taken
+_TRIES = 8  # draws of a positive before one with the text of the query is taken
 
-Record = dict[str, Any]
+Record = Mapping[str, object]
 
 
 class LabelIndex:
@@ -53,7 +52,7 @@ class LabelIndex:
     ) -> tuple[Record, list[Record]]:
         """Draw a positive for a row and `count` negatives (fewer if the other groups have fewer).
 
-        A positive with the query's own text (data has duplicates) is drawn again a few times.
+        A positive with the text of the query (data has duplicates) is drawn again a few times.
 
         Args:
             row: its number in the task.

@@ -3,7 +3,7 @@
 A table of `Field`s says what each key of a JSON object or of a TOML file may hold; `problem_with`
 describes the first violation as "expected ..., found ...", to which the caller adds file and line.
 Declared here: a line of training data (LINE) and the settings of a task (TaskSettings). Datasets
-for evaluation declare their own and use the same check.
+for evaluation declare theirs and use the same check.
 """
 
 import json

@@ -45,8 +45,8 @@ def hashes(texts) -> list[int]:
 
 
 @given(rows(), st.integers(0, 9))
-def test_each_query_brings_its_positive_then_its_negatives(examples, num_negatives):
-    """Documents are grouped by query; negatives are real ones, distinct, as many as asked for."""
+def test_documents_of_a_query_are_its_positive_then_its_negatives(examples, num_negatives):
+    """Documents are grouped by query; negatives are real ones, distinct, as many as requested."""
     batch = batch_of(examples, num_negatives)
     assert batch.document_owner.tolist() == sorted(batch.document_owner)
     assert set(batch.document_owner) == set(range(len(examples)))
@@ -65,7 +65,7 @@ def test_each_query_brings_its_positive_then_its_negatives(examples, num_negativ
 
 @given(rows())
 def test_what_travels_with_the_texts(examples):
-    """Hashes are of the text without instruction; groups are told apart by task; 0 is none."""
+    """Hashes are of the text without instruction; groups of different tasks differ; 0 is none."""
     batch = batch_of(examples)
     assert batch.query_hashes.tolist() == hashes(row.query for row in examples)
     for row, known in zip(examples, batch.positive_hashes, strict=True):
@@ -86,7 +86,7 @@ def test_what_travels_with_the_texts(examples):
 
 @given(rows(), st.integers(0, 3), st.integers(0, 3))
 def test_the_draw_does_not_know_its_batch(examples, epoch, seed):
-    """An example brings the same documents alone, in another batch, and on another rank."""
+    """An example has the same documents alone, in another batch, and on another rank."""
     batch = batch_of(examples, 2, epoch, seed)
     for i, row in enumerate(examples):
         alone = batch_of([row], 2, epoch, seed)
@@ -108,7 +108,7 @@ def test_the_draw_differs_by_epoch_seed_and_example():
 
 
 def test_negatives_are_drawn_uniformly():
-    """No place in the list is preferred."""
+    """No position in the list is preferred."""
     row = example(negatives=tuple("abcde"))
     counts = dict.fromkeys("abcde", 0)
     for epoch in range(2000):

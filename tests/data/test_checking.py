@@ -108,7 +108,7 @@ def test_malformed_lines_keep_the_order_of_the_files(tmp_path, children):
     assert load_summary(JsonlFile(three)) is None
 
 
-def test_progress_is_shown_where_it_is_asked_for(tmp_path, children, capfd):
+def test_progress_is_shown_where_it_is_requested(tmp_path, children, capfd):
     """Lines on the given stream, to the last one; nothing anywhere else, nothing the second time."""
     path = write(tmp_path / "x.jsonl", [line()] * 10)
     stream = io.StringIO()
@@ -174,7 +174,7 @@ def processes_of(path: Path) -> list[int]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
 def test_an_interrupted_check_leaves_nothing(script, tmp_path, number):
-    """No process goes on, and no summary is there; after Ctrl-C only the parent complains."""
+    """No process survives, and no summary is stored; after Ctrl-C only the parent complains."""
     environment = {**os.environ, "KALM_TEST": str(tmp_path)}
     program = subprocess.Popen(
         [*script, "20"], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True

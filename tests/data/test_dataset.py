@@ -52,9 +52,9 @@ def test_a_folder_of_tasks(tmp_path):
         assert queries(data) == ["a0", "a1", "b0", "b1", "c0"]
         assert [example.task for example in data] == [0, 0, 1, 1, 2]
         assert [example.index for example in data] == [0, 1, 2, 3, 4]
-        places = ["a/part-0.jsonl:1", "a/part-1.jsonl.gz:1", "b.jsonl:1", "b.jsonl:2"]
-        places = [f"{tmp_path}/{place}" for place in [*places, "c.x.jsonl.gz:1"]]
-        assert [data.location(i) for i in range(5)] == places
+        locations = ["a/part-0.jsonl:1", "a/part-1.jsonl.gz:1", "b.jsonl:1", "b.jsonl:2"]
+        locations = [f"{tmp_path}/{location}" for location in [*locations, "c.x.jsonl.gz:1"]]
+        assert [data.location(i) for i in range(5)] == locations
         with pytest.raises(IndexError):
             data[5]
 
@@ -91,10 +91,10 @@ def test_the_task_column(tmp_path_factory, files):
         assert data.task_names == sorted(expected)
         assert data.task_sizes == [len(expected[name]) for name in data.task_names]
         flat = [(name, *row) for name in data.task_names for row in expected[name]]
-        for i, (name, query, place) in enumerate(flat):
+        for i, (name, query, location) in enumerate(flat):
             assert data.task_names[data[i].task] == name
             assert data[i].query == query
-            assert data.location(i) == f"{folder}/{place}"
+            assert data.location(i) == f"{folder}/{location}"
 
 
 def test_settings_of_tasks_named_by_lines(tmp_path):
@@ -211,33 +211,33 @@ def test_all_fields(tmp_path):
     ],
 )  # fmt: skip
 def test_malformed_line(tmp_path, line, problem):
-    """Each kind of malformed line is told in one sentence with its place before training."""
+    """Each kind of malformed line is reported in one sentence with its location before training."""
     write(tmp_path / "good.jsonl", [GOOD])
     path = write(tmp_path / "bad.jsonl", [GOOD, "", line, GOOD])
     for _ in range(2):  # a failed check is not remembered as a passed one
         with pytest.raises(ValueError, match="1 malformed line:") as error:
             TrainingData(tmp_path)
-        place = str(error.value).split("\n  ")[1:]
-        assert len(place) == 1
-        assert place[0].startswith(f"{path}:3: {problem}")
-        assert "\n" not in place[0]
+        location = str(error.value).split("\n  ")[1:]
+        assert len(location) == 1
+        assert location[0].startswith(f"{path}:3: {problem}")
+        assert "\n" not in location[0]
     write(path, [GOOD])
     assert len(TrainingData(tmp_path)) == 2
 
 
 def test_every_malformed_line_is_counted(tmp_path):
-    """All files are checked before anything is raised: 20 places and the number of all."""
+    """All files are checked before anything is raised: 20 locations and the number of all."""
     one = write(tmp_path / "a.jsonl", [GOOD, *[{}] * 15])
     two = write(tmp_path / "b.jsonl", [GOOD, *["{"] * 15])
     with pytest.raises(ValueError, match="30 malformed lines, the first 20:") as error:
         TrainingData(tmp_path)
     listed = str(error.value).split("\n  ")[1:]
-    places = [f"{one}:{n}" for n in range(2, 17)] + [f"{two}:{n}" for n in range(2, 7)]
-    assert [line.split(": ")[0] for line in listed] == places
+    locations = [f"{one}:{n}" for n in range(2, 17)] + [f"{two}:{n}" for n in range(2, 7)]
+    assert [line.split(": ")[0] for line in listed] == locations
 
 
 def test_bytes_that_are_not_utf8(tmp_path):
-    """A Latin-1 file is told as such, line by line."""
+    """A Latin-1 file is reported as such, line by line."""
     path = tmp_path / "x.jsonl"
     path.write_bytes('{"query": "é", "pos": ["p"]}\n'.encode("latin-1"))
     with pytest.raises(ValueError, match=r"x\.jsonl:1: expected UTF-8 text, found invalid"):
@@ -276,7 +276,7 @@ def test_the_check_is_done_once(tmp_path, monkeypatch):
     ],
 )
 def test_malformed_folder(tmp_path, entries, problem):
-    """A folder that cannot be data is told in one sentence, before any line is read."""
+    """A folder that cannot be data is reported in one sentence, before any line is read."""
     for entry in entries:
         write(tmp_path / entry, [GOOD])
     with pytest.raises(ValueError, match="expected") as error:
@@ -286,7 +286,7 @@ def test_malformed_folder(tmp_path, entries, problem):
 
 
 def test_nothing_there(tmp_path):
-    """A path that does not exist is told as such."""
+    """A path that does not exist is reported as such."""
     with pytest.raises(ValueError, match=r"none\.jsonl: expected .* found nothing there"):
         TrainingData(tmp_path / "none.jsonl")
 

@@ -101,7 +101,7 @@ def test_any_text_survives_any_chunking(tmp_path, monkeypatch, texts, final, chu
     ids=["utf8", "cut", "nul in string", "nuls", "list", "bom", "nesting", "digits"],
 )
 def test_malformed_line(tmp_path, line, found):
-    """A line that is no JSON object is told with its place, and the others can still be read."""
+    """A line that is no JSON object is reported with its location, and the others can still be read."""
     path = write(tmp_path / "x.jsonl", b"\n".join([LINES[0], b"", line, LINES[1]]))
     file = JsonlFile(path)
     with pytest.raises(ValueError, match="x.jsonl:3: " + found) as error:
@@ -122,7 +122,7 @@ def test_empty_file(tmp_path, name, content):
 
 
 def test_broken_gzip(tmp_path):
-    """A .gz that ends early or is no .gz is told in one sentence; the repaired file opens."""
+    """A .gz that ends early or is no .gz is reported in one sentence; the repaired file opens."""
     path = write(tmp_path / "x.jsonl.gz", b"\n".join(LINES * 1000))
     whole = path.read_bytes()
     damaged = whole[:-8] + bytes(4) + whole[-4:]

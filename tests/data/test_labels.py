@@ -151,7 +151,7 @@ def test_groups_of_negatives_reach_the_batch(tmp_path):
     ],
 )
 def test_a_task_that_cannot_be_label_based(tmp_path, records, problem):
-    """Told in one sentence on opening."""
+    """Reported in one sentence on opening."""
     with pytest.raises(ValueError, match="expected") as error:
         label_based(tmp_path, {"t.jsonl": records})
     assert problem.format(task="the label-based task 't'") in str(error.value)

@@ -71,7 +71,7 @@ def test_rows_of_a_file(tmp_path):
 
 
 def test_settings(tmp_path):
-    """A dictionary; the first thing wrong is told with the file."""
+    """A dictionary; the first thing wrong is reported with the file."""
     path = tmp_path / "task.toml"
     path.write_text("text = 'x'\nlabel = 1\nsummaries = ['a', 'b']\n")
     assert read_settings(path, FIELDS) == {"text": "x", "label": 1, "summaries": ["a", "b"]}
