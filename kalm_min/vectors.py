@@ -13,7 +13,7 @@ Does not: decide which texts there are, or who encodes which shard.
 
 import copy
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -141,6 +141,17 @@ def read_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDAr
     return array
 
 
+def unreadable(parts: Iterable[int], read: Callable[[int], object]) -> list[int]:
+    """The parts that `read` does not find, or finds damaged: they are to be made (again)."""
+    found: list[int] = []
+    for part in parts:
+        try:
+            read(part)
+        except (OSError, ValueError):
+            found.append(part)
+    return found
+
+
 class StoredVectors:
     """(n, D) float32 vectors of a text set, as `topk.Rows`: read from their files when needed.
 
@@ -171,13 +182,7 @@ class StoredVectors:
 
     def missing(self) -> list[int]:
         """The shards that are not stored, or stored but unreadable."""
-        found: list[int] = []
-        for shard in range(len(self.names)):
-            try:
-                self._shard(shard)
-            except (OSError, ValueError):
-                found.append(shard)
-        return found
+        return unreadable(range(len(self.names)), self._shard)
 
     def characters(self, shard: int) -> int:
         """How many characters the texts of a shard have."""

@@ -27,7 +27,6 @@ LAYERS = {
     "kalm_min.sampling": 0,
     "kalm_min.losses": 0,
     "kalm_min.model": 0,
-    "kalm_min.shards": 1,
     "kalm_min.vectors": 1,
     "kalm_min.topk": 1,
     "kalm_min.data": 1,

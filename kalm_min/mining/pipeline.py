@@ -19,11 +19,13 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TextIO, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kalm_min.console import Progress, table
 from kalm_min.data import TrainingData
@@ -48,6 +50,7 @@ from kalm_min.vectors import (
     check_manifest,
     describe,
     read_array,
+    unreadable,
     write_array,
 )
 
@@ -116,10 +119,9 @@ class StoredNeighbours:
     depth: int
 
     def missing(self) -> list[slice]:
-        """The queries of each file that does not exist yet."""
-        starts = range(0, self.size, _QUERIES)
-        found = [slice(start, min(start + _QUERIES, self.size)) for start in starts]
-        return [queries for queries in found if not self._path(queries.start).is_file()]
+        """The queries of each file that does not exist, or cannot be read."""
+        starts = unreadable(range(0, self.size, _QUERIES), self._load)
+        return [slice(start, min(start + _QUERIES, self.size)) for start in starts]
 
     def write(self, queries: slice, found: Neighbours) -> None:
         """Write one file."""
@@ -132,10 +134,13 @@ class StoredNeighbours:
         pairs = np.empty((len(numbers), self.depth), _NEIGHBOUR)
         starts = numbers // _QUERIES * _QUERIES
         for start in np.unique(starts).tolist():
-            shape = (min(_QUERIES, self.size - start), int(self.folder.name))
-            stored = read_array(self._path(start), shape, _NEIGHBOUR)[:, : self.depth]
-            pairs[starts == start] = stored[numbers[starts == start] - start]
+            is_here = starts == start
+            pairs[is_here] = self._load(start)[numbers[is_here] - start, : self.depth]
         return np.ascontiguousarray(pairs["id"]), np.ascontiguousarray(pairs["score"])
+
+    def _load(self, start: int) -> NDArray[np.void]:
+        shape = (min(_QUERIES, self.size - start), int(self.folder.name))
+        return read_array(self._path(start), shape, _NEIGHBOUR)
 
     def _path(self, start: int) -> Path:
         return self.folder / f"{start // _QUERIES:06d}.npy"
@@ -300,20 +305,16 @@ class Miner:
                 task = self._task(number)
                 all_queries, _, corpus = task.vectors
                 stored = self._neighbours(task)
-                k = stored.depth
-                n = len(corpus)
+                k, n = stored.depth, len(corpus)
                 span = n * self.rank // self.world, n * (self.rank + 1) // self.world
-                index = ApproximateIndex(corpus, config.index, span) if config.index else None
+                find = partial(
+                    top_k, documents=corpus, device=self.device, backend=config.search, span=span
+                )
+                if config.index is not None:
+                    find = ApproximateIndex(corpus, config.index, span).top_k
                 for block in blocks:
                     queries = all_queries[block]
-                    found = (
-                        top_k(
-                            queries, corpus, k, device=self.device, backend=config.search, span=span
-                        )
-                        if index is None
-                        else index.top_k(queries, k)
-                    )
-                    found = merge(distributed.gather_objects(found), k)
+                    found = merge(distributed.gather_objects(find(queries, k=k)), k)
                     if self.rank == 0:
                         self._measure_recall(stored, queries, corpus, found)
                         stored.write(block, found)

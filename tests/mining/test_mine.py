@@ -221,6 +221,18 @@ def test_full_disk(toy, mined, tiny_model_dir, tmp_path):
     assert contents(output) == contents(mined)
 
 
+def test_damaged_files_are_made_again(toy, mined, tiny_model_dir, tmp_path):
+    """Shards and neighbours that cannot be read are encoded and searched again."""
+    output = tmp_path / "out"
+    shutil.copytree(mined, output)
+    for name in ("shards", "neighbours"):
+        for path in (output / ".mining" / "model" / name).rglob("*.npy"):
+            path.write_bytes(path.read_bytes()[:-9])
+    (output / ".mining" / "tasks" / "planted.json").unlink()
+    assert run(tiny_model_dir, toy, output, *RULES) == 0
+    assert contents(output) == contents(mined)
+
+
 def test_dry_run_writes_nothing(toy, mined, tiny_model_dir, capsys):
     """It says how much there is to do, and what the rules would keep when that is known."""
     nowhere = toy.parent / "nowhere"
