@@ -79,9 +79,7 @@ class Job:
     part: tuple[int, int] | None = None
 
     def __str__(self) -> str:
-        return (
-            f"{self.task.name} {self.part[0] + 1}/{self.part[1]}" if self.part else self.task.name
-        )
+        return self.task.name + (f" {self.part[0] + 1}/{self.part[1]}" if self.part else "")
 
 
 def make_jobs(tasks: Iterable[PlannedTask], devices: int) -> list[Job]:
@@ -134,7 +132,7 @@ class _Slot:
     busy: float = 0.0  # seconds spent on jobs
 
     def send(self, line: Mapping[str, object]) -> None:
-        """Write a line to the worker's stdin, which begins a start or a job."""
+        """Write a line to the worker's stdin: the settings it starts with, or a job."""
         assert self.process is not None
         assert self.process.stdin is not None
         self.log_start = self.log.stat().st_size
@@ -165,6 +163,8 @@ class _Slot:
 
 class Runner:
     """Runs the tasks of a plan that have no valid result; `run` returns the failures."""
+
+    progress: Progress
 
     def __init__(
         self,
@@ -210,13 +210,14 @@ class Runner:
         self.start_failure = Failure("no worker could start", "")
         self.lines: queue.Queue[tuple[_Slot, subprocess.Popen[bytes], bytes]] = queue.Queue()
         self.total = max(1, round(sum(job.characters for job in self.jobs)))
-        self.progress = Progress(self.total, "characters", stream, interval=60)
-        self.done_characters, self.done_tasks = 0.0, 0
+        self.done_characters, self.done_tasks, self.stream = 0.0, 0, stream
 
     def run(self) -> dict[str, Failure]:
         """Run everything and return the failures by task name. However it ends, no child is left."""
+        if not self.jobs:
+            return {}
         begun = time.monotonic()
-        with self.progress:
+        with Progress(self.total, "characters", self.stream, interval=60) as self.progress:
             try:
                 while self.jobs or any(slot.job for slot in self.slots):
                     for slot in self.slots:
@@ -236,8 +237,7 @@ class Runner:
                     slot.kill()
             elapsed = time.monotonic() - begun
             busy = [f"{slot.name} {slot.busy / elapsed:.0%}" for slot in self.slots]
-            if busy:
-                self.progress.line(f"busy during {format_duration(elapsed)}: {', '.join(busy)}")
+            self.progress.line(f"busy during {format_duration(elapsed)}: {', '.join(busy)}")
         return self.failures | {job.task.name: self.start_failure for job in self.jobs}
 
     def _employ(self, slot: _Slot) -> None:

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kalm_min.console import Progress
 from kalm_min.evaluation.plan import (
     EvaluationConfig,
     Instruction,
@@ -200,7 +201,7 @@ def test_a_device_that_does_not_come_up(plan, tmp_path, devices, failed):
 def test_a_large_corpus_is_encoded_by_all_before_it_is_scored(plan, tmp_path):
     """Promise: slices first, then the task that finds them; the scratch store goes when it is done."""
     every = plan("cut-1", "ok-2", "ok-3")
-    size = {"characters": 10**9, "corpus_characters": 10**9, "texts": 10**6, "documents": 10**6}
+    size = {"characters": 10**9, "corpus_characters": 10**9, "documents": 10**6}
     wide = replace(every.tasks[0], type="Retrieval", **size)
     every = replace(every, tasks=(wide, *every.tasks[1:]))
     stream = io.StringIO()
@@ -234,7 +235,7 @@ def test_progress_is_shown(plan, tmp_path):
     (slot,) = run.slots
     slot.job, slot.started = next_job(run.jobs, []), time.monotonic()
     slot.texts, slot.characters = 5, 500
-    run.progress.interval = 0
+    run.progress = Progress(run.total, "characters", stream, interval=0)
     run._show()
     line = "500/2000 characters | 0/2 tasks | cpu ok-1 5 texts 0s | 0s elapsed, 0s left\n"
     assert stream.getvalue() == line
