@@ -41,8 +41,6 @@ _SCALARS: dict[object, tuple[str, str]] = {
     bool: ("true|false", "true or false"),
     Path: ("PATH", "a path"),
 }
-# Errors of the operating system that say that the request names a wrong path.
-_WRONG_PATH = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 def run(
@@ -71,7 +69,7 @@ def run(
         return action(config)
     except ValueError as error:
         code, sentence = 2, f"{program}: {error}"
-    except _WRONG_PATH as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         code, sentence = 2, f"{program}: {what}"
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The encode command: a row a line, and one sentence for what is wrong."""
+"""The encode command: one row per line, and one sentence for what is wrong."""
 
 import json
 
@@ -19,7 +19,7 @@ def run(tmp_path, model, content, *extra, name="texts.txt"):
     return code, np.load(output) if output.exists() else None
 
 
-def test_a_row_a_line(tiny_model_dir, tmp_path):
+def test_one_row_per_line(tiny_model_dir, tmp_path):
     """CRLF, a missing final newline and blank lines keep the rows aligned."""
     code, vectors = run(tmp_path, tiny_model_dir, "the cat\r\n\nyou 你好".encode())
     assert code == 0

@@ -21,7 +21,7 @@ class Blocked(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Blocked())
 """
 
-# One fork a module: torch is imported once, kalm_min anew each time.
+# One fork per module: torch is imported once, kalm_min anew each time.
 IMPORT_EACH = """
 import importlib, os, traceback
 import numpy, safetensors, tokenizers, torch, huggingface_hub, tqdm
@@ -66,7 +66,7 @@ def test_planning_does_not_wait_for_torch(module):
 
 
 def test_lazy_names():
-    """Embedder is there when asked for; a wrong name is an AttributeError like any other."""
+    """Embedder is imported on first use; a wrong name is an AttributeError like any other."""
     assert kalm_min.Embedder.__name__ == "Embedder"
     assert "Embedder" in dir(kalm_min)
     with pytest.raises(AttributeError, match="no attribute 'Embeder'"):
