@@ -24,23 +24,20 @@ def main(argv: list[str]) -> int:
 
 def mine(config: MiningConfig) -> int:
     """Mine, or print what there is to do."""
-    device = distributed.local_device(dict(os.environ))
-    if config.device is not None:
-        device = torch.device(config.device)
-    distributed.start(dict(os.environ), device)
+    environment = dict(os.environ)
+    device = torch.device(config.device or distributed.local_device(environment))
+    distributed.start(environment, device)
     try:
         miner = Miner(config, device, sys.stderr)
         if config.dry_run:
-            plan = miner.plan()
-            output, text = sys.stdout, f"{plan}\n"
+            output, text = sys.stdout, miner.plan()
         else:
             total, remarks = miner.run()
-            lines = [f"look at {remark}\n" for remark in remarks]
-            lines.append(f"{report.sentence(total)}; {total['negatives']:,} negatives; ")
-            lines.append(f"report: {config.output / 'README.md'}\n")
-            output, text = sys.stderr, "".join(lines)
+            sums = f"{report.sentence(total)}; {total['negatives']:,} negatives"
+            lines = [*(f"look at {remark}" for remark in remarks), sums]
+            output, text = sys.stderr, "\n".join(lines) + f"; report: {config.output}/README.md"
         if distributed.rank() == 0:
-            output.write(text)
+            output.write(text + "\n")
         return 0
     finally:
         distributed.stop()

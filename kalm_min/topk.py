@@ -81,7 +81,7 @@ def top_k(
         documents: (N, D) likewise. They are read in blocks, twice per 8,192 queries.
         k: at least 1; with fewer documents there are that many columns.
         device: of the products.
-        backend: what draws up the shortlists: "torch", or "faiss" (an extra, on the CPU).
+        backend: what draws up the shortlists: "torch", or "faiss" (an extra), on a GPU where it has one.
         span: search documents span[0] to span[1] only; ids stay those of the full set.
         exact: whether near-ties are scored exactly. Else scores are float32 products, which is
             all that evaluation needs, and documents are read once per 8,192 queries.
