@@ -60,10 +60,10 @@ def _misfit(value: object, field: Field) -> str | None:
     items = cast("list[object]", value)
     if len(items) < field.items:
         return f"{len(items)} items" if items else "an empty list"
-    for number, item in enumerate(items, start=1):
-        if not field.fits(item):
-            return f"{_describe(item)} as item {number}"
-    return None
+    if all(map(field.fits, items)):  # the usual case, fast
+        return None
+    number, item = next((n, item) for n, item in enumerate(items, 1) if not field.fits(item))
+    return f"{_describe(item)} as item {number}"
 
 
 def _describe(value: object) -> str:
