@@ -47,9 +47,9 @@ class Rules:
     consistency_top_k: Annotated[
         int | None, "Drop a row whose best positive ranks lower than this; none keeps every row."
     ] = 50
-    official_rank: Annotated[bool, "Count ranks as the official code does (docs/design.md)."] = (
-        False
-    )
+    official_rank: Annotated[
+        bool, "Count ranks as the official code does: off by one, positives included."
+    ] = False
     choice: Annotated[
         Literal["random", "top"], "Which candidates: any, or those with the highest scores."
     ] = "random"
