@@ -24,6 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from kalm_min.model.attention import packed_attention
 from kalm_min.model.packed import Packed
 
+_CACHED_ROWS = 512  # of the feed-forward at a time on a CPU
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
@@ -93,13 +95,19 @@ class Embedding(nn.Embedding):
         """Do nothing."""
 
 
-class RMSNorm(nn.RMSNorm):
-    """torch's, with weight and result in the dtype of the input, also under autocast."""
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize x (..., size) over its last dimension; the square is taken in float32 at least."""
-        weight = self.weight.to(x.dtype)
-        return F.rms_norm(x, self.normalized_shape, weight, self.eps).to(x.dtype)
+        """Normalize x (..., size); the square is taken in float32 at least, bfloat16 keeps 8 bits."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -156,6 +164,7 @@ class Attention(nn.Module):
         q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, heads)), *rotary)  # (T, H, E)
         k = rotate(self.k_norm(self.k_proj(x).unflatten(-1, heads)), *rotary)  # (T, K, E)
         v = self.v_proj(x).unflatten(-1, heads)  # (T, K, E)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast their norms give float32
         mixed = packed_attention(q, k, v, packed, causal=causal)  # (T, H, E)
         return self.o_proj(mixed.flatten(-2))  # (T, D)
 
@@ -170,8 +179,15 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(T, D) to (T, D)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (T, F) inside
+        """(T, D) to (T, D). Without a graph in place, and on a CPU in parts that its cache holds."""
+        if torch.is_grad_enabled():
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (T, F) inside
+        # Even parts: a product of a few left-over rows would take another kernel and round otherwise.
+        outputs: list[Tensor] = []
+        for part in x.chunk(1 if x.is_cuda else -(-len(x) // _CACHED_ROWS)):
+            gated = F.silu(self.gate_proj(part), inplace=True).mul_(self.up_proj(part))
+            outputs.append(self.down_proj(gated))
+        return torch.cat(outputs)
 
 
 class DecoderLayer(nn.Module):
