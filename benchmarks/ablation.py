@@ -142,7 +142,7 @@ def _command(*words: object) -> list[str]:
 
 
 def folder(name: str, seed: int) -> str:
-    """Of one fine-tuning."""
+    """Settings of one fine-tuning run."""
     return f"{name}.{seed}".replace(" ", "_").replace(",", "")
 
 
@@ -167,7 +167,7 @@ def table(out: Path, seeds: int) -> str:
 
 
 def scores(out: Path, name: str, seed: int) -> list[float] | None:
-    """Means over all sets at both widths, over retrieval and over similarity, of one run."""
+    """Means over all sets at both dimensions, over retrieval and over similarity, of one run."""
     path = out / "scores" / folder(name, seed) / "summary.csv"
     if not path.exists():
         return None

@@ -30,7 +30,7 @@ SETS: dict[str, dict[str, list[str]]] = {
         "encode": ["--layers", "24", "--texts", "16384", "--dtypes", "bfloat16"],
         "prefix": ["--layers", "24", "--queries", "8192", "--dtypes", "bfloat16"],
         "train_step": ["--layers", "24", "--queries", "32"],
-        "batch_growth": ["--width", "256", "--queries", "64", "512", "8192"],
+        "batch_growth": ["--dim", "256", "--queries", "64", "512", "8192"],
     },
 }
 

@@ -2,7 +2,7 @@
 
     python benchmarks/batch_growth.py --data DIR --tokenizer DIR [--queries 64 512 8192] [--documents 8]
 
-A small decoder over the real tokenizer's table, texts of the data, InfoNCE in two Matryoshka widths over all documents
+A small decoder over the real tokenizer's table, texts of the data, InfoNCE in two Matryoshka dimensions over all documents
 of the batch, chunks of a bounded number of tokens. Every example brings its own texts, so nothing is
 embedded once for two. Memory is measured in a second process, in which freed blocks go back to the
 system. The seconds inside the loss are given by themselves: there every query meets every document, so its share of an example grows with the batch, as that of no other part does.
@@ -34,7 +34,7 @@ class Options(Common):
 
     queries: Annotated[tuple[int, ...], "Queries of the global batch."] = (64, 512, 8192)
     documents: Annotated[int, "Documents per query."] = 8
-    width: Annotated[int, "Dimension of the decoder, which has two layers."] = 64
+    dim: Annotated[int, "Dimension of the decoder, which has two layers."] = 64
     max_length: Annotated[int, "Tokens kept per text."] = 32
     tokens_per_batch: Annotated[
         int, "Tokens per chunk; the smallest batch must have several chunks."
@@ -88,11 +88,11 @@ def decoder(options: Options) -> tuple[Qwen2, Tokenizer]:
     tokenizer = Tokenizer.from_folder(options.tokenizer)
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size,
-        hidden_size=options.width,
-        intermediate_size=4 * options.width,
+        hidden_size=options.dim,
+        intermediate_size=4 * options.dim,
         num_hidden_layers=2,
-        num_attention_heads=options.width // 32,
-        num_key_value_heads=options.width // 32,
+        num_attention_heads=options.dim // 32,
+        num_key_value_heads=options.dim // 32,
         head_dim=32,
     )
     model = Qwen2(config)
@@ -139,7 +139,7 @@ def step(model: Qwen2, tokens: TokenBatch, options: Options) -> tuple[float, flo
 
     config = LossConfig(
         temperature=0.05,
-        matryoshka_dims=(options.width, options.width // 2),
+        matryoshka_dims=(options.dim, options.dim // 2),
         matryoshka_weights=(1.0, 0.3),
         memory_gib=options.memory_gib,
     )

@@ -169,7 +169,7 @@ def measure(processes: int, options: Options, folder: Path) -> bool:
             error = (chain.folder / f"stderr.{max(victim, 0)}").read_text()
             if not left or codes[victim] >= 0:
                 raise AssertionError(f"exit codes {codes} without a kill: {error}")
-            hits[place(chain.note(victim).read_text()) if point[0] else "a moment"] += 1
+            hits[kill_site(chain.note(victim).read_text()) if point[0] else "a moment"] += 1
         ends += 1
         equal += chain.outcome() == whole.outcome()
     where = ", ".join(f"{name} {count}" for name, count in sorted(hits.items()))
@@ -177,7 +177,7 @@ def measure(processes: int, options: Options, folder: Path) -> bool:
     return equal == ends
 
 
-def place(note: str) -> str:
+def kill_site(note: str) -> str:
     """What a process was at when it died at an operation."""
     return next((name for part, name in PLACES.items() if part in note), "elsewhere")
 

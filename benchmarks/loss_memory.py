@@ -3,7 +3,7 @@
     python benchmarks/loss_memory.py [--queries 8192] [--per-query 8] [--budget 1.0]
 
 Prints, for growing batches, the seconds, and from a second process the peak resident memory above the
-vectors and their gradients, beside the budget. Matryoshka over five widths, focal weight and masking on; float32.
+vectors and their gradients, beside the budget. Matryoshka over five dimensions, focal weight and masking on; float32.
 """
 
 import ctypes
@@ -53,7 +53,7 @@ def fresh_memory() -> None:
 
 
 def measured_afresh(script: str, argv: list[str]) -> list[float]:
-    """The numbers that a script prints in a process of its own, told to measure memory."""
+    """The numbers that a script prints in a separate process that measures memory."""
     command = [sys.executable, script, *argv, "--memory", "true"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return [float(number) for number in done.stdout.split()]

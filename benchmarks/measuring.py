@@ -30,7 +30,7 @@ _CALM = 0.1  # processors taken by other work, up to which a time counts
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Common:
-    """What every benchmark is told."""
+    """Options that all benchmarks share."""
 
     data: Annotated[
         Path,
@@ -98,11 +98,9 @@ def _timed(program: Callable[[], object]) -> tuple[float, float]:
 def products(model: torch.nn.Module, rows: Sequence[int]) -> Callable[[], None]:
     """The matrix products of the decoder for batches of these many tokens, and nothing else."""
     weights = [m.weight.detach() for m in model.modules() if isinstance(m, Linear)]
-    widths = {weight.shape[1] for weight in weights}
+    dims = {weight.shape[1] for weight in weights}
     inputs = {
-        (count, width): torch.randn(count, width).to(weights[0])
-        for count in rows
-        for width in widths
+        (count, dim): torch.randn(count, dim).to(weights[0]) for count in rows for dim in dims
     }
 
     @torch.no_grad()
@@ -115,7 +113,7 @@ def products(model: torch.nn.Module, rows: Sequence[int]) -> Callable[[], None]:
 
 
 def product_flops(embedder: Embedder, tokens: int) -> int:
-    """Of the decoder's matrix products for so many tokens; attention is not counted."""
+    """Operations of the matrix products of the decoder for this many tokens; attention is not counted."""
     modules = embedder.model.modules()
     return 2 * tokens * sum(m.weight.numel() for m in modules if isinstance(m, Linear))
 

@@ -27,7 +27,7 @@ from kalm_min.model import Packed
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """The Qwen2-0.5B shape unless told otherwise."""
+    """The Qwen2-0.5B shape by default."""
 
     texts: Annotated[Path, "One text per line."]
     tokenizer: Annotated[Path, "Folder of the Qwen2 tokenizer."]

@@ -75,14 +75,17 @@ def parts(text: str) -> list[str]:
 
 def plant(rows: list[Row], wrong: float, duplicates: float, rng: random.Random) -> Iterator[Row]:
     """The rows with wrong pairs ("relevance" 1) and, as negatives, copies of others' positives."""
-    places = rng.sample(range(len(rows)), round(wrong * len(rows)))
+    moved_rows = rng.sample(range(len(rows)), round(wrong * len(rows)))
     positives = {
-        place: rows[other]["pos"]
-        for place, other in zip(places, places[1:] + places[:1], strict=True)
+        number: rows[other]["pos"]
+        for number, other in zip(moved_rows, moved_rows[1:] + moved_rows[:1], strict=True)
     }
-    for place, row in enumerate(rows):
+    for number, row in enumerate(rows):
         copies = [rng.choice(rows)["pos"][0] for _ in range(2)]
-        planted = {"pos": positives.get(place, row["pos"]), "relevance": float(place in positives)}
+        planted = {
+            "pos": positives.get(number, row["pos"]),
+            "relevance": float(number in positives),
+        }
         if rng.random() < duplicates:
             planted["neg"] = [copies[0], copies[1] + " ."]
         yield {"query": row["query"]} | planted

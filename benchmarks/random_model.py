@@ -10,7 +10,7 @@ from kalm_min.tokenizer import Tokenizer
 def build(
     tokenizer: Path, *, layers: int = 24, causal: bool = True, max_length: int = 512
 ) -> Embedder:
-    """Qwen2-0.5B's sizes (24 layers unless told otherwise), float32, on the CPU."""
+    """Qwen2-0.5B's sizes (24 layers by default), float32, on the CPU."""
     config = ModelConfig(
         vocab_size=151_936,
         hidden_size=896,

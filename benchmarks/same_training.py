@@ -96,13 +96,13 @@ def rows_in_order(options: Options, data: TrainingData) -> dict[str, list[str]]:
         draw = {"epoch": epoch, "seed": 0, "num_negatives": options.num_negatives}
         examples = [data.example(i, **draw) for i in next(batches)]
         text = collate(examples, template="{instruction}", **draw)
-        width = options.num_negatives + 1
-        if len(text.documents) != width * len(text.queries):
+        group = options.num_negatives + 1
+        if len(text.documents) != group * len(text.queries):
             short = data.location(examples[0].index)
-            raise ValueError(f"{short}: expected {width - 1} negatives in every row of its batch")
+            raise ValueError(f"{short}: expected {group - 1} negatives in every row of its batch")
         columns[0] += text.queries
-        for place in range(width):
-            columns[place + 1] += text.documents[place::width]
+        for column in range(group):
+            columns[column + 1] += text.documents[column::group]
     names = ["anchor", "positive", *(f"negative_{i}" for i in range(options.num_negatives))]
     return dict(zip(names, columns, strict=True))
 
@@ -122,7 +122,7 @@ def peer(options: Options, columns: dict[str, list[str]]) -> list[float]:
     )
 
     class InOrder(DefaultBatchSampler):
-        """The rows as they stand, in place of the peer's shuffling."""
+        """The rows as they stand, instead of the peer's shuffling."""
 
         def __iter__(self) -> Iterator[list[int]]:
             for start in range(0, options.steps * options.batch_size, options.batch_size):

@@ -130,7 +130,7 @@ def speed(options: Options) -> None:
             f"| {name} | {total:.1f} | {work[name]:.1f} | {flop / total / 1e9:.0f} | {share:.2f} |"
         )
     print(f"\nfaiss's seconds / ours: {ratio(wall['faiss IndexFlatIP'], wall['kalm_min']):.2f}")
-    print(f"places with another id than faiss's float32 order: {different:.2%}")
+    print(f"positions whose id differs from faiss's float32 order: {different:.2%}")
 
 
 def ratio(a: list[float], b: list[float]) -> float:
@@ -149,11 +149,11 @@ def product(queries: Vectors, documents: Vectors, device: str) -> None:
                 np.matmul(chunk, block.T, out=scores[: len(chunk), : len(block)])
         return
     rows, columns = 8192, 65_536
-    asked = torch.from_numpy(queries).to(device).split(rows)
+    chunks = torch.from_numpy(queries).to(device).split(rows)
     scratch = torch.empty(rows * columns, device=device)
     for start in range(0, len(documents), columns):
         block = torch.from_numpy(documents[start : start + columns]).to(device)
-        for chunk in asked:
+        for chunk in chunks:
             out = scratch[: len(chunk) * len(block)].view(len(chunk), len(block))
             torch.mm(chunk, block.T, out=out)
     torch.cuda.synchronize()
@@ -239,7 +239,7 @@ class RandomVectors:
     dtype = torch.float32
 
     def __init__(self, dim: int) -> None:
-        """Of this dimension."""
+        """One vector per row, of this dimension."""
         self.dim = dim
 
     def encode(self, texts: list[str], prompt: str) -> Vectors:

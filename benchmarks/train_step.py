@@ -3,7 +3,7 @@
     python benchmarks/train_step.py --data DIR --tokenizer DIR [--layers 4] [--queries 8]
 
 A step is a batch of one task: queries, a positive and seven negatives each (other positives of the
-task), InfoNCE over all documents in five Matryoshka widths, from texts to gradients. The update is the same
+task), InfoNCE over all documents in five Matryoshka dimensions, from texts to gradients. The update is the same
 work for all three and left out. All compute in bfloat16 by autocast over float32 weights where it is
 native, else in float32.
 

@@ -46,7 +46,7 @@ QUESTIONS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoConfig:
-    """What the demo may be told."""
+    """Options of the demo."""
 
     output: Annotated[Path, "Folder for everything that is written; emptied first."] = Path(
         "runs/demo"
@@ -238,19 +238,19 @@ def conclude(baseline: dict[str, float], before: Scores, first: Scores, after: S
 
 def answer(model: Embedder, questions: tuple[str, ...]) -> None:
     """Answer each question with the nearest public functions; a star marks those never trained on."""
-    told = [
+    documented = [
         one
         for one in standard_library.collect()
         if one.code and len(one.summary) >= 15 and "._" not in f".{one.module}.{one.name}"
     ]
-    vectors = model.encode_document([one.documentation for one in told])
+    vectors = model.encode_document([one.documentation for one in documented])
     for question in questions:
         print(f"\n{question}")
         cosines = model.similarity(model.encode_query(question), vectors).ravel()
-        for place in (-cosines).argsort(kind="stable")[:3]:
-            star = "*" if told[place].is_held_out else " "
-            print(f"  {cosines[place]:.2f} {star} {told[place].signature}")
-            print(f"         {told[place].summary}")
+        for index in (-cosines).argsort(kind="stable")[:3]:
+            star = "*" if documented[index].is_held_out else " "
+            print(f"  {cosines[index]:.2f} {star} {documented[index].signature}")
+            print(f"         {documented[index].summary}")
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ def loss(log: Path, picture: Path) -> None:
     """Loss by step, each and as a running mean, from a run's log.jsonl."""
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     steps, losses = np.array([(row["step"], row["loss"]) for row in rows if "loss" in row]).T
-    width = min(50, len(losses))
-    means = np.convolve(losses, np.ones(width) / width, mode="valid")
+    window = min(50, len(losses))
+    means = np.convolve(losses, np.ones(window) / window, mode="valid")
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(steps, losses, color="0.8", linewidth=0.8, label="one step")
-    axes.plot(steps[width - 1 :], means, color="C0", label=f"mean of {width} steps")
+    axes.plot(steps[window - 1 :], means, color="C0", label=f"mean of {window} steps")
     axes.set(xlabel="step", ylabel="loss", title="Training", ylim=(0, None))
     axes.legend(frameon=False)
     figure.savefig(picture, dpi=150)

@@ -113,8 +113,8 @@ def _body(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> lis
     first, last = node.lineno - 1, node.end_lineno or node.lineno
     kept = lines[first:last]
     if ast.get_docstring(node) is not None:
-        told = node.body[0]
-        kept = lines[first : told.lineno - 1] + lines[told.end_lineno : last]
+        docstring = node.body[0]
+        kept = lines[first : docstring.lineno - 1] + lines[docstring.end_lineno : last]
     return textwrap.dedent("\n".join(kept)).splitlines()
 
 
@@ -139,18 +139,18 @@ def _cut(text: str) -> str:
 def training_tasks(definitions: list[Definition]) -> dict[str, list[dict[str, Any]]]:
     """Pairs of texts that mean the same, by task; only definitions that are not held out."""
     seen = [one for one in definitions if not one.is_held_out]
-    told = [one for one in seen if len(one.summary) >= 15]
-    modules = {one.module: one for one in told if not one.name}
+    documented = [one for one in seen if len(one.summary) >= 15]
+    modules = {one.module: one for one in documented if not one.name}
     return {
         "signature_to_documentation": [
-            _pair(one.signature, one.documentation) for one in told if one.name
+            _pair(one.signature, one.documentation) for one in documented if one.name
         ],
         "summary_to_details": [
-            _pair(one.summary, one.details) for one in told if len(one.details) >= 40
+            _pair(one.summary, one.details) for one in documented if len(one.details) >= 40
         ],
-        "summary_to_code": [_pair(one.summary, one.code) for one in told if one.code],
+        "summary_to_code": [_pair(one.summary, one.code) for one in documented if one.code],
         "name_to_documentation": [
-            _pair(_spoken(one.name), one.documentation) for one in told if one.name
+            _pair(_spoken(one.name), one.documentation) for one in documented if one.name
         ],
         "name_to_code": [_pair(_spoken(one.name), one.code) for one in seen if len(one.code) >= 80],
         "code_to_rest": [_pair(*_halves(one.code)) for one in seen if len(one.code) >= 200],
@@ -158,7 +158,7 @@ def training_tasks(definitions: list[Definition]) -> dict[str, list[dict[str, An
         # Many texts with one answer: `group` keeps them from being each other's negatives.
         "documentation_to_module": [
             _pair(one.documentation, f"{one.module}: {modules[one.module].summary}", one.module)
-            for one in told
+            for one in documented
             if one.name and one.module in modules
         ],
     }
@@ -186,13 +186,15 @@ def _spoken(name: str) -> str:
 
 def evaluation_sets(definitions: list[Definition]) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Held-out sets of four types, as set -> file -> rows; only definitions that are held out."""
-    told = _once([one for one in definitions if one.is_held_out and len(one.summary) >= 15])
-    common = _of_common_packages(told, smallest=25)
+    documented = _once([one for one in definitions if one.is_held_out and len(one.summary) >= 15])
+    common = _of_common_packages(documented, smallest=25)
     return {
-        "find_details": _retrieval([(one.summary, one.details) for one in told if one.details]),
-        "find_code": _retrieval([(one.summary, one.code) for one in told if one.code]),
-        "find_by_name": _retrieval([(_spoken(one.name), one.documentation) for one in told]),
-        "same_function": {"test.jsonl": _matches(told)},
+        "find_details": _retrieval(
+            [(one.summary, one.details) for one in documented if one.details]
+        ),
+        "find_code": _retrieval([(one.summary, one.code) for one in documented if one.code]),
+        "find_by_name": _retrieval([(_spoken(one.name), one.documentation) for one in documented]),
+        "same_function": {"test.jsonl": _matches(documented)},
         "package_classification": {
             "train.jsonl": [_labelled(one) for one in common[::2]],
             "test.jsonl": [_labelled(one) for one in common[1::2]],
