@@ -4,8 +4,7 @@ The dataclass is the full declaration: the name of a field is the flag (`data.ca
 `--data.cache-dir` and `[data] cache_dir`), its annotation the type, its default the default, and
 `Annotated[type, "text"]` adds the help. Whatever is wrong (an unknown name, a type, a contradiction
 found by a `__post_init__`) is one sentence on stderr and exit code 2, before any other file is read.
-Paths are relative to the working directory, in a TOML file too. The dataclasses themselves live
-with the code that they configure.
+Paths are relative to the working directory, in a TOML file too.
 """
 
 import argparse
@@ -14,31 +13,21 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from types import NoneType
-from typing import (
-    Annotated,
-    Literal,
-    TypeGuard,
-    TypeVar,
-    cast,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from kalm_min.files import did_you_mean, read_toml
 
 Config = TypeVar("Config")
-
+_List = list[object]
 # What `--help` and what error messages call a type.
-_SCALARS: dict[object, tuple[str, str]] = {
+_NAMES: dict[object, tuple[str, str]] = {
     str: ("TEXT", "a text"),
     int: ("INT", "an integer"),
     float: ("NUMBER", "a number"),
-    bool: ("true|false", "true or false"),
     Path: ("PATH", "a path"),
 }
 
@@ -54,14 +43,10 @@ def run(
 ) -> int:
     """The `main` of a command: parse, act, and report what a person can mend in one sentence.
 
-    Args:
-        config_class, argv, program, options: what `parse` takes.
-        action: does the work and returns the exit code.
-        resumable: let messages say that the same command continues after Ctrl-C or a full disk.
-
     Returns the exit code: that of `action`, 2 for a ValueError or a wrong path, 1 for any other
-    OSError, 130 for Ctrl-C. A request is wrong on all processes alike, so under torchrun only the
-    first one of each machine reports it; any process reports a disk that fails.
+    OSError, 130 for Ctrl-C. With `resumable`, the sentences of the last two say that the same command
+    continues. A request is wrong on all processes alike, so under torchrun only the first one of each
+    machine reports it; any process reports a disk that fails. `options` are those of `parse`.
     """
     config = parse(config_class, argv, program=program, **options)
     kept = "; what was written is kept, the same command continues" if resumable else ""
@@ -89,34 +74,60 @@ def parse(
     description: str = "",
     positional: str = "",
 ) -> Config:
-    """Read a configuration: defaults, then an optional leading TOML file, then flags.
+    """Read a configuration: defaults, then a TOML file that may come first, then flags.
 
-    Args:
-        config_class: a dataclass; its nested dataclasses are the sections.
-        argv: the arguments without the program's name, e.g. `["run.toml", "--data.path", "x"]`.
-        program: the name that opens the usage line and the errors.
-        description: one or two sentences for `--help`; by default the docstring of the dataclass.
-        positional: a setting whose flag may be left out where its values come first.
-
-    Exits with code 2 and one sentence on stderr for what a person got wrong, 0 for `--help`.
+    The nested dataclasses of `config_class` are the sections. `description` opens `--help` (by default
+    the docstring of the dataclass). `positional` is a setting whose values may come first without its
+    flag. Exits with code 2 and one sentence on stderr for what a person got wrong, 0 for `--help`.
     """
-    settings = {setting.name: setting for setting in _settings(config_class)}
-    options = {name: one for name, one in settings.items() if not _is_section(one.kind)}
-    parser = _parser(settings, program, description or config_class.__doc__ or "", positional)
+    options = {option.name: option for option in _options(config_class)}
+    parser = argparse.ArgumentParser(
+        prog=program,
+        usage=f"{program} [FILE.toml{positional and f' | {positional.upper()}'}] [--NAME VALUE ...]",
+        description=description or config_class.__doc__,
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=34),
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    titles = dict.fromkeys(option.group for option in options.values())
+    groups = {title: parser.add_argument_group(title) for title in titles}
+    for option in options.values():
+        groups[option.group].add_argument(
+            option.flag,
+            dest=option.name,
+            help=option.help.replace("%", "%%"),
+            metavar=option.metavar,
+            nargs=option.nargs,
+            const="true" if option.nargs == "?" else None,
+        )
+    values = {name: one.default for name, one in options.items() if one.default is not MISSING}
     try:
-        values = {n: one.default for n, one in options.items() if one.default is not MISSING}
         if argv and argv[0].endswith(".toml"):
-            values |= _from_toml(read_toml(argv[0]), argv[0], settings)
-            argv = argv[1:]
+            path, *argv = argv
+            for name, value in _flatten(read_toml(path)):
+                if name not in options:
+                    keys = [option.key for option in options.values()]
+                    raise ValueError(f"{path}: {_unknown('key', _toml_key(name), keys)}")
+                values[name] = options[name].read(value, f"{path}: {options[name].key}")
         elif argv and not argv[0].startswith("-"):
             if not positional:
                 raise ValueError(f"expected a .toml file or a flag, found {argv[0]!r}")
             argv = [options[positional].flag, *argv]
-        values |= _from_flags(argv, parser, options)
-        missing = [option.flag for name, option in options.items() if name not in values]
-        if missing:
+        # `--rank_range=x` is accepted for `--rank-range=x`.
+        argv = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), one) for one in argv]
+        given, rest = parser.parse_known_args(argv)
+        if rest and not rest[0].startswith("-"):
+            raise ValueError(f"expected a flag, found {rest[0]!r} (a TOML file comes first)")
+        if rest:
+            flags = [option.flag for option in options.values()]
+            raise ValueError(_unknown("flag", rest[0].partition("=")[0], flags))
+        values |= {
+            name: options[name].read(one, options[name].flag) for name, one in vars(given).items()
+        }
+        if missing := [option.flag for name, option in options.items() if name not in values]:
             raise ValueError(f"{' and '.join(missing)} must be given (--help tells more)")
-        return _build(config_class, values, settings)
+        return _build(config_class, values)
     except (ValueError, argparse.ArgumentError) as error:
         sentence = str(error).removeprefix("argument ")
         parser.exit(2, f"{program}: {sentence}\n" if _is_first_process() else None)
@@ -129,12 +140,10 @@ def to_toml(config: object) -> str:
     """
     # A top-level key written after a table header would belong to that table.
     tables: dict[str, list[str]] = {"": []}
-    for setting in _settings(type(config), config):
-        section, _, key = setting.name.rpartition(".")
-        if _is_section(setting.kind):
-            tables[setting.name] = [f"[{setting.name}]\n"]
-        else:
-            tables[section].append(f"{key} = {_format(setting.default, toml=True)}\n")
+    for option in _options(type(config), config):
+        section, _, key = option.name.rpartition(".")
+        lines = tables.setdefault(section, [f"[{section}]\n"])
+        lines.append(f"{key} = {_format(option.default)}\n")
     return "\n".join("".join(lines) for lines in tables.values() if lines)
 
 
@@ -143,23 +152,59 @@ def _is_first_process() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-@dataclass(frozen=True, slots=True)
-class _Setting:
-    name: str  # dotted, e.g. "data.cache_dir"
-    kind: object  # its type; a dataclass for a section
-    default: object  # MISSING if it must be given
-    help: str
+class _Option:
+    """A setting: its names, what `--help` says of it, and how its words become its type."""
 
-    @property
-    def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
+    def __init__(self, name: str, kind: Any, default: object, text: str, group: str) -> None:
+        self.name, self.key, self.flag = name, _toml_key(name), "--" + name.replace("_", "-")
+        self.default, self.group = default, group
+        words = re.sub(r'[][",]', "", _format(default)) or "nothing"
+        self.help = f"{text} ({'required' if default is MISSING else f'default: {words}'})".strip()
+        none = [None] if NoneType in get_args(kind) else []
+        if none:
+            kind = next(one for one in get_args(kind) if one is not NoneType)
+        self.nargs: int | str | None
+        self.nargs, self.expected = "?" if kind is bool else None, ""
+        self.is_list = get_origin(kind) is tuple
+        if self.is_list:
+            kind, *more = get_args(kind)
+            self.nargs = "+" if more == [...] else 1 + len(more)
+            self.expected = f"{'a list' if more == [...] else f'{self.nargs} values'}, each "
+        # The words that stand for a constant: those of a Literal, true and false, none.
+        constants: tuple[object, ...] = (True, False) if kind is bool else get_args(kind)
+        self.constants = {str(one).lower(): one for one in (*constants, *none)}
+        self.kind: Any = kind
+        short, noun = _NAMES.get(kind, ("", ""))
+        self.metavar = "|".join(filter(None, [short, *self.constants]))
+        self.expected += " or ".join(filter(None, [noun, *self.constants]))
+
+    def read(self, value: object, where: str) -> object:
+        """Turn the words of a flag or a TOML value into the type; `where` opens the ValueError."""
+        try:
+            if not self.is_list:
+                return self._read_one(value)
+            if not isinstance(value, list) or self.nargs not in ("+", len(cast("_List", value))):
+                raise ValueError
+            return tuple(map(self._read_one, cast("_List", value)))
+        except ValueError as error:
+            raise ValueError(f"{where}: expected {self.expected}, found {value!r}") from error
+
+    def _read_one(self, value: object) -> object:
+        word = str(value)  # TOML's true is no integer, though Python's True is one
+        if word.lower() in self.constants:
+            return self.constants[word.lower()]
+        is_text = self.kind in (str, Path)
+        if self.kind not in _NAMES or (is_text and not isinstance(value, str)):
+            raise ValueError
+        result = self.kind(word)
+        if result != result or (self.kind is Path and not word):  # NaN, or a path that is empty
+            raise ValueError
+        return result
 
 
-def _settings(cls: type, instance: object = None, prefix: str = "") -> Iterator[_Setting]:
-    """Every field of a tree of dataclasses, a section before its fields.
-
-    The defaults are the values of `instance` where it is given.
-    """
+def _options(cls: Any, instance: object = None, prefix: str = "") -> Iterator[_Option]:
+    """Every setting of a tree of dataclasses, with the values of `instance` as defaults."""
+    group = f"[{prefix[:-1]}] {(cls.__doc__ or '').splitlines()[0]}" if prefix else "settings"
     hints = get_type_hints(cls, include_extras=True)
     for field in fields(cls):
         kind, text = hints[field.name], ""
@@ -167,114 +212,19 @@ def _settings(cls: type, instance: object = None, prefix: str = "") -> Iterator[
             kind, text = get_args(kind)
         default = field.default if field.default_factory is MISSING else field.default_factory()
         default = getattr(instance, field.name, default)
-        name = prefix + field.name
-        if _is_section(kind):
-            yield _Setting(name, kind, default, (kind.__doc__ or "").split("\n")[0])
-            yield from _settings(kind, default, f"{name}.")
+        if is_dataclass(kind):
+            yield from _options(kind, default, f"{prefix}{field.name}.")
         else:
-            yield _Setting(name, kind, default, text)
+            yield _Option(prefix + field.name, kind, default, text, group)
 
 
-def _is_section(kind: object) -> TypeGuard[type]:
-    return is_dataclass(kind)
-
-
-def _parser(
-    settings: dict[str, _Setting], program: str, description: str, positional: str
-) -> argparse.ArgumentParser:
-    first = f"FILE.toml | {positional.upper()}" if positional else "FILE.toml"
-    parser = argparse.ArgumentParser(
-        prog=program,
-        usage=f"{program} [{first}] [--NAME VALUE ...]",
-        description=description,
-        formatter_class=partial(argparse.HelpFormatter, max_help_position=34),
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
-    groups = {"": parser.add_argument_group("settings")}
-    for name, setting in settings.items():
-        if _is_section(setting.kind):
-            groups[name] = parser.add_argument_group(f"[{name}] {setting.help}")
-            continue
-        required = setting.default is MISSING
-        note = "(required)" if required else f"(default: {_format(setting.default, toml=False)})"
-        metavar, _, nargs = _describe(setting.kind)
-        groups[name.rpartition(".")[0]].add_argument(
-            setting.flag,
-            dest=name,
-            help=f"{setting.help} {note}".strip().replace("%", "%%"),
-            metavar=metavar,
-            nargs=nargs,
-            const="true" if nargs == "?" else None,
-        )
-    return parser
-
-
-def _describe(kind: object) -> tuple[str, str, int | str | None]:
-    """What `--help` calls a type, what an error calls it, and how many words argparse gives it."""
-    inner, items = _without_none(kind)
-    or_none = "" if inner is kind else " or none"
-    origin = get_origin(inner)
-    if origin is Literal:
-        choices = [str(item) for item in items]
-        return "{" + ",".join(choices) + "}", " or ".join(choices) + or_none, None
-    if Ellipsis in items:
-        metavar, noun, _ = _describe(items[0])
-        return metavar, f"a list, each {noun}{or_none}", "+"
-    if origin is tuple:
-        metavar, nouns = _describe(items[0])[0], [_describe(item)[1] for item in items]
-        # "none" is a single word, so argparse can only count where None is not allowed.
-        count = len(items) if inner is kind else "+"
-        return metavar, f"{len(items)} values ({', '.join(nouns)}){or_none}", count
-    metavar, noun = _SCALARS[inner]
-    return metavar, noun + or_none, "?" if inner is bool else None
-
-
-def _without_none(kind: object) -> tuple[object, tuple[object, ...]]:
-    """X of `X | None`, or else the type itself, and the arguments of its brackets."""
-    if NoneType in get_args(kind):
-        (kind,) = (one for one in get_args(kind) if one is not NoneType)
-    return kind, get_args(kind)
-
-
-def _from_flags(
-    argv: list[str], parser: argparse.ArgumentParser, options: dict[str, _Setting]
-) -> dict[str, object]:
-    # `--rank_range=x` is accepted for `--rank-range=x`.
-    dashed = [re.sub(r"^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in argv]
-    given, rest = parser.parse_known_args(dashed)
-    for word in rest:
-        if not word.startswith("-"):
-            raise ValueError(f"expected a flag, found {word!r} (a TOML file comes first)")
-        flags = [option.flag for option in options.values()]
-        raise ValueError(_unknown("flag", word.partition("=")[0], flags))
-    values: dict[str, object] = {}
-    for name, value in vars(given).items():
-        found = " ".join(map(str, value)) if _is_list(value) else value
-        values[name] = _checked(value, options[name].kind, options[name].flag, found)
-    return values
-
-
-def _from_toml(
-    table: dict[str, object], path: str, settings: dict[str, _Setting], prefix: str = ""
-) -> dict[str, object]:
-    values: dict[str, object] = {}
+def _flatten(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Every (dotted name, value) of a TOML file."""
     for key, value in table.items():
-        name = prefix + key
-        if name not in settings:
-            raise ValueError(
-                f"{path}: {_unknown('key', _toml_key(name), map(_toml_key, settings))}"
-            )
-        kind = settings[name].kind
-        if not _is_section(kind):
-            values[name] = _checked(value, kind, f"{path}: {_toml_key(name)}", value)
-        elif isinstance(value, dict):
-            section = cast("dict[str, object]", value)
-            values |= _from_toml(section, path, settings, f"{name}.")
+        if isinstance(value, dict):
+            yield from _flatten(cast("dict[str, Any]", value), f"{prefix}{key}.")
         else:
-            raise ValueError(f"{path}: expected a table [{name}], found {name} = {value!r}")
-    return values
+            yield prefix + key, value
 
 
 def _toml_key(name: str) -> str:
@@ -286,71 +236,25 @@ def _unknown(noun: str, name: str, known: Iterable[str]) -> str:
     return f"unknown {noun} {name}{did_you_mean(name, known) or ' (--help lists them all)'}"
 
 
-def _is_list(value: object) -> TypeGuard[list[object] | tuple[object, ...]]:
-    return isinstance(value, list | tuple)
-
-
-def _checked(value: object, kind: object, where: str, found: object) -> object:
-    try:
-        return _convert(value, kind)
-    except ValueError as error:
-        raise ValueError(f"{where}: expected {_describe(kind)[1]}, found {found!r}") from error
-
-
-def _convert(value: object, kind: object) -> object:
-    """Turn the words of a flag or a TOML value into `kind`. Raises a bare ValueError."""
-    inner, items = _without_none(kind)
-    if inner is not kind and (value == ["none"] or str(value).lower() == "none"):
-        return None
-    origin = get_origin(inner)
-    if origin is tuple:
-        if not _is_list(value):
-            raise ValueError
-        kinds = items[:1] * len(value) if Ellipsis in items else items
-        return tuple(_convert(one, item) for one, item in zip(value, kinds, strict=True))
-    if inner is str or inner is Path:
-        if not isinstance(value, str) or (inner is Path and not value):
-            raise ValueError
-        return inner(value)
-    # As a word: TOML's true is no integer, though Python's True is one.
-    word = str(value)
-    if inner is int or inner is float:
-        number = inner(word)
-        if number != number:
-            raise ValueError
-        return number
-    choices = {str(item): item for item in items} or {"true": True, "false": False}
-    word = word if origin is Literal else word.lower()
-    if word not in choices:
-        raise ValueError
-    return choices[word]
-
-
-def _format(value: object, *, toml: bool) -> str:
-    """A value as it stands in a TOML file, or as one would type it on the command line."""
-    if _is_list(value):
-        items = [_format(item, toml=toml) for item in value]
-        return f"[{', '.join(items)}]" if toml else " ".join(items) or "nothing"
+def _format(value: object) -> str:
+    """A value as it stands in a TOML file."""
+    if isinstance(value, tuple):
+        items = map(_format, cast("tuple[object, ...]", value))
+        return f"[{', '.join(items)}]"
     if isinstance(value, bool | int | float):
         return str(value).lower()
     word = "none" if value is None else str(value)
     # A TOML basic string is a JSON string, but for DEL, which TOML wants escaped.
-    quoted = json.dumps(word, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return quoted if toml or not re.fullmatch(r"\S+", word) else word
+    return json.dumps(word, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _build(
-    cls: type[Config], values: dict[str, object], settings: dict[str, _Setting], section: str = ""
-) -> Config:
+def _build(cls: type[Config], values: dict[str, object], prefix: str = "") -> Config:
     """Construct the tree of dataclasses from dotted names."""
-    arguments: dict[str, object] = {}
-    for name, setting in settings.items():
-        parent, _, key = name.rpartition(".")
-        if parent == section and _is_section(setting.kind):
-            arguments[key] = _build(setting.kind, values, settings, name)
-        elif parent == section:
-            arguments[key] = values[name]
+    arguments = {
+        key: values[name] if (name := prefix + key) in values else _build(kind, values, f"{name}.")
+        for key, kind in get_type_hints(cls).items()
+    }
     try:
         return cls(**arguments)
     except ValueError as error:
-        raise ValueError(f"[{section}] {error}" if section else str(error)) from error
+        raise ValueError(f"[{prefix[:-1]}] {error}" if prefix else str(error)) from error
