@@ -8,8 +8,6 @@ run was stopped, 2 that the request is wrong, 1 anything else.
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,30 +24,22 @@ from kalm_min.training import checkpoint, distributed
 from kalm_min.training.source import ModelSource, open_model
 from kalm_min.training.trainer import LogLine, Recipe, Trainer
 
+say = partial(print, file=sys.stderr, flush=True)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """What to train on."""
 
     path: Annotated[Path, "JSONL(.gz) file, or folder in which every file or sub-folder is a task."]
-    validation: Annotated[
-        Path | None, "Held-out pairs in the same format, measured during training."
-    ] = None
-    instruction: Annotated[
-        str | None, "Instruction for queries of tasks and lines that have none of their own."
-    ] = None
-    cache_dir: Annotated[
-        Path | None, "Where line indices are kept; none keeps them beside the data."
-    ] = None
+    validation: Annotated[Path | None, "Held-out pairs, measured during training."] = None
+    instruction: Annotated[str | None, "For queries of tasks and lines without an own one."] = None
+    cache_dir: Annotated[Path | None, "Where line indices are kept; none: beside the data."] = None
 
     def open(self) -> tuple[TrainingData, TrainingData | None]:
         """Index and check both."""
-        opened = partial(
-            TrainingData,
-            instruction=self.instruction,
-            cache_dir=self.cache_dir,
-            progress=sys.stderr,
-        )
+        options = {"instruction": self.instruction, "cache_dir": self.cache_dir}
+        opened = partial(TrainingData, **options, progress=sys.stderr)
         return opened(self.path), opened(self.validation) if self.validation else None
 
 
@@ -57,10 +47,7 @@ class DataConfig:
 class TrainConfig(Recipe):
     """A training run."""
 
-    output: Annotated[
-        Path,
-        "Folder of the run: config.toml, log.jsonl, checkpoints/, final/, with LoRA also adapter/.",
-    ]
+    output: Annotated[Path, "Folder of the run: settings, log, checkpoints, the model in final/."]
     model: ModelSource
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig
@@ -70,24 +57,24 @@ def main(argv: list[str]) -> int:
     """Run; the exit code."""
     description = "Train an embedding model, alone or under torchrun."
     return run(
-        TrainConfig, train, argv, program="train.py", description=description, resumable=True
+        TrainConfig, start, argv, program="train.py", description=description, resumable=True
     )
 
 
-def train(config: TrainConfig) -> int:
+def start(config: TrainConfig) -> int:
     """Train in the process group of the environment; the exit code."""
     device = distributed.local_device(os.environ)
     distributed.start(os.environ, device)
     try:
-        return _train(config, device)
+        return train(config, device)
     except FloatingPointError as error:  # on all processes alike
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            _say(f"train.py: {error}")
+            say(f"train.py: {error}")
         return 1
     except RuntimeError as error:
         if not distributed.is_loss_of_peer(error):
             raise
-        _say(
+        say(
             f"train.py: rank {distributed.rank()} lost another process of the group "
             f"({str(error).splitlines()[0]}); the same command continues from the last checkpoint"
         )
@@ -96,7 +83,8 @@ def train(config: TrainConfig) -> int:
         distributed.stop()
 
 
-def _train(config: TrainConfig, device: torch.device) -> int:
+def train(config: TrainConfig, device: torch.device) -> int:
+    """Train from where the run is; the exit code."""
     is_main, text = distributed.rank() == 0, to_toml(config)
     resume = checkpoint.claim(config.output, text)
     if len({*distributed.gather_objects(resume)}) > 1:  # nobody writes before everybody has looked
@@ -109,55 +97,43 @@ def _train(config: TrainConfig, device: torch.device) -> int:
     trainer = Trainer(model, data, validation, config.output, config, resume)
     if is_main:
         checkpoint.write_description(config.output, text, device)
-        _say(
+        say(
             f"{len(data):,} examples in {len(data.task_names)} tasks, {trainer.total_steps:,} steps "
             f"of {config.sampling.batch_size} queries on {distributed.world_size()} process(es), "
             f"{device.type}" + (f", resuming from step {trainer.step}" if resume else "")
         )
-    progress = Progress(trainer.total_steps, "steps", sys.stderr, title="train", done=trainer.step)
-    with _stop_on_signals(trainer), progress:
-        finished = trainer.run(partial(_report, progress))
-    if is_main and finished:
-        _say(f"finished: {config.output / 'final'}")
-    elif is_main:
-        _say(f"stopped after step {trainer.step}; the same command continues from there")
-    return 0 if finished else 128 + trainer.stop
-
-
-@contextmanager
-def _stop_on_signals(trainer: Trainer) -> Iterator[None]:
-    """SIGTERM and Ctrl-C save a checkpoint after the current step; a second one ends at once."""
+    signals: list[int] = []
 
     def stop(number: int, _: FrameType | None) -> None:
-        trainer.stop = number
-        signal.signal(number, signal.SIG_DFL)
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:  # a handler left behind would keep the model, and with it the group's threads
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    with Progress(
+        trainer.total_steps, "steps", sys.stderr, title="train", done=trainer.step
+    ) as progress:
+        stopped = trainer.run(partial(show, progress), signals)
+    if is_main and stopped:
+        say(f"stopped after step {trainer.step}; the same command continues from there")
+    elif is_main:
+        say(f"finished: {config.output / 'final'}")
+    return 128 + stopped if stopped else 0
 
 
-def _report(progress: Progress, line: LogLine) -> None:
+def show(progress: Progress, line: LogLine) -> None:
     """Show a line of the log."""
     if scores := line.get("validation"):
-        _say(
+        progress.line(
             f"step {line['step']}: accuracy@1 {scores['accuracy']:.3f}, MRR {scores['mrr']:.3f}; "
             f"in batch {scores['in_batch_accuracy']:.3f}, {scores['in_batch_mrr']:.3f}"
         )
     elif skipped := line.get("skipped"):
         progress.update(1)
-        _say(f"step {line['step']} skipped, not finite: {', '.join(skipped)}")
+        progress.line(f"step {line['step']} skipped, not finite: {', '.join(skipped)}")
     else:
         speed = f"{line['tokens_per_second']:,} tokens/s"
         progress.update(1, f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, {speed}")
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
 
 
 if __name__ == "__main__":

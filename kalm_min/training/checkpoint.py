@@ -1,26 +1,23 @@
 """The folder of a run: it explains itself, and the same command resumes it.
 
-    <output>/config.toml        the resolved configuration
-    <output>/environment.json   versions, machine, processes
-    <output>/log.jsonl          one object per step
-    <output>/checkpoints/       step_00001000/ and so on, complete ones only
-    <output>/final/             the finished model
-    <output>/adapter/           with LoRA, what was trained, by itself
+    <output>/config.toml, environment.json    the resolved settings; versions, machine, processes
+    <output>/log.jsonl                        one object per step
+    <output>/checkpoints/step_00001000/       and so on, complete ones only
+    <output>/final/, with LoRA adapter/       the finished model; what was trained, by itself
 
-A folder belongs to one configuration; a run resumed under other settings would be neither of the
-two, so it is refused. There is no random state to save: order, draws and learning rate are pure
-functions of the seed, the epoch and the step. Nothing is pickled.
+A folder belongs to one configuration; a run resumed under other settings would be neither. There is
+no random state to save: order, draws and learning rate are pure functions of the seed, the epoch and
+the step. Nothing is pickled.
 """
 
 import json
-import os
 import platform
 import shutil
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -33,34 +30,25 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from kalm_min.embedder import Embedder
-from kalm_min.files import atomic_directory, atomic_write, read_json, write_json, write_text
+from kalm_min.files import atomic_directory, read_json, read_toml, write_json, write_text
 from kalm_min.training import distributed, parallel
 
 _STATE, _OPTIMIZER = "state.json", "optimizer.safetensors"
-_PACKAGES = ("torch", "safetensors", "tokenizers", "numpy")
 
 # Shards are put together one tensor at a time, on the CPU of rank 0; other ranks get nothing.
 _ALL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _TRAINABLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
-class State(TypedDict):
-    """Where a run is: `state.json` of a checkpoint."""
-
-    step: int
-    """Steps taken."""
-    sampler: dict[str, Any]
-    """The sampler's position and fingerprint."""
-    validation: float | None
-    """Mean reciprocal rank of the validation at this step, if there was one."""
-
-
-def save(root: Path, embedder: Embedder, optimizer: torch.optim.Optimizer, state: State) -> None:
+def save(
+    root: Path, embedder: Embedder, optimizer: torch.optim.Optimizer, state: Mapping[str, object]
+) -> None:
     """Write the checkpoint of `state["step"]` below `root`; every process calls it, rank 0 writes.
 
     It is a folder that `Embedder.from_pretrained` opens (a model, or with LoRA an adapter, whose
     frozen base stays where it is), plus `optimizer.safetensors` ("step/", "exp_avg/" and
-    "exp_avg_sq/" followed by a parameter's name) and `state.json`. It appears in one rename.
+    "exp_avg_sq/" followed by a parameter's name) and `state.json`: "step", "sampler" (its position
+    and fingerprint), "validation" (the score at this step, or null). It appears in one rename.
     """
     weights = cast("dict[str, Tensor]", get_model_state_dict(embedder.model, options=_TRAINABLE))
     moments: dict[str, Tensor] = {}
@@ -112,8 +100,8 @@ def restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optim
             }
 
 
-def read_state(path: Path) -> State:
-    """Where the run was at the checkpoint `path`."""
+def read_state(path: Path) -> dict[str, Any]:
+    """The `state` that the checkpoint `path` was saved with."""
     return read_json(path / _STATE)
 
 
@@ -147,29 +135,26 @@ def claim(output: Path, config_toml: str) -> Path | None:
     path, checkpoint = output / "config.toml", newest(output / "checkpoints")
     # Where nothing has been trained there is nothing to protect.
     if checkpoint is not None and path.is_file():
-        stored = dict(_settings(tomllib.loads(path.read_text(encoding="utf-8"))))
-        current = dict(_settings(tomllib.loads(config_toml)))
-        differences = [
-            f"{flag} was {stored.get(flag)}, is {current.get(flag)}"
-            for flag in sorted(stored.keys() | current.keys())
-            if stored.get(flag) != current.get(flag)
-        ]
-        if differences:
+        old, new = _by_flag(read_toml(path)), _by_flag(tomllib.loads(config_toml))
+        changed = [flag for flag in sorted(old | new) if old.get(flag) != new.get(flag)][:5]
+        if changed:
+            listed = "; ".join(
+                f"{flag} was {old.get(flag)}, is {new.get(flag)}" for flag in changed
+            )
             raise ValueError(
-                f"{output} holds a run with other settings ({'; '.join(differences[:5])}); "
+                f"{output} holds a run with other settings ({listed}); "
                 "give another --output, or delete the folder"
             )
     return checkpoint
 
 
-def _settings(tree: Mapping[str, object], prefix: str = "--") -> Iterator[tuple[str, object]]:
-    """(flag, value) of every setting of a parsed config.toml."""
-    for key, value in tree.items():
+def _by_flag(table: Mapping[str, Any], prefix: str = "--") -> dict[str, object]:
+    """Every setting of a parsed config.toml."""
+    settings: dict[str, object] = {}
+    for key, value in table.items():
         flag = prefix + key.replace("_", "-")
-        if isinstance(value, dict):
-            yield from _settings(value, f"{flag}.")
-        else:
-            yield flag, value
+        settings |= _by_flag(value, f"{flag}.") if isinstance(value, dict) else {flag: value}
+    return settings
 
 
 def write_description(output: Path, config_toml: str, device: torch.device) -> None:
@@ -180,12 +165,10 @@ def write_description(output: Path, config_toml: str, device: torch.device) -> N
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": f"{device.type} {name}".strip(),
-        **{package: metadata.version(package) for package in _PACKAGES},
         "world_size": distributed.world_size(),
-        "backend": distributed.backend(),
-        "threads": torch.get_num_threads(),
-        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
     }
+    packages = ("torch", "safetensors", "tokenizers", "numpy")
+    environment |= {package: metadata.version(package) for package in packages}
     write_json(output / "environment.json", environment)
 
 
@@ -193,13 +176,10 @@ def cut_log(path: Path, last_step: int) -> None:
     """Drop what was logged after the step a run resumes from, and a last line torn by a kill."""
     if not path.is_file():
         return
-    kept: list[str] = []
+    kept = ""
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            step = json.loads(line)["step"]
+            kept += f"{line}\n" if json.loads(line)["step"] <= last_step else ""
         except json.JSONDecodeError:
             break
-        if step <= last_step:
-            kept.append(line + "\n")
-    with atomic_write(path, "w") as file:
-        file.writelines(kept)
+    write_text(path, kept)

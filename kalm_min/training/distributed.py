@@ -22,9 +22,6 @@ from torch.autograd.function import FunctionCtx
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-_STEP_TIMEOUT = timedelta(minutes=30)  # a step's exchange that takes longer never ends
-_WAIT_TIMEOUT = timedelta(days=7)  # one process may read data or write files for hours
-
 # Processes wait for one another on the CPU, apart from a step's exchanges and with a longer timeout;
 # a process that is gone ends the wait at once, because its connections close.
 _wait_group: dist.ProcessGroup | None = None
@@ -37,8 +34,9 @@ def start(environment: Mapping[str, str], device: torch.device) -> None:
     global _wait_group
     if "WORLD_SIZE" in environment:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=_STEP_TIMEOUT)
-        group = dist.new_group(backend="gloo", timeout=_WAIT_TIMEOUT)
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))  # for a step's exchange
+        # One process may read data or write files for hours.
+        group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         assert isinstance(group, dist.ProcessGroup), "every process is a member"
         _wait_group = group
 
@@ -55,8 +53,8 @@ def stop() -> None:
 def hard_exit(code: int) -> NoReturn:
     """Exit; a process that was in a group skips the interpreter's shutdown.
 
-    Caches of torch keep the group of a sharded model alive past `stop`, and a thread of it that
-    wants the interpreter during shutdown aborts the process, whose work was done.
+    Caches of torch keep a sharded model's group alive past `stop`, and a thread of it that wants
+    the interpreter during shutdown aborts the process, whose work was done.
     """
     if "WORLD_SIZE" in os.environ:
         sys.stdout.flush()
@@ -89,15 +87,18 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def backend() -> str | None:
-    """The name of what carries the exchanges, if there are any."""
-    return dist.get_backend() if dist.is_initialized() else None
-
-
 def barrier() -> None:
     """Wait for every process, however long it takes."""
     if dist.is_initialized():
         dist.barrier(_wait_group)
+
+
+def gather_objects(value: T) -> list[T]:
+    """A small Python object of every process, by rank, however long one of them takes."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value, group=_wait_group)
+    return values
 
 
 def rank_zero_first(action: Callable[[], T]) -> T:
@@ -119,20 +120,10 @@ def rank_zero_first(action: Callable[[], T]) -> T:
 
 def mean(value: Tensor) -> Tensor:
     """The mean over processes of a tensor of equal shape on each."""
-    if world_size() == 1:
-        return value
     value = value.clone()
-    dist.all_reduce(value)
+    if dist.is_initialized():
+        dist.all_reduce(value)
     return value / world_size()
-
-
-def gather_objects(value: T) -> list[T]:
-    """A small Python object of every process, by rank, however long one of them takes."""
-    if world_size() == 1:
-        return [value]
-    values = [value] * world_size()
-    dist.all_gather_object(values, value, group=_wait_group)
-    return values
 
 
 def row_counts(rows: int, device: torch.device) -> list[int]:
@@ -154,7 +145,7 @@ def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
 
     Args:
         rows: (n, ...) of this process.
-        counts: `row_counts`, which may differ.
+        counts: n of each process, from `row_counts`.
 
     Returns:
         (N, ...). The gradient of a row is the sum of what every process's loss gives it, so the
@@ -164,11 +155,10 @@ def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
     """
     if world_size() == 1:
         return rows
-    padded = max(counts)
-    padding = rows.new_zeros(padded - len(rows), *rows.shape[1:])
-    gathered = _GatherEqual.apply(torch.cat([rows, padding]))  # (W * padded, ...)
-    parts = [gathered[i * padded : i * padded + count] for i, count in enumerate(counts)]
-    return torch.cat(parts)  # (N, ...)
+    padding = rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])
+    gathered = _GatherEqual.apply(torch.cat([rows, padding]))  # (W * max(counts), ...)
+    blocks = gathered.split(max(counts))
+    return torch.cat([block[:n] for block, n in zip(blocks, counts, strict=True)])  # (N, ...)
 
 
 class _GatherEqual(torch.autograd.Function):

@@ -1,11 +1,7 @@
 """Distribution applied to a finished model, from outside: the model knows nothing of processes.
 
-    ddp     every process holds all parameters; gradients are averaged during backward
-    fsdp    parameters, gradients and moments are sharded over processes (FSDP2, `fully_shard`);
-            a layer's parameters are gathered while it runs
-
-Both give the gradient of the mean of the processes' losses. Activation checkpointing and the
-compilation of each layer come before either.
+Both strategies give the gradient of the mean of the processes' losses. Activation checkpointing and
+the compilation of each layer come before either.
 """
 
 import os
@@ -30,15 +26,10 @@ class ParallelConfig:
 
     strategy: Annotated[
         Literal["ddp", "fsdp"],
-        "ddp: a copy on every process; fsdp: parameters and optimizer state sharded over them.",
+        "ddp: a copy on every process; fsdp: parameters and optimizer state sharded (FSDP2).",
     ] = "ddp"
-    gradient_checkpointing: Annotated[
-        bool,
-        "Keep only the input of each layer and compute the layer again in backward: less memory.",
-    ] = False
-    compile: Annotated[
-        bool, "Compile each layer with torch.compile; pays on CUDA, after a slow first step."
-    ] = False
+    gradient_checkpointing: Annotated[bool, "Recompute layers in backward: less memory."] = False
+    compile: Annotated[bool, "torch.compile each layer: pays on CUDA, first step slow."] = False
 
 
 def wrap(model: Qwen2, config: ParallelConfig, *, bfloat16: bool = False) -> nn.Module:
@@ -66,9 +57,8 @@ def wrap(model: Qwen2, config: ParallelConfig, *, bfloat16: bool = False) -> nn.
     # Inputs stay as they are: the rotary tables must keep float32.
     dtypes = (torch.bfloat16, torch.float32) if bfloat16 else (None, None)
     policy = MixedPrecisionPolicy(*dtypes, cast_forward_inputs=False)
-    for layer in model.layers:
-        fully_shard(layer, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+    for module in (*model.layers, model):
+        fully_shard(module, mp_policy=policy)
     return model
 
 
@@ -80,8 +70,7 @@ def is_sharded(model: nn.Module) -> bool:
 def no_sync(model: nn.Module) -> AbstractContextManager[None]:
     """Backward passes inside leave the gradients local; the next one outside averages all of them.
 
-    Sharded models reduce after every backward: keeping full gradients until the last one would
-    cost the memory that sharding saves.
+    Sharded models reduce after every backward: to keep full gradients would cost the memory saved.
     """
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 

@@ -4,18 +4,16 @@ The settings that make a decoder an embedder (attention mode, pooling, maximum l
 those of the run where given, else the checkpoint's; they are written into the result.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import torch
 
-from kalm_min.embedder import KALM_TEMPLATE, Embedder
+from kalm_min.embedder import Embedder
 from kalm_min.model import ModelConfig, Pooling, Qwen2, initialise
 from kalm_min.model.lora import ADAPTER_CONFIG, Adapter, LoRAConfig, add_adapter, load_adapter
 from kalm_min.tokenizer import Tokenizer
-
-_VOCABULARY_MULTIPLE = 64  # odd numbers of rows are slow on a GPU
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,9 +21,7 @@ class ModelSource:
     """The model to start from: either `path`, or `tokenizer` and sizes of a fresh one."""
 
     path: Annotated[str | None, "Checkpoint to start from: a folder or a hub id."] = None
-    tokenizer: Annotated[
-        Path | None, "Folder with tokenizer.json, for a fresh model of the sizes below."
-    ] = None
+    tokenizer: Annotated[Path | None, "Folder of a tokenizer, to train a fresh model with."] = None
     hidden_size: Annotated[int, "Dimension of a fresh model's hidden states and vectors."] = 256
     intermediate_size: Annotated[int, "Dimension of a fresh model's feed-forward layers."] = 1024
     num_hidden_layers: Annotated[int, "Layers of a fresh model."] = 4
@@ -34,17 +30,12 @@ class ModelSource:
     initializer_range: Annotated[float, "Standard deviation of a fresh model's weights."] = 0.02
     init_seed: Annotated[int, "Seed of a fresh model's weights, or of a fresh adapter's."] = 0
     causal: Annotated[
-        bool | None,
-        "Causal or bidirectional attention; none keeps the checkpoint's (a fresh model is "
-        "bidirectional, as in V2).",
+        bool | None, "Causal attention; none: the checkpoint's, bidirectional for a fresh model."
     ] = None
-    pooling: Annotated[
-        Pooling | None, "mean or lasttoken; none keeps the checkpoint's (mean for a fresh model)."
-    ] = None
+    pooling: Annotated[Pooling | None, "none: the checkpoint's, mean for a fresh model."] = None
     max_length: Annotated[int, "Maximum number of tokens per text, instruction included."] = 512
     instruction_template: Annotated[
-        str | None,
-        "How an instruction becomes a prompt, with {instruction}; none keeps the checkpoint's.",
+        str | None, "Prompt made of an {instruction}; none: the checkpoint's."
     ] = None
 
     def __post_init__(self) -> None:
@@ -59,10 +50,7 @@ class ModelSource:
 
 
 def open_model(
-    source: ModelSource,
-    resume: Path | None,
-    device: torch.device,
-    lora: LoRAConfig | None = None,
+    source: ModelSource, resume: Path | None, device: torch.device, lora: LoRAConfig | None = None
 ) -> Embedder:
     """The embedder that a run starts with, or resumes from a checkpoint: float32 on `device`.
 
@@ -72,24 +60,25 @@ def open_model(
     lora = lora if lora is not None and lora.rank else None
     if resume is not None and lora is None:
         return Embedder.from_pretrained(resume, device, torch.float32)
-    if source.path is None and lora is None:
-        return _fresh(source, device)
-    if source.path is None:
+    if source.path is not None:
+        embedder = Embedder.from_pretrained(
+            source.path, device, torch.float32, source.causal, source.pooling, source.max_length
+        )
+    elif lora is not None:
         raise ValueError(
             "--lora.rank: expected --model.path, a checkpoint to adapt; a fresh model has none"
         )
-    folder = Path(source.path).expanduser()
-    if lora is not None and (folder / ADAPTER_CONFIG).is_file():
-        raise ValueError(
-            f"{folder}: an adapter cannot be the base of another; save it merged first, "
-            "with Embedder.from_pretrained(...).save_pretrained(...)"
-        )
-    embedder = Embedder.from_pretrained(
-        source.path, device, torch.float32, source.causal, source.pooling, source.max_length
-    )
+    else:
+        embedder = _fresh_model(source, device)
     if source.instruction_template is not None:
         embedder.instruction_template = source.instruction_template
-    if lora is not None:
+    if lora is not None and source.path is not None:
+        folder = Path(source.path).expanduser()
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise ValueError(
+                f"{folder}: an adapter cannot be the base of another; save it merged first, "
+                "with Embedder.from_pretrained(...).save_pretrained(...)"
+            )
         embedder.adapter = Adapter(lora, str(folder.resolve()) if folder.is_dir() else source.path)
         if resume is None:
             add_adapter(embedder.model, lora, source.init_seed)
@@ -98,20 +87,15 @@ def open_model(
     return embedder
 
 
-def _fresh(source: ModelSource, device: torch.device) -> Embedder:
+def _fresh_model(source: ModelSource, device: torch.device) -> Embedder:
     """A random decoder; the weights depend on `init_seed` alone."""
     assert source.tokenizer is not None
     tokenizer = Tokenizer.from_folder(source.tokenizer)
     config = ModelConfig(
-        vocab_size=-(-tokenizer.vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE,
-        hidden_size=source.hidden_size,
-        intermediate_size=source.intermediate_size,
-        num_hidden_layers=source.num_hidden_layers,
-        num_attention_heads=source.num_attention_heads,
-        num_key_value_heads=source.num_key_value_heads,
-        head_dim=source.hidden_size // source.num_attention_heads,
+        vocab_size=-(-tokenizer.vocab_size // 64) * 64,  # odd numbers of rows are slow on a GPU
         max_position_embeddings=max(512, source.max_length),
-        initializer_range=source.initializer_range,
+        # The sizes, which have the same names.
+        **{k: v for k, v in asdict(source).items() if k in ModelConfig.__dataclass_fields__},
     )
     model = Qwen2(config)
     initialise(model, source.init_seed)
@@ -121,5 +105,4 @@ def _fresh(source: ModelSource, device: torch.device) -> Embedder:
         causal=bool(source.causal),
         pooling=source.pooling or "mean",
         max_length=source.max_length,
-        instruction_template=source.instruction_template or KALM_TEMPLATE,
     )

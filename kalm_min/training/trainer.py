@@ -15,12 +15,12 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -44,6 +44,14 @@ _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform =
 _TRIM_EVERY = 16  # steps on a CPU
 
 LogLine = dict[str, Any]  # a line of log.jsonl: of a step, or {"step": ..., "validation": ...}
+Batch = tuple[list[int], str, TokenBatch]  # this process's examples, their task or "mixed", tokens
+
+
+def check_settings(config: object, *rules: tuple[str, str, bool]) -> None:
+    """Raise a ValueError for the first (setting, what is expected of it, whether it holds) that fails."""
+    for name, expected, holds in rules:
+        if not holds:
+            raise ValueError(f"{name}: expected {expected}, found {getattr(config, name)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,25 +59,21 @@ class SamplingConfig:
     """Which examples meet in a batch."""
 
     batch_size: Annotated[int, "Queries per optimizer step, over all processes."] = 512
-    homogeneous_ratio: Annotated[
-        float, "Share of each batch that is of one task: 1 is one task per batch, 0 mixes all."
-    ] = 1.0
+    homogeneous_ratio: Annotated[float, "Share of a batch that is of one task; 0 mixes all."] = 1.0
     num_negatives: Annotated[int, "Maximum number of hard negatives drawn per query."] = 7
     size_exponent: Annotated[
-        float,
-        "A task of size n gets a share n^this of an epoch; 1: each example once, 0: equal shares.",
+        float, "Task size^this is its share of an epoch; 1: each example once, 0: equal shares."
     ] = 1.0
     seed: Annotated[int, "Seed of the order of examples and of the texts drawn from them."] = 0
 
     def __post_init__(self) -> None:
-        """Validate the values."""
-        if self.batch_size < 2:
-            raise ValueError(f"batch_size: expected at least 2 queries, found {self.batch_size}")
-        for name in ("homogeneous_ratio", "size_exponent"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected 0 to 1, found {getattr(self, name)}")
-        if self.num_negatives < 0:
-            raise ValueError(f"num_negatives: expected 0 or more, found {self.num_negatives}")
+        check_settings(
+            self,
+            ("batch_size", "at least 2 queries", self.batch_size >= 2),
+            ("homogeneous_ratio", "0 to 1", 0 <= self.homogeneous_ratio <= 1),
+            ("num_negatives", "0 or more", self.num_negatives >= 0),
+            ("size_exponent", "0 to 1", 0 <= self.size_exponent <= 1),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,12 +88,12 @@ class OptimizerConfig:
     max_grad_norm: Annotated[float, "L2 norm that all gradients together are clipped to."] = 1.0
 
     def __post_init__(self) -> None:
-        """Validate the values."""
-        for name in ("learning_rate", "max_grad_norm"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: expected more than 0, found {getattr(self, name)}")
-        if not 0 <= self.warmup_ratio <= 1:
-            raise ValueError(f"warmup_ratio: expected 0 to 1, found {self.warmup_ratio}")
+        check_settings(
+            self,
+            ("learning_rate", "more than 0", self.learning_rate > 0),
+            ("max_grad_norm", "more than 0", self.max_grad_norm > 0),
+            ("warmup_ratio", "0 to 1", 0 <= self.warmup_ratio <= 1),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,33 +101,25 @@ class LoopConfig:
     """How long to train, and what to do on the way."""
 
     epochs: Annotated[int, "Passes over the data."] = 1
-    max_steps: Annotated[
-        int | None, "Stop after this many steps; the learning rate reaches 0 there too."
-    ] = None
-    tokens_per_batch: Annotated[
-        int, "Tokens per forward of a process; bounds the memory and changes no result."
-    ] = 16_384
+    max_steps: Annotated[int | None, "Last step; the learning rate reaches 0 there."] = None
+    tokens_per_batch: Annotated[int, "Tokens per forward; bounds memory, not results."] = 16_384
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"],
         "Precision of matrix products; weights stay float32. auto: bfloat16 where it is native.",
     ] = "auto"
     save_every: Annotated[int, "Steps between checkpoints."] = 500
-    keep_checkpoints: Annotated[
-        int, "Newest checkpoints to keep, besides the best of those made right after a validation."
-    ] = 3
+    keep_checkpoints: Annotated[int, "Newest checkpoints to keep, besides the best validated."] = 3
     non_finite: Annotated[
-        Literal["stop", "skip"],
-        "Stop at a step whose loss or gradient is not finite, or log it and change nothing.",
+        Literal["stop", "skip"], "At a step whose loss or gradient is not finite: stop, or skip it."
     ] = "stop"
     validate_every: Annotated[int, "Steps between validations."] = 500
     validation_limit: Annotated[int, "Pairs per held-out task that a validation looks at."] = 500
 
     def __post_init__(self) -> None:
-        """Validate the counts."""
-        for name in ("epochs", "max_steps", "tokens_per_batch", "save_every", "keep_checkpoints"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, found {value}")
+        counts = ("epochs", "max_steps", "tokens_per_batch", "save_every", "keep_checkpoints")
+        counts += ("validate_every", "validation_limit")
+        values = [(name, getattr(self, name)) for name in counts]
+        check_settings(self, *((name, "at least 1", n is None or n >= 1) for name, n in values))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,14 +153,8 @@ def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
     return config.learning_rate * (total - step) / max(1, total - warmup)
 
 
-class _Batch(NamedTuple):
-    indices: list[int]  # this process's examples
-    task: str  # their task, "mixed" where there are several
-    tokens: TokenBatch
-
-
 class Trainer:
-    """One run: `run` takes it from where it is to its end, or to `stop`."""
+    """One run: `step` of `total_steps` are taken, `run` takes the others."""
 
     def __init__(
         self,
@@ -195,11 +185,6 @@ class Trainer:
                 f"--loss.matryoshka-dims: expected at most {embedder.dimension}, the dimension of "
                 f"the model, found {too_large[0]}"
             )
-        if sampling.batch_size % distributed.world_size():
-            raise ValueError(
-                f"--sampling.batch-size: expected a multiple of the {distributed.world_size()} "
-                f"processes, found {sampling.batch_size}"
-            )
         if recipe.loss.distillation_weight:
             data.require_scores()
         self.sampler = TaskBatchSampler(
@@ -217,14 +202,9 @@ class Trainer:
             ),
         )
         self.step = 0
-        """Steps taken."""
-        self.total_steps = loop.epochs * len(self.sampler)
-        self.total_steps = min(self.total_steps, loop.max_steps or self.total_steps)
-        self.stop = 0
-        """A signal's number, set on any process, saves and returns after the current step."""
-        bfloat16 = loop.precision == "bfloat16" or (
-            loop.precision == "auto" and fastest_safe_dtype(embedder.device) is torch.bfloat16
-        )
+        self.total_steps = min(loop.epochs * len(self.sampler), loop.max_steps or sys.maxsize)
+        native = fastest_safe_dtype(embedder.device) is torch.bfloat16
+        bfloat16 = loop.precision == "bfloat16" or (loop.precision == "auto" and native)
         self.model = parallel.wrap(embedder.model, recipe.parallel, bfloat16=bfloat16)
         self.optimizer = build_optimizer(embedder.model, recipe.optimizer)
         self.autocast = partial(
@@ -239,11 +219,13 @@ class Trainer:
             self.step = state["step"]
             self.sampler.load_state_dict(state["sampler"])
 
-    def run(self, report: Callable[[LogLine], None]) -> bool:
-        """Train to the end; True when it was reached, False when stopped.
+    def run(self, report: Callable[[LogLine], None], signals: Sequence[int] = ()) -> int:
+        """Train to the end; 0 when it was reached, or else the number of the signal that stopped it.
 
         Args:
             report: is given every log line, on rank 0.
+            signals: numbers of the signals received so far. One on any process makes all save and
+                return after the current step.
 
         Raises:
             FloatingPointError: loss or gradient is not finite; the weights are as before the step.
@@ -260,6 +242,25 @@ class Trainer:
             if is_main:
                 report(line)
 
+        def encode(texts: list[str]) -> Tensor:
+            with self.autocast():
+                return torch.from_numpy(self.embedder.encode(texts)).to(self.embedder.device)
+
+        def validated() -> float | None:
+            """The score to keep checkpoints by; every process takes part."""
+            if self.validation is None:
+                return None
+            scores = validate(
+                self.validation,
+                encode,
+                template=self.embedder.instruction_template,
+                batch_size=self.recipe.sampling.batch_size,
+                limit=loop.validation_limit,
+                together=parallel.is_sharded(self.model),
+            )
+            write({"step": self.step, "validation": scores})
+            return scores["mrr"]
+
         def is_due(every: int) -> bool:
             return self.step % every == 0 or self.step == self.total_steps
 
@@ -267,57 +268,50 @@ class Trainer:
         mode = "a" if self.step else "w"
         with (log_path if is_main else Path(os.devnull)).open(mode, encoding="utf-8") as log:
             if self.step == 0:
-                self._validate(write)
+                validated()
             clock = time.perf_counter()
-            for batch in prefetch(self._prepare, self._remaining(), _PREPARED):
-                line = self._train_step(batch)
+            remaining = islice(self._order(), self.total_steps - self.step)
+            for batch in prefetch(self._tokenize, remaining, _PREPARED):
+                line = self._train_step(*batch)
                 self.step += 1
                 now = time.perf_counter()
                 seconds, clock = now - clock, now
                 line["tokens_per_second"] = round(line["tokens"] / seconds)
                 write(line | {"seconds": round(seconds, 4)})
-                score = self._validate(write) if is_due(loop.validate_every) else None
-                stop = distributed.max_over_ranks(self.stop, self.embedder.device)
+                score = validated() if is_due(loop.validate_every) else None
+                stop = distributed.max_over_ranks(max(signals, default=0), self.embedder.device)
                 if stop or is_due(loop.save_every):
                     if is_main:
                         os.fsync(log.fileno())  # no checkpoint knows of steps that the log lost
                     epoch, step = divmod(self.step, len(self.sampler))
                     sampler = self.sampler.state_dict() | {"epoch": epoch, "step": step}
-                    state = checkpoint.State(step=self.step, sampler=sampler, validation=score)
+                    state = {"step": self.step, "sampler": sampler, "validation": score}
                     checkpoint.save(checkpoints, self.embedder, self.optimizer, state)
                     if is_main:
                         checkpoint.prune(checkpoints, loop.keep_checkpoints)
                 if stop and self.step < self.total_steps:
-                    self.stop = stop
-                    return False
+                    return stop
         checkpoint.save_model(self.output / "final", self.embedder)
-        return True
+        return 0
 
-    def _remaining(self) -> Iterator[tuple[list[int], int]]:
-        """(this process's examples, epoch) of every remaining step."""
-        left = self.total_steps - self.step
+    def _order(self) -> Iterator[tuple[list[int], int]]:
+        """(this process's examples, epoch) of every step from the next one on."""
         for epoch in range(self.step // len(self.sampler), self.recipe.training.epochs):
             self.sampler.set_epoch(epoch)
-            for indices in islice(self.sampler, left):
-                yield indices, epoch
-                left -= 1
+            yield from ((indices, epoch) for indices in self.sampler)
 
-    def _prepare(self, step: tuple[list[int], int]) -> _Batch:
+    def _tokenize(self, step: tuple[list[int], int]) -> Batch:
         """Draw the texts of one batch, put prompts before them, tokenize."""
         indices, epoch = step
-        draw = {
-            "epoch": epoch,
-            "seed": self.recipe.sampling.seed,
-            "num_negatives": self.recipe.sampling.num_negatives,
-        }
+        sampling = self.recipe.sampling
+        draw = {"epoch": epoch, "seed": sampling.seed, "num_negatives": sampling.num_negatives}
         examples = [self.data.example(i, **draw) for i in indices]
-        batch = collate(examples, template=self.embedder.instruction_template, **draw)
-        tokens = tokenize(batch, self.embedder.tokenizer, max_length=self.embedder.max_length)
-        tasks = {example.task for example in examples}
-        name = self.data.task_names[tasks.pop()] if len(tasks) == 1 else "mixed"
-        return _Batch(indices, name, tokens)
+        text = collate(examples, template=self.embedder.instruction_template, **draw)
+        tokens = tokenize(text, self.embedder.tokenizer, max_length=self.embedder.max_length)
+        tasks = {self.data.task_names[example.task] for example in examples}
+        return indices, tasks.pop() if len(tasks) == 1 else "mixed", tokens
 
-    def _train_step(self, batch: _Batch) -> LogLine:
+    def _train_step(self, indices: list[int], task: str, batch: TokenBatch) -> LogLine:
         """One update: gradient of the global batch, clipping, AdamW; what the log says of it."""
         config, device = self.recipe, self.embedder.device
         rate = learning_rate(config.optimizer, self.step, self.total_steps)
@@ -325,7 +319,7 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.zero_grad()
         result = contrastive_step(
-            batch.tokens,
+            batch,
             self._embed,
             config.loss,
             device=device,
@@ -335,27 +329,34 @@ class Trainer:
         )
         parameters, max_norm = self.embedder.model.parameters(), config.optimizer.max_grad_norm
         norm = parallel.full_tensor(nn.utils.clip_grad_norm_(parameters, max_norm)).item()
-        # Over all processes, so that all decide alike.
-        values = [result.loss.item(), *result.counts.values()]
-        loss, *means = distributed.mean(
-            torch.tensor(values, dtype=torch.float64, device=device)
-        ).tolist()
-        is_finite = math.isfinite(loss) and math.isfinite(norm)
-        sums = [mean * distributed.world_size() for mean in means]
-        counts = dict(zip(result.counts, sums, strict=True))
+        # Means over processes, so that all decide alike.
+        values = torch.tensor([result.loss.item(), *result.counts.values()], dtype=torch.float64)
+        loss, *means = distributed.mean(values.to(device)).tolist()
+        counts = {
+            name: mean * distributed.world_size()
+            for name, mean in zip(result.counts, means, strict=True)
+        }
         line: LogLine = {
             "step": self.step + 1,
             "epoch": self.step // len(self.sampler),
             "loss": loss if math.isfinite(loss) else None,  # JSON has no infinity
             "lr": rate,
             "grad_norm": norm if math.isfinite(norm) else None,
-            "task": batch.task,
+            "task": task,
             "tokens": round(counts.pop("tokens")),
         }
-        if is_finite:
+        line |= {name: count / config.sampling.batch_size for name, count in counts.items()}
+        if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step()
         else:
-            line["skipped"] = self._offenders(batch, result.finite)
+            # Examples with a vector that is not finite, else any.
+            owners = np.append(np.arange(len(indices)), batch.text.document_owner)
+            broken = np.unique(owners[~result.finite.cpu().numpy()])
+            for positions in (broken, range(len(indices))):
+                local = [self.data.location(indices[i]) for i in positions[:_NAMED]]
+                if found := list(chain.from_iterable(distributed.gather_objects(local))):
+                    break
+            line["skipped"] = found[:_NAMED]
             if config.training.non_finite == "stop":
                 raise FloatingPointError(
                     f"step {self.step + 1}: loss {loss} and gradient norm {norm} must be "
@@ -363,8 +364,7 @@ class Trainer:
                 )
         if _malloc_trim is not None and device.type == "cpu" and self.step % _TRIM_EVERY == 0:
             _malloc_trim(0)
-        per_query = {name: count / config.sampling.batch_size for name, count in counts.items()}
-        return line | per_query
+        return line
 
     def _embed(self, packed: Packed) -> Tensor:
         """(B, D) vectors with a graph."""
@@ -373,35 +373,3 @@ class Trainer:
         with self.autocast():
             hidden = self.model(packed, causal=self.embedder.causal)  # (T, D)
         return pool(hidden, packed.cu_seqlens, self.embedder.pooling)
-
-    def _offenders(self, batch: _Batch, finite: Tensor) -> list[str]:
-        """`file:line` of some of the step's examples with a vector that is not finite, else of any."""
-        text = batch.tokens.text
-        owners = np.concatenate([np.arange(len(text.queries)), text.document_owner])
-        broken: list[int] = np.unique(owners[~finite.cpu().numpy()]).tolist()
-        for positions in (broken, range(len(batch.indices))):
-            local = [self.data.location(batch.indices[i]) for i in positions[:_NAMED]]
-            if found := [*chain.from_iterable(distributed.gather_objects(local))]:
-                break
-        return found[:_NAMED]
-
-    @torch.no_grad()
-    def _validate(self, write: Callable[[LogLine], None]) -> float | None:
-        """Measure on the held-out pairs, if any; every process takes part. The score to keep by."""
-        if self.validation is None:
-            return None
-
-        def embed(texts: list[str]) -> Tensor:
-            with self.autocast():
-                return torch.from_numpy(self.embedder.encode(texts)).to(self.embedder.device)
-
-        scores = validate(
-            self.validation,
-            embed,
-            template=self.embedder.instruction_template,
-            batch_size=self.recipe.sampling.batch_size,
-            limit=self.recipe.training.validation_limit,
-            together=parallel.is_sharded(self.model),
-        )
-        write({"step": self.step, "validation": scores})
-        return scores["mrr"]

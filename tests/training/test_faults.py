@@ -183,7 +183,7 @@ def test_a_checkpoint_before_the_first_update_has_no_moments(tiny_model_dir, tmp
     """Where every step so far was skipped, saving and resuming count no step."""
     embedder = Embedder.from_pretrained(tiny_model_dir, dtype="float32")
     optimizer = build_optimizer(embedder.model, OptimizerConfig())
-    state = checkpoint.State(step=1, sampler={}, validation=None)
+    state = {"step": 1, "sampler": {}, "validation": None}
     checkpoint.save(tmp_path, embedder, optimizer, state)
     checkpoint.restore_optimizer(checkpoint.newest(tmp_path), embedder.model, optimizer)
     assert not optimizer.state
