@@ -204,7 +204,8 @@ class _Option:
 
 def _options(cls: Any, instance: object = None, prefix: str = "") -> Iterator[_Option]:
     """Every setting of a tree of dataclasses, with the values of `instance` as defaults."""
-    group = f"[{prefix[:-1]}] {(cls.__doc__ or '').splitlines()[0]}" if prefix else "settings"
+    title = (cls.__doc__ or "").partition("\n")[0].rstrip(".")
+    group = f"[{prefix[:-1]}] {title}" if prefix else "settings"
     hints = get_type_hints(cls, include_extras=True)
     for field in fields(cls):
         kind, text = hints[field.name], ""

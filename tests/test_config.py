@@ -186,7 +186,7 @@ def test_help(capsys):
     assert error.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "usage: train.py [FILE.toml] [--NAME VALUE ...]" in text
-    assert "[data] Where the examples are." in text
+    assert "[data] Where the examples are:" in text
     assert "--data.path PATH File or folder of examples; 100% of it is read. (required)" in text
     assert "--data.rank-range INT INT First and last rank. (default: 50 100)" in text
     assert "--loss.temperature NUMBER Divides the cosines. (default: 0.05)" in text
