@@ -20,15 +20,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from kalm_min.config import run
+from kalm_min.evaluation import plan as planning
 from kalm_min.evaluation import report
-from kalm_min.evaluation.plan import (
-    EvaluationConfig,
-    Plan,
-    find_tasks,
-    make_plan,
-    mirrored,
-    prefetch,
-)
+from kalm_min.evaluation.plan import EvaluationConfig, Plan, find_tasks, make_plan
 from kalm_min.evaluation.runner import Failure, Runner
 from kalm_min.files import write_text
 
@@ -41,7 +35,7 @@ def evaluate(config: EvaluationConfig) -> int:
         return 0
     if config.prefetch:
         assert config.datasets is not None
-        failures = prefetch(config.datasets, find_tasks(config).tasks, sys.stdout)
+        failures = planning.prefetch(config.datasets, find_tasks(config), sys.stdout)
         for failure in failures:
             sys.stderr.write(f"evaluate.py: could not fetch {failure}\n")
         print(f"{'incomplete' if failures else 'complete'}: {config.datasets}")
@@ -52,8 +46,8 @@ def evaluate(config: EvaluationConfig) -> int:
 def tabulate(config: EvaluationConfig) -> int:
     """Report without running: the requested plan, or everything that the folder holds."""
     is_named = not config.model and bool(config.benchmark or config.tasks or config.data)
-    selection = find_tasks(config) if is_named else None
-    plans = report.read_plans(config.output, config.dims, selection)
+    requested = find_tasks(config) if is_named else []
+    plans = report.read_plans(config.output, config.dims, requested, config.benchmark)
     if config.model:
         found, plans = plans, [make_plan(config)]
         if plans[0].results not in [plan.results for plan in found]:
@@ -70,7 +64,7 @@ def score(config: EvaluationConfig) -> int:
     plan = make_plan(config)
     environment = dict(os.environ)
     if config.datasets:
-        plan = replace(plan, tasks=mirrored(config.datasets, plan.tasks))
+        plan = replace(plan, tasks=planning.mirrored(config.datasets, plan.tasks))
         environment["HF_HUB_OFFLINE"] = "1"
     print(report.plan_table(plan), end="\n\n", flush=True)
     if config.dry_run:

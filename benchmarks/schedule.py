@@ -40,8 +40,8 @@ def main(argv: list[str]) -> None:
     warnings.simplefilter("ignore")
     options = parse(Options, argv, program="schedule.py", description="A run, simulated.")
     config = EvaluationConfig(model="none", benchmark=(options.benchmark,))
-    tasks, _, aggregates = find_tasks(config)
-    recorded = recorded_seconds(tasks, aggregates)
+    tasks = find_tasks(config)
+    recorded = recorded_seconds(tasks)
     hours = sum(recorded.values()) / 3600
     speed = hours * 3600 / sum(task.characters for task in tasks)
     kinds = {
@@ -62,15 +62,13 @@ def main(argv: list[str]) -> None:
             )
 
 
-def recorded_seconds(
-    tasks: Sequence[PlannedTask], aggregates: dict[str, tuple[str, ...]]
-) -> dict[str, float]:
+def recorded_seconds(tasks: Sequence[PlannedTask]) -> dict[str, float]:
     """Recorded seconds by task; those of an aggregate are divided by characters."""
     seconds: dict[str, float] = json.loads(_RECORDED.read_text())["seconds"]
-    characters = {task.name: task.characters for task in tasks}
-    for name, leaves in aggregates.items():
-        total = sum(characters[leaf] for leaf in leaves)
-        seconds |= {leaf: seconds[name] * characters[leaf] / total for leaf in leaves}
+    for name in {task.aggregate for task in tasks if task.aggregate}:
+        parts = [task for task in tasks if task.aggregate == name]
+        total = sum(task.characters for task in parts)
+        seconds |= {task.name: seconds[name] * task.characters / total for task in parts}
     return {task.name: seconds[task.name] for task in tasks}
 
 

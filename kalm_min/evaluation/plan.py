@@ -10,12 +10,12 @@ import hashlib
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
-from kalm_min.evaluation.local import KINDS, LocalDataset, find_datasets
+from kalm_min.evaluation.local import KINDS, find_datasets
 from kalm_min.files import (
     atomic_directory,
     checkpoint_folders,
@@ -26,12 +26,10 @@ from kalm_min.files import (
 
 if TYPE_CHECKING:
     from mteb import AbsTask
-    from mteb.results import TaskResult
 
 _TABLES = Path(__file__).with_name("instructions.json")
-_MAX_TOKENS = 512  # what a text is counted up to where --max-length is not given
-_CHARACTERS_PER_TOKEN = 4
-_MAX_SHOWN = 5  # missing repositories
+# The settings of a run that decide a score.
+SETTINGS = ("instructions", "max_length", "dtype", "causal", "pooling")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,61 +40,40 @@ class EvaluationConfig:
     benchmark: Annotated[tuple[str, ...], 'Benchmarks of mteb, e.g. "MTEB(eng, v1)".'] = ()
     tasks: Annotated[tuple[str, ...], "Single tasks of mteb, e.g. STS12 SciFact."] = ()
     data: Annotated[tuple[Path, ...], "Local dataset folders, or folders of dataset folders."] = ()
-    output: Annotated[
-        Path, "Folder for results, logs and summary; the same command again resumes there."
-    ] = Path("results")
-    dims: Annotated[
-        tuple[int, ...], "Matryoshka dimensions to score, from one encoding; the full one if none."
-    ] = ()
-    devices: Annotated[
-        tuple[str, ...], "One worker each, e.g. cuda:0 cuda:1; every visible GPU, or cpu, if none."
-    ] = ()
+    output: Annotated[Path, "Folder of results; the same command again resumes."] = Path("results")
+    dims: Annotated[tuple[int, ...], "Matryoshka dimensions to score; the full one if none."] = ()
+    devices: Annotated[tuple[str, ...], "One worker each; every GPU, or else cpu, if none."] = ()
     instructions: Annotated[
         str,
         'official-v1, v2, none, or a JSON file {task or "type:STS": text or {query, document}}.',
     ] = "v2"
-    max_length: Annotated[
-        int | None, "Maximum tokens per text, prompt included; the checkpoint's limit if none."
-    ] = None
+    max_length: Annotated[int | None, "Maximum tokens per text; the checkpoint's if none."] = None
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         "Type the model computes in; auto is bfloat16 where native, else float32.",
     ] = "auto"
     causal: Annotated[bool | None, "Causal attention; the checkpoint's mode if none."] = None
-    pooling: Annotated[
-        Literal["mean", "lasttoken"] | None, "Pooling; the checkpoint's method if none."
-    ] = None
-    store: Annotated[
-        Path | None, "Folder that keeps vectors for later runs of the same checkpoint."
-    ] = None
+    pooling: Annotated[Literal["mean", "lasttoken"] | None, "The checkpoint's if none."] = None
+    store: Annotated[Path | None, "Folder that keeps vectors for later runs."] = None
     shard: Annotated[str, "This machine's part of the plan, e.g. 2/4; all share one --output."] = ""
     timeout: Annotated[float, "Seconds without progress after which a worker is replaced."] = 1800.0
     dry_run: Annotated[bool, "Print the plan and stop."] = False
-    datasets: Annotated[
-        Path | None, "Mirror of the hub's datasets; if given, the network is not used."
-    ] = None
-    prefetch: Annotated[
-        bool, "Copy the datasets of --benchmark and --tasks from the hub into --datasets and stop."
-    ] = False
-    report_only: Annotated[
-        bool, "Run nothing, tabulate existing results; without --model, all results of --output."
-    ] = False
-    compare: Annotated[
-        tuple[Path, ...], "Run nothing, tabulate two or more results folders side by side."
-    ] = ()
+    datasets: Annotated[Path | None, "Mirror of the hub's datasets, instead of the network."] = None
+    prefetch: Annotated[bool, "Copy the tasks' datasets from the hub to --datasets; stop."] = False
+    report_only: Annotated[bool, "Tabulate existing results; without --model, all of them."] = False
+    compare: Annotated[tuple[Path, ...], "Run nothing, tabulate results folders together."] = ()
 
     def __post_init__(self) -> None:
         """Validate option combinations."""
+        has_tasks = bool(self.benchmark or self.tasks)
+        needs_model = not (self.compare or self.prefetch or self.report_only)
         if len(self.compare) == 1:
             raise ValueError("--compare: expected two folders or more, found one")
-        if self.compare or (self.report_only and not self.model):
-            pass  # needs no model
-        elif self.prefetch:
-            if self.datasets is None or not (self.benchmark or self.tasks):
-                raise ValueError("--prefetch: expected --datasets, and --benchmark or --tasks")
-        elif not self.model:
+        if self.prefetch and not (self.datasets and has_tasks) and not self.compare:
+            raise ValueError("--prefetch: expected --datasets, and --benchmark or --tasks")
+        if needs_model and not self.model:
             raise ValueError("--model: expected a model folder or a hub id, found none")
-        elif not (self.benchmark or self.tasks or self.data):
+        if (needs_model or (self.report_only and self.model)) and not (has_tasks or self.data):
             raise ValueError("nothing to evaluate: give --benchmark, --tasks or --data")
         for device in self.devices:
             if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
@@ -136,14 +113,7 @@ class PlannedTask:
     subsets: tuple[str, ...] = ()
     corpus_characters: int = 0  # those of documents to search, which several workers may encode
     documents: int = 0
-
-
-class Selection(NamedTuple):
-    """The requested tasks."""
-
-    tasks: list[PlannedTask]
-    benchmarks: dict[str, tuple[str, ...]]  # -> names of tasks, which may be aggregates
-    aggregates: dict[str, tuple[str, ...]]  # -> names of the tasks that are averaged
+    aggregate: str = ""  # the task of mteb whose score is the mean of this one and others
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +126,7 @@ class Plan:
     settings: dict[str, object]
     tasks: tuple[PlannedTask, ...]  # largest first
     results: Path  # folder of the result files
-    benchmarks: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    aggregates: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    benchmarks: tuple[str, ...] = ()
     elsewhere: frozenset[str] = frozenset()  # names of the tasks that other machines run
 
     def result_path(self, task: PlannedTask) -> Path:
@@ -195,21 +164,15 @@ class Plan:
 def make_plan(config: EvaluationConfig) -> Plan:
     """Resolve a configuration. Raises ValueError with one sentence for what cannot be run."""
     folders = checkpoint_folders(config.model)
-    tasks, benchmarks, aggregates = find_tasks(config)
+    tasks = find_tasks(config)
     checkpoint = hash_checkpoint(*folders)
-    settings: dict[str, object] = {
-        "instructions": Path(config.instructions).stem,
-        "max_length": config.max_length,
-        "dtype": config.dtype,
-        "causal": config.causal,
-        "pooling": config.pooling,
-    }
+    settings = {name: getattr(config, name) for name in SETTINGS}
+    settings["instructions"] = Path(config.instructions).stem
     full = read_json(folders[-1] / "config.json").get("hidden_size")
     if not isinstance(full, int):
         raise ValueError(f"{folders[-1] / 'config.json'}: expected hidden_size, found none")
-    for dim in config.dims:
-        if dim > full:
-            raise ValueError(f"--dims: {dim} is more than the model's {full} dimensions")
+    if max(config.dims, default=0) > full:
+        raise ValueError(f"--dims: {max(config.dims)} is more than the model's {full} dimensions")
     is_local = Path(config.model).expanduser().is_dir()
     owner = f"local/{folders[0].resolve().name}" if is_local else config.model
     # mteb's layout, so that mteb.ResultCache(output) finds the results too. Not files.digest: a
@@ -223,8 +186,7 @@ def make_plan(config: EvaluationConfig) -> Plan:
         settings=settings,
         tasks=tuple(sorted(tasks, key=lambda task: -task.characters)),
         results=config.output / "results" / owner.replace("/", "__") / revision,
-        benchmarks=benchmarks,
-        aggregates=aggregates,
+        benchmarks=config.benchmark,
         elsewhere=tasks_elsewhere(tasks, config.shard),
     )
 
@@ -245,45 +207,108 @@ def tasks_elsewhere(tasks: Sequence[PlannedTask], shard: str) -> frozenset[str]:
     return frozenset(others)
 
 
-def find_tasks(config: EvaluationConfig) -> Selection:
+def find_tasks(config: EvaluationConfig) -> list[PlannedTask]:
     """The requested tasks. Raises ValueError with one sentence for what cannot be run."""
     if find_spec("mteb") is None:
         raise ValueError('evaluation needs mteb: pip install "kalm-min[eval]"')
     table = instruction_table(config.instructions)
-    selection = Selection([], {}, {})
-    if config.benchmark or config.tasks:
-        selection = _select_from_mteb(config, table)
-    for path in config.data:
-        for dataset in find_datasets(path):
-            selection.tasks.append(_plan_local(dataset, table, config.instructions))
-    names = [task.name for task in selection.tasks]
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"two tasks are called {name}; rename the folder of one")
-    return selection
+    tasks = _mteb_tasks(config, table) if config.benchmark or config.tasks else []
+    for dataset in (dataset for path in config.data for dataset in find_datasets(path)):
+        if dataset.name in [task.name for task in tasks]:
+            raise ValueError(f"two tasks are called {dataset.name}; rename the folder of one")
+        kind = KINDS[dataset.kind].type
+        instruction = resolve_instruction(table, dataset.name, kind)
+        if dataset.instruction is not None and config.instructions != "none":
+            instruction = Instruction(dataset.instruction, origin="task")
+        if dataset.symmetric:
+            instruction = replace(instruction, document=instruction.query)
+        is_corpus = dataset.kind == "retrieval"  # nearly all of its texts are documents
+        task = PlannedTask(
+            name=dataset.name,
+            type=kind,
+            main_score=dataset.main_score,
+            revision=dataset.revision,
+            characters=dataset.characters,
+            instruction=instruction,
+            folder=dataset.path,
+            corpus_characters=dataset.characters * is_corpus,
+            documents=dataset.texts * is_corpus,
+        )
+        tasks.append(task)
+    return tasks
 
 
-def _plan_local(dataset: LocalDataset, table: Mapping[str, Instruction], style: str) -> PlannedTask:
-    kind = KINDS[dataset.kind].type
-    instruction = resolve_instruction(table, dataset.name, kind)
-    if dataset.instruction is not None and style != "none":
-        instruction = Instruction(query=dataset.instruction, origin="task")
-    if dataset.symmetric:
-        instruction = replace(instruction, document=instruction.query)
-    is_corpus = dataset.kind == "retrieval"  # nearly all of its texts are documents
-    return PlannedTask(
-        name=dataset.name,
-        type=kind,
-        main_score=dataset.main_score,
-        revision=dataset.revision,
-        characters=dataset.characters,
-        instruction=instruction,
-        folder=dataset.path,
-        corpus_characters=dataset.characters * is_corpus,
-        documents=dataset.texts * is_corpus,
-    )
+def _mteb_tasks(config: EvaluationConfig, table: Mapping[str, Instruction]) -> list[PlannedTask]:
+    """A task of two benchmarks is run once, on the splits and subsets of both."""
+    import mteb
+
+    flag = "--benchmark"
+    try:
+        requested = [task for name in config.benchmark for task in mteb.get_benchmark(name).tasks]
+        flag = "--tasks"
+        requested += [mteb.get_task(name) for name in config.tasks]
+    except KeyError as error:
+        raise ValueError(f"{flag}: {str(error.args[0]).removeprefix('KeyError: ')}") from error
+    tasks: dict[str, PlannedTask] = {}
+    for leaf, parent in ((leaf, task) for task in requested for leaf in _leaves(task)):
+        metadata = leaf.metadata
+        if list(metadata.modalities) != ["text"]:
+            kinds = ", ".join(metadata.modalities)
+            raise ValueError(f"{metadata.name} is about {kinds}, not only text")
+        characters, corpus_characters, documents = task_size(leaf, config.max_length)
+        new = PlannedTask(
+            name=metadata.name,
+            type=metadata.type,
+            main_score=metadata.main_score,
+            revision=metadata.revision,
+            characters=characters,
+            instruction=resolve_instruction(table, metadata.name, metadata.type),
+            repository=metadata.dataset["path"],
+            splits=tuple(leaf.eval_splits),
+            subsets=tuple(leaf.hf_subsets),
+            corpus_characters=corpus_characters,
+            documents=documents,
+            aggregate="" if leaf is parent else parent.metadata.name,
+        )
+        old = tasks.get(new.name, new)
+        if (old.splits, old.subsets) != (new.splits, new.subsets):
+            raise ValueError(
+                f"{new.name} is requested twice with different parts ({old.splits} {old.subsets} and "
+                f"{new.splits} {new.subsets}); evaluate the benchmarks one after the other, in "
+                "separate --output folders"
+            )
+        tasks[new.name] = old if old.aggregate else new
+    return list(tasks.values())
 
 
-# ---- instructions --------------------------------------------------------------------------------
+def _leaves(task: "AbsTask") -> "list[AbsTask]":
+    """The tasks that an aggregate averages; any other task by itself."""
+    return getattr(task, "tasks", [task])
+
+
+def task_size(task: "AbsTask", max_length: int | None) -> tuple[int, int, int]:
+    """Characters to encode, those of documents to search, and the number of these documents.
+
+    From the statistics that mteb ships of splits and subsets. A text is counted once per column, and
+    only up to about the length that is encoded (512 tokens where no maximum is given).
+    """
+    longest = 4 * (max_length or 512)  # characters of that many tokens
+    sampled = getattr(task, "max_document_to_embed", None)  # of a task that encodes a sample only
+    characters = corpus_characters = documents = 0.0
+    for split, statistics in (task.metadata.descriptive_stats or {}).items():
+        subsets = statistics.get("hf_subset_descriptive_stats") or {}
+        parts = [subsets[name] for name in task.hf_subsets if name in subsets] or [statistics]
+        columns = [item for part in parts for item in part.items()]
+        for name, column in columns if split in task.eval_splits else ():
+            if isinstance(column, dict) and (length := column.get("total_text_length")):
+                average = column["average_text_length"] or 1
+                texts = column.get("unique_texts") or length / average
+                texts = min(texts, sampled or texts)
+                characters += texts * min(average, longest)
+                if name.startswith("documents"):
+                    documents += texts
+                    corpus_characters += texts * min(average, longest)
+    return round(characters), round(corpus_characters), round(documents)
 
 
 def instruction_table(style: str) -> dict[str, Instruction]:
@@ -305,17 +330,16 @@ def instruction_table(style: str) -> dict[str, Instruction]:
     else:
         tables = read_json(_TABLES)
         if style not in tables:
+            found = f"found {style!r}{did_you_mean(style, tables)}"
             raise ValueError(
-                f"--instructions: expected {', '.join(tables)} or a .json file, "
-                f"found {style!r}{did_you_mean(style, tables)}"
+                f"--instructions: expected {', '.join(tables)} or a .json file, {found}"
             )
         entries = tables[style]
     table: dict[str, Instruction] = {}
     for name, entry in entries.items():
         texts = entry if isinstance(entry, dict) else {"query": entry}
-        if not texts.keys() <= {"query", "document"} or not all(
-            isinstance(text, str) for text in texts.values()
-        ):
+        are_texts = all(isinstance(text, str) for text in texts.values())
+        if not are_texts or not texts.keys() <= {"query", "document"}:
             raise ValueError(f"{style}: {name}: expected a text or {{query, document}}")
         table[name] = Instruction(**texts, origin="type" if name.startswith("type:") else "task")
     return table
@@ -330,85 +354,6 @@ def resolve_instruction(table: Mapping[str, Instruction], name: str, kind: str) 
     return next((table[key] for key in keys if key in table), Instruction())
 
 
-# ---- tasks of mteb -------------------------------------------------------------------------------
-
-
-def _select_from_mteb(config: EvaluationConfig, table: Mapping[str, Instruction]) -> Selection:
-    """A task of two benchmarks is run once, on the splits and subsets of both."""
-    import mteb
-    from mteb.abstasks.aggregated_task import AbsTaskAggregate
-
-    try:
-        members = {name: list(mteb.get_benchmark(name).tasks) for name in config.benchmark}
-    except KeyError as error:
-        raise ValueError(f"--benchmark: {error.args[0]}") from error
-    try:
-        queue = [mteb.get_task(name) for name in config.tasks]
-    except KeyError as error:
-        reason = str(error.args[0]).removeprefix("KeyError: ")
-        raise ValueError(f"--tasks: {reason}") from error
-    queue = [task for group in members.values() for task in group] + queue
-    aggregates: dict[str, tuple[str, ...]] = {}
-    tasks: dict[str, PlannedTask] = {}
-    for task in queue:
-        metadata = task.metadata
-        if isinstance(task, AbsTaskAggregate):
-            aggregates[metadata.name] = tuple(part.metadata.name for part in task.tasks)
-            queue += task.tasks
-            continue
-        if list(metadata.modalities) != ["text"]:
-            kinds = ", ".join(metadata.modalities)
-            raise ValueError(f"{metadata.name} is about {kinds}, not only text")
-        characters, corpus_characters, documents = task_size(task, config.max_length)
-        new = PlannedTask(
-            name=metadata.name,
-            type=metadata.type,
-            main_score=metadata.main_score,
-            revision=metadata.revision,
-            characters=characters,
-            instruction=resolve_instruction(table, metadata.name, metadata.type),
-            repository=metadata.dataset["path"],
-            splits=tuple(task.eval_splits),
-            subsets=tuple(task.hf_subsets),
-            corpus_characters=corpus_characters,
-            documents=documents,
-        )
-        old = tasks.setdefault(new.name, new)
-        if old != new:
-            raise ValueError(
-                f"{new.name} is requested twice with different parts ({old.splits} {old.subsets} and "
-                f"{new.splits} {new.subsets}); evaluate the benchmarks one after the other, in "
-                "separate --output folders"
-            )
-    names = {name: tuple(task.metadata.name for task in group) for name, group in members.items()}
-    return Selection(list(tasks.values()), names, aggregates)
-
-
-def task_size(task: "AbsTask", max_length: int | None) -> tuple[int, int, int]:
-    """Characters to encode, those of documents to search, and the number of these documents.
-
-    From the statistics that mteb ships of splits and subsets. A text is counted once per column, and
-    only up to about the length that is encoded.
-    """
-    longest = _CHARACTERS_PER_TOKEN * (max_length or _MAX_TOKENS)
-    sampled = getattr(task, "max_document_to_embed", None)  # of a task that encodes a sample only
-    characters = corpus_characters = documents = 0.0
-    for split, statistics in (task.metadata.descriptive_stats or {}).items():
-        subsets = statistics.get("hf_subset_descriptive_stats") or {}
-        parts = [subsets[name] for name in task.hf_subsets if name in subsets] or [statistics]
-        columns = [item for part in parts for item in part.items()]
-        for name, column in columns if split in task.eval_splits else ():
-            if isinstance(column, dict) and (length := column.get("total_text_length")):
-                average = column["average_text_length"] or 1
-                texts = column.get("unique_texts") or length / average
-                texts = min(texts, sampled or texts)
-                characters += texts * min(average, longest)
-                if name.startswith("documents"):
-                    documents += texts
-                    corpus_characters += texts * min(average, longest)
-    return round(characters), round(corpus_characters), round(documents)
-
-
 def official_means(benchmark: str, results: Mapping[str, dict]) -> dict[str, float | None]:
     """mteb's own summary of a benchmark (0 to 1): "Mean(Task)", "Mean(TaskType)" and each type.
 
@@ -416,35 +361,25 @@ def official_means(benchmark: str, results: Mapping[str, dict]) -> dict[str, flo
     one is missing: mteb does not average a part of a benchmark, and neither does this.
     """
     import mteb
-    from mteb.results import BenchmarkResults, ModelResult
+    from mteb.abstasks.aggregated_task import AbsTaskAggregate
+    from mteb.results import BenchmarkResults, ModelResult, TaskResult
 
     full = mteb.get_benchmark(benchmark)
-    found = [_official_result(task, results) for task in full.tasks]
+    names = [leaf.metadata.name for task in full.tasks for leaf in _leaves(task)]
+    if missing := len(names) - len(results.keys() & set(names)):
+        raise ValueError(f"{missing} of {len(names)} tasks missing")
+    found: list[TaskResult] = []
+    for task in full.tasks:
+        parts = [TaskResult.from_dict(results[leaf.metadata.name]) for leaf in _leaves(task)]
+        is_aggregate = isinstance(task, AbsTaskAggregate)
+        found.append(task.combine_task_results(parts) if is_aggregate else parts[0])
     model = ModelResult(model_name="a/model", model_revision="0", task_results=found)
     return full.get_score(BenchmarkResults(model_results=[model]), raise_error=True)["a/model"]
 
 
-def official_score(name: str, results: Mapping[str, dict]) -> float:
-    """The main score (0 to 1) of an aggregate by mteb's own rule, from its tasks' results by name."""
-    import mteb
-
-    return float(_official_result(mteb.get_task(name), results).get_score())
-
-
-def _official_result(task: "AbsTask", results: Mapping[str, dict]) -> "TaskResult":
-    from mteb.abstasks.aggregated_task import AbsTaskAggregate
-    from mteb.results import TaskResult
-
-    if not isinstance(task, AbsTaskAggregate):
-        return TaskResult.from_dict(results[task.metadata.name])
-    parts = [TaskResult.from_dict(results[part.metadata.name]) for part in task.tasks]
-    return task.combine_task_results(parts)
-
-
-# ---- a mirror of the hub's datasets --------------------------------------------------------------
-# <mirror>/<owner>/<name>/<revision>/ is a repository, complete or absent. The revision is in the path
-# because `datasets` reads whatever a folder holds, and the result would name the revision that was
-# meant. Scripts are not copied, so none can run.
+# A mirror of the hub's datasets: <mirror>/<owner>/<name>/<revision>/ is a repository, complete or
+# absent. The revision is in the path because `datasets` reads whatever a folder holds, and the result
+# would name the revision that was meant. Scripts are not copied, so none can run.
 
 
 def mirrored(mirror: Path, tasks: Iterable[PlannedTask]) -> tuple[PlannedTask, ...]:
@@ -452,10 +387,10 @@ def mirrored(mirror: Path, tasks: Iterable[PlannedTask]) -> tuple[PlannedTask, .
     found = tuple(replace(t, mirror=_copy_of(mirror, t)) if t.repository else t for t in tasks)
     missing = [str(task.mirror) for task in found if task.mirror and not task.mirror.is_dir()]
     if missing:
-        more = f" and {len(missing) - _MAX_SHOWN} more" if len(missing) > _MAX_SHOWN else ""
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ValueError(
-            f"--datasets: expected {', '.join(missing[:_MAX_SHOWN])}{more}, found none; the same "
-            "command with --prefetch, on a machine with network access, copies them"
+            f"--datasets: expected {', '.join(missing[:5])}{more}, found none; the same command with "
+            "--prefetch, on a machine with network access, copies them"
         )
     return found
 
