@@ -4,9 +4,7 @@ Where each record starts is found once, by a search for newlines at about the sp
 and kept as a memory-mapped array of offsets. A .gz file is decompressed once. Both are kept in a
 hidden folder `.kalm_min` beside the data or, where that cannot be written, in a cache folder. Their
 names carry the size and modification time of the data, so they are never used for other content.
-
-Not here: what a record must hold (records.py), and locking: files are complete or absent, and
-processes that build the same index at once do the work twice without harm.
+No locking: processes that build the same index at once do the work twice without harm.
 """
 
 import gzip
@@ -17,13 +15,14 @@ import shutil
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from kalm_min.data.records import Row
 from kalm_min.files import atomic_write, parse_object, text_hash
 
 Ints = npt.NDArray[np.int64]
@@ -58,9 +57,7 @@ class JsonlFile:
             self._folders = [parent / ".kalm_min", Path.home() / ".cache" / "kalm_min" / apart]
         else:
             self._folders = [Path(cache_dir) / apart]
-        if not any(self._load(folder) for folder in self._folders) and not self._load(
-            self._build()
-        ):
+        if not any(map(self._load, self._folders)) and not self._load(self._build()):
             raise ValueError(f"{path}: its index was changed while it was opened; run again")
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -69,7 +66,7 @@ class JsonlFile:
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def __getitem__(self, i: int) -> Row:
         """Record i. Raises ValueError with file:line if it is not a JSON object."""
         i = range(len(self))[i]
         return parse_object(self._data[self._starts[i] : self._starts[i + 1]], self.location(i))
@@ -89,9 +86,8 @@ class JsonlFile:
 
         Where it exists already, in either folder, or else where it can be written.
         """
-        name = f"{self._name}.{suffix}"
-        stored = (folder / name for folder in self._folders)
-        return next((path for path in stored if path.exists()), None) or self._writable() / name
+        paths = [folder / f"{self._name}.{suffix}" for folder in self._folders]
+        return next(filter(Path.exists, paths), None) or self._writable() / paths[0].name
 
     def _content_name(self) -> str:
         """A name that changes with the file, as far as its size and modification time tell."""
@@ -103,12 +99,10 @@ class JsonlFile:
     def _writable(self) -> Path:
         """The first folder that exists or can be made, and can be written."""
         for folder in self._folders:
-            try:
+            with suppress(OSError):
                 folder.mkdir(parents=True, exist_ok=True)
-            except OSError:
-                continue
-            if os.access(folder, os.W_OK):
-                return folder
+                if os.access(folder, os.W_OK):
+                    return folder
         tried = " or ".join(map(str, self._folders))
         raise ValueError(
             f"{self.path}: its index cannot be written to {tried}; pass another cache folder"
@@ -149,7 +143,7 @@ class JsonlFile:
             for starts, blank in _lines(data):
                 starts[~blank].tofile(file)
                 blanks.append((records + np.cumsum(~blank))[blank])
-                records += len(starts) - int(blank.sum())
+                records += int((~blank).sum())
             if not records:
                 raise ValueError(f"{self.path}: expected at least one record, found blank lines")
             if self._content_name() != self._name:
@@ -164,15 +158,15 @@ class JsonlFile:
 
     def _decompress(self, target: Path) -> None:
         """Decompress in pieces, so that the file is never in memory as a whole."""
-        with atomic_write(target) as copy, gzip.open(self.path, "rb") as file:
-            try:
+        try:
+            with gzip.open(self.path, "rb") as file, atomic_write(target) as copy:
                 shutil.copyfileobj(file, copy, _CHUNK)
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise ValueError(
-                    f"{self.path}: expected a complete gzip file, found: {error}"
-                ) from error
-            if copy.tell() == 0:
-                raise ValueError(f"{self.path}: expected at least one record, found an empty file")
+                if not copy.tell():
+                    raise ValueError(f"{self.path}: expected at least one record, found nothing")
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(
+                f"{self.path}: expected a complete gzip file, found: {error}"
+            ) from error
 
 
 def _lines(data: mmap.mmap) -> Iterator[tuple[Ints, npt.NDArray[np.bool_]]]:
@@ -182,8 +176,7 @@ def _lines(data: mmap.mmap) -> Iterator[tuple[Ints, npt.NDArray[np.bool_]]]:
         starts = np.flatnonzero(view[begin : begin + _CHUNK] == ord("\n")) + (begin + 1)
         if begin == 0:
             starts = np.insert(starts, 0, 0)
-        if len(starts) and starts[-1] == len(view):
-            starts = starts[:-1]
+        starts = starts[starts < len(view)]
         blank = np.zeros(len(starts), dtype=np.bool_)
         # Few lines open with white space; only those can be blank.
         for k in np.flatnonzero(view[starts] <= ord(" ")):

@@ -1,14 +1,13 @@
-"""Declared fields and the check of rows and settings files against them.
+"""What rows and settings may hold: tables of `Field`s, and the check against them.
 
-A table of `Field`s says what each key of a JSON object or of a TOML file may hold; `problem_with`
-describes the first violation as "expected ..., found ...", to which the caller adds file and line.
-Declared here: a line of training data (LINE) and the settings of a task (TaskSettings). Datasets
-for evaluation declare theirs and use the same check.
+`problem_with` describes the first violation as "expected ..., found ...", to which the caller adds
+file and line. Declared here: a line of training data (LINE) and the settings of a task
+(TaskSettings). Datasets for evaluation declare theirs and use the same check.
 """
 
 import json
 import reprlib
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeGuard, cast, get_type_hints
@@ -17,66 +16,17 @@ from kalm_min.files import did_you_mean, read_jsonl, read_toml
 
 LISTED = 20  # problems shown; the rest are counted
 
+Row = dict[str, Any]
+
 
 @dataclass(frozen=True, slots=True)
 class Field:
     """What the value of a key must be."""
 
-    expected: str
-    """In words: "a list of numbers"."""
-    fits: Callable[[object], bool]
-    """Whether a value, or each item of a list, is as expected."""
-    items: int | None = None
-    """The least number of items of a list; None for a single value."""
+    expected: str  # in words: "a list of numbers"
+    fits: Callable[[object], bool]  # for the value, or for each item of a list
+    items: int | None = None  # the least number of items of a list; None for a single value
     required: bool = False
-
-
-def problem_with(
-    record: Mapping[str, object], fields: Mapping[str, Field], *, extra: bool = False
-) -> str | None:
-    """The first violation ("expected ..., found ..."), or None. A null counts as absent.
-
-    `extra` allows keys without a field.
-    """
-    for key, value in record.items():
-        field = fields.get(key)
-        if field is None:
-            if not extra:
-                return f"expected the keys {', '.join(fields)}, found {key!r}"
-        elif value is not None and (found := _misfit(value, field)):
-            return f"expected {key!r} to be {field.expected}, found {found}"
-    for key, field in fields.items():
-        if field.required and record.get(key) is None:
-            return f"expected {key!r} to be {field.expected}, found nothing"
-    return None
-
-
-def _misfit(value: object, field: Field) -> str | None:
-    """What was found instead of a fitting value or list; None if it fits."""
-    if field.items is None:
-        return None if field.fits(value) else _describe(value)
-    if not isinstance(value, list):
-        return _describe(value)
-    items = cast("list[object]", value)
-    if len(items) < field.items:
-        return f"{len(items)} items" if items else "an empty list"
-    if all(map(field.fits, items)):  # the usual case, fast
-        return None
-    number, item = next((n, item) for n, item in enumerate(items, 1) if not field.fits(item))
-    return f"{_describe(item)} as item {number}"
-
-
-def _describe(value: object) -> str:
-    """A JSON or TOML value in words."""
-    if isinstance(value, str):
-        if not value.strip():
-            return "an empty string"
-        return reprlib.repr(value) if is_string(value) else "a string with half a surrogate pair"
-    if isinstance(value, list):
-        return "a list" if value else "an empty list"
-    if isinstance(value, dict):
-        return "an object"
-    return "nothing" if value is None else json.dumps(value, default=str)
 
 
 def is_string(value: object) -> TypeGuard[str]:
@@ -106,9 +56,115 @@ def is_label(value: object) -> bool:
     return is_text(value) or (isinstance(value, int) and not is_flag(value))
 
 
+_FLAG = Field("true or false", is_flag)
+LINE = {  # the keys of a line of training data, in the usual order
+    "query": Field("a non-empty string", is_text, required=True),
+    "pos": Field("a list of at least one non-empty string", is_text, items=0),
+    "neg": Field("a list of non-empty strings", is_text, items=0),
+    "task": Field("a non-empty string", is_text),
+    "instruction": Field("a string", is_string),
+    "group": Field("a non-empty string or a whole number", is_label),
+    "pos_scores": Field("a list of numbers", is_number, items=0),
+    "neg_scores": Field("a list of numbers", is_number, items=0),
+    "relevance": Field("a number", is_number),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSettings:
+    """What `<task>.toml` beside the data may set."""
+
+    # For lines without an instruction. "" means none, even where the run has a default.
+    instruction: Annotated[str | None, LINE["instruction"]] = None
+    # Queries and documents are of one kind (similarity, duplicates): both get the instruction.
+    symmetric: Annotated[bool, _FLAG] = False
+    # False: the candidates of a query are the documents of its line only.
+    in_batch_negatives: Annotated[bool, _FLAG] = True
+    # Positives are other texts of the line's group, negatives texts of other groups (labels.py);
+    # what the lines hold as "pos" and "neg" is not trained on, and "pos" may be absent.
+    label_based: Annotated[bool, _FLAG] = False
+    # How often an epoch takes each example; 0.5 is half of them, a new half in each epoch.
+    weight: Annotated[float, Field("a number, 0 or more", lambda v: is_number(v, least=0))] = 1.0
+    # The maximum number of examples per epoch, a new subset in each epoch.
+    max_examples: Annotated[
+        int | None,
+        Field("a whole number, 1 or more", lambda v: isinstance(v, int) and is_number(v, least=1)),
+    ] = None
+
+
+SETTINGS: dict[str, Field] = {
+    name: hint.__metadata__[0]
+    for name, hint in get_type_hints(TaskSettings, include_extras=True).items()
+}
+
+
+def problem_with(
+    record: Mapping[str, object], fields: Mapping[str, Field], *, extra: bool = False
+) -> str | None:
+    """The first violation ("expected ..., found ..."), or None. A null counts as absent.
+
+    `extra` allows keys without a field.
+    """
+    for key, value in record.items():
+        if (field := fields.get(key)) is None:
+            if not extra:
+                return f"expected the keys {', '.join(fields)}, found {key!r}"
+        elif value is not None and (found := _misfit(value, field)):
+            return f"expected {key!r} to be {field.expected}, found {found}"
+    for key, field in fields.items():
+        if field.required and record.get(key) is None:
+            return f"expected {key!r} to be {field.expected}, found nothing"
+    return None
+
+
+def _misfit(value: object, field: Field) -> str | None:
+    """What was found instead of a fitting value or list; None if it fits."""
+    if field.items is None:
+        return None if field.fits(value) else _describe(value)
+    if not isinstance(value, list) or (field.items and not value):
+        return _describe(cast("object", value))
+    items = cast("list[object]", value)
+    if len(items) < field.items:
+        return f"{len(items)} items"
+    if all(map(field.fits, items)):  # the usual case, fast
+        return None
+    number, item = next((n, item) for n, item in enumerate(items, 1) if not field.fits(item))
+    return f"{_describe(item)} as item {number}"
+
+
+def _describe(value: object) -> str:
+    """A JSON or TOML value in words."""
+    if isinstance(value, str):
+        if not value.strip():
+            return "an empty string"
+        return reprlib.repr(value) if is_string(value) else "a string with half a surrogate pair"
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    if isinstance(value, dict):
+        return "an object"
+    return "nothing" if value is None else json.dumps(value, default=str)
+
+
+def problem_with_line(record: Row) -> str | None:
+    """What is wrong with a line of training data, or None.
+
+    A line with a group may have no positives: a label-based task draws them from the group.
+    """
+    if problem := problem_with(record, LINE):
+        return problem
+    if not record.get("pos") and record.get("group") is None:
+        return f"expected 'pos' to be {LINE['pos'].expected}, found {_describe(record.get('pos'))}"
+    for key in ("pos", "neg"):
+        scores, texts = record.get(f"{key}_scores"), record.get(key) or ()
+        if scores is not None and len(scores) != len(texts):
+            wanted = f"one number per {key!r}, {len(texts)}"
+            return f"expected '{key}_scores' to hold {wanted}, found {len(scores)}"
+    return None
+
+
 def read_rows(
     path: Path, fields: Mapping[str, Field], problems: list[str]
-) -> Iterator[tuple[int, dict[str, Any]]]:
+) -> Iterator[tuple[int, Row]]:
     """Yield (line number, row) for each good row of a .jsonl or .jsonl.gz file.
 
     For each other row `file:line: expected ..., found ...` is appended to `problems`.
@@ -123,80 +179,15 @@ def read_rows(
 def list_problems(count: int, noun: str, problems: Sequence[str]) -> str:
     """`30 bad rows, the first 20:` and the first problems, one per line."""
     first = f", the first {LISTED}" if count > LISTED else ""
-    lines = "".join(f"\n  {problem}" for problem in problems[:LISTED])
-    return f"{count} {noun}{'s'[: count - 1]}{first}:{lines}"
+    return "\n  ".join([f"{count} {noun}{'s'[: count - 1]}{first}:", *problems[:LISTED]])
 
 
-def read_settings(path: Path, fields: Mapping[str, Field]) -> dict[str, Any]:
+def read_settings(path: Path, fields: Mapping[str, Field]) -> Row:
     """Read a TOML file of settings. Raises ValueError naming the file and what it may not hold."""
     settings = read_toml(path)
-    for key in settings:
-        if key not in fields:
-            near = did_you_mean(key, fields) or f"; the settings are {', '.join(fields)}"
-            raise ValueError(f"{path}: expected a setting of a task, found {key!r}{near}")
+    for key in settings.keys() - fields.keys():
+        near = did_you_mean(key, fields) or f"; the settings are {', '.join(fields)}"
+        raise ValueError(f"{path}: expected a setting of a task, found {key!r}{near}")
     if problem := problem_with(settings, fields):
         raise ValueError(f"{path}: {problem}")
     return settings
-
-
-# ---- training data -------------------------------------------------------------------------------
-
-_FLAG = Field("true or false", is_flag)
-LINE: dict[str, Field] = {
-    "query": Field("a non-empty string", is_text, required=True),
-    "pos": Field("a list of at least one non-empty string", is_text, items=0),
-    "neg": Field("a list of non-empty strings", is_text, items=0),
-    "task": Field("a non-empty string", is_text),
-    "instruction": Field("a string", is_string),
-    "group": Field("a non-empty string or a whole number", is_label),
-    "pos_scores": Field("a list of numbers", is_number, items=0),
-    "neg_scores": Field("a list of numbers", is_number, items=0),
-    "relevance": Field("a number", is_number),
-}
-"""The keys of a line, in the usual order."""
-
-
-def problem_with_line(record: Mapping[str, object]) -> str | None:
-    """What is wrong with a line of training data, or None.
-
-    A line with a group may have no positives: a label-based task draws them from the group.
-    """
-    if problem := problem_with(record, LINE):
-        return problem
-    if not record.get("pos") and record.get("group") is None:
-        return f"expected 'pos' to be {LINE['pos'].expected}, found {_describe(record.get('pos'))}"
-    for key in ("pos", "neg"):
-        if (scores := record.get(f"{key}_scores")) is not None:
-            found, count = (len(cast("Sized", value or ())) for value in (scores, record.get(key)))
-            if found != count:
-                wanted = f"one number per {key!r}, {count}"
-                return f"expected '{key}_scores' to hold {wanted}, found {found}"
-    return None
-
-
-@dataclass(frozen=True, slots=True)
-class TaskSettings:
-    """What `<task>.toml` beside the data may set."""
-
-    instruction: Annotated[str | None, Field("a string", is_string)] = None
-    """For lines without an instruction. "" means none, even where the run has a default."""
-    symmetric: Annotated[bool, _FLAG] = False
-    """Queries and documents are of one kind (similarity, duplicates): both get the instruction."""
-    in_batch_negatives: Annotated[bool, _FLAG] = True
-    """False: the candidates of a query are the documents of its line only."""
-    label_based: Annotated[bool, _FLAG] = False
-    """Positives are other texts of the line's group, negatives texts of other groups (labels.py);
-    what the lines hold as "pos" and "neg" is not trained on, and "pos" may be absent."""
-    weight: Annotated[float, Field("a number, 0 or more", lambda v: is_number(v, least=0))] = 1.0
-    """How often an epoch takes each example; 0.5 is half of them, a new half in each epoch."""
-    max_examples: Annotated[
-        int | None,
-        Field("a whole number, 1 or more", lambda v: isinstance(v, int) and is_number(v, least=1)),
-    ] = None
-    """The maximum number of examples per epoch, a new subset in each epoch."""
-
-
-SETTINGS: dict[str, Field] = {
-    name: hint.__metadata__[0]
-    for name, hint in get_type_hints(TaskSettings, include_extras=True).items()
-}
