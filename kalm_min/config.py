@@ -128,7 +128,7 @@ def parse(
         if missing := [option.flag for name, option in options.items() if name not in values]:
             raise ValueError(f"{' and '.join(missing)} must be given (--help tells more)")
         return _build(config_class, values)
-    except (ValueError, argparse.ArgumentError) as error:
+    except (ValueError, OSError, argparse.ArgumentError) as error:
         sentence = str(error).removeprefix("argument ")
         parser.exit(2, f"{program}: {sentence}\n" if _is_first_process() else None)
 

@@ -6,35 +6,29 @@ line goes out every few seconds, with the time that is left.
 
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Self, TextIO
 
 from tqdm import tqdm  # comes with tokenizers, through huggingface_hub
 
 
+@dataclass
 class Progress:
     """`with Progress(...) as progress: ... progress.update(n, "loss 0.31")`."""
 
-    def __init__(
-        self,
-        total: int,
-        unit: str,
-        stream: TextIO,
-        *,
-        title: str = "",
-        done: int = 0,
-        interval: float = 10.0,
-    ) -> None:
-        """Start at `done` of `total` units, on `stream`; `interval` seconds between plain lines."""
-        self.total, self.unit, self.stream, self.title = total, unit, stream, title
-        self.interval = interval
-        self.done = self.first = done
-        self._start = self._last = time.monotonic()
-        # Only on a terminal: tqdm writes over its line, and any instance of it starts a thread.
-        self._bar = (
-            tqdm(total=total, unit=unit, file=stream, initial=done, desc=title, smoothing=0.1)
-            if stream.isatty()
-            else None
-        )
+    total: int
+    unit: str
+    stream: TextIO
+    title: str = ""
+    done: int = 0  # what an earlier run did
+    interval: float = 10.0  # seconds between plain lines
+
+    def __post_init__(self) -> None:
+        self._first, self._start = self.done, time.monotonic()
+        self._last, self._bar = self._start, None
+        if self.stream.isatty():  # only there: tqdm writes over its line, and starts a thread
+            name, total, file = self.title, self.total, self.stream
+            self._bar = tqdm(None, name, total, unit=self.unit, file=file, initial=self.done)
 
     def update(self, steps: int, note: str = "") -> None:
         """Advance by `steps`; `note` is shown beside the count."""
@@ -45,7 +39,7 @@ class Progress:
             self._bar.update(steps)
         elif now - self._last >= self.interval or self.done >= self.total:
             self._last, elapsed = now, now - self._start
-            left = elapsed / max(1, self.done - self.first) * (self.total - self.done)
+            left = elapsed / max(1, self.done - self._first) * (self.total - self.done)
             parts = [f"{self.title} {self.done}/{self.total} {self.unit}".strip(), note]
             parts.append(f"{format_duration(elapsed)} elapsed, {format_duration(left)} left")
             self.stream.write(" | ".join(filter(None, parts)) + "\n")
@@ -68,12 +62,11 @@ class Progress:
 
 def format_duration(seconds: float) -> str:
     """`42s`, `3m05s` or `2h07m`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{left:02d}s" if minutes else f"{left}s"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 
 from kalm_min.config import run
 from kalm_min.embedder import Embedder
-from kalm_min.files import atomic_write, read_jsonl
+from kalm_min.files import atomic_write, parse_utf8, read_jsonl
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,21 +43,16 @@ class EncodeConfig:
 
 def read_texts(path: Path) -> list[str]:
     """Read the texts of a file. Raises ValueError with file:line for a line without a text."""
-    texts: list[str] = []
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        for number, record in read_jsonl(path):
-            if not isinstance(text := record.get("text"), str):
+        records = list(read_jsonl(path))
+        for number, record in records:
+            if not isinstance(record.get("text"), str):
                 wanted = f'{path}:{number}: expected the key "text" with a string'
                 raise ValueError(f"{wanted}, found {', '.join(record) or 'no keys'}")
-            texts.append(text)
+        texts = [record["text"] for _, record in records]
     else:
-        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-            try:
-                texts.append(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path}:{number}: expected UTF-8, found {error.reason}"
-                ) from error
+        lines = enumerate(path.read_bytes().splitlines(), start=1)
+        texts = [parse_utf8(line, f"{path}:{number}", str, "text") for number, line in lines]
     if not texts:
         raise ValueError(f"{path}: expected at least one text, found none")
     return texts

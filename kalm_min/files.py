@@ -1,9 +1,8 @@
 """Files that are complete or absent, and reading whose errors say where.
 
 Everything that a later run may read is written to a temporary sibling, synced to the disk and renamed
-into place, so that a kill at any moment leaves either the old file or the new one. Errors in JSON and
-TOML name the file and the line. There is no locking: two writers of one path do not tear it, and the
-last rename wins.
+into place, so that a kill at any moment leaves either the old file or the new one. There is no
+locking: two writers of one path do not tear it, and the last rename wins.
 """
 
 import difflib
@@ -11,21 +10,21 @@ import gzip
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 import tomllib
 import zlib
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
+AnyPath = str | os.PathLike[str]
 _CHECKPOINT = {".safetensors", ".json", ".txt"}  # the files of a model that change its vectors
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Generator[IO[Any]]:
+def atomic_write(path: AnyPath, mode: str = "wb") -> Generator[IO[Any]]:
     """Open a temporary sibling of `path` for writing; rename it to `path` when the block succeeds.
 
     Args:
@@ -52,7 +51,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Generator[IO
 
 
 @contextmanager
-def atomic_directory(path: str | os.PathLike[str]) -> Generator[Path]:
+def atomic_directory(path: AnyPath) -> Generator[Path]:
     """Make a temporary sibling folder; sync its files and put it at `path` when the block succeeds.
 
     A new `path` appears in one rename, complete or not at all. Into a folder that is there already
@@ -99,46 +98,40 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
+def write_text(path: AnyPath, text: str) -> None:
     """Write a UTF-8 text file, complete or not at all."""
     with atomic_write(path, "w") as file:
         file.write(text)
 
 
-def write_json(path: str | os.PathLike[str], value: object) -> None:
+def write_json(path: AnyPath, value: object) -> None:
     """Write a JSON file with two-space indent, complete or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def _read_text(path: str | os.PathLike[str]) -> str:
+def parse_utf8(data: bytes, where: AnyPath, parser: Callable[[str], Any], expected: str) -> Any:
+    """Parse UTF-8 bytes. `where` (a file, or file:line) opens the ValueError, which says `expected`."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return parser(data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, found {error.reason}") from error
+        raise ValueError(f"{where}: expected UTF-8 text, found {error.reason}") from error
+    except (ValueError, RecursionError) as error:  # also 5,000 digits, brackets without end
+        found = "a NUL byte" if b"\0" in data else str(error).replace("line 1 ", "")
+        raise ValueError(f"{where}: expected {expected}, found {found}") from error
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file. Raises ValueError with file:line for anything that is not JSON in UTF-8."""
-    try:
-        return json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: expected JSON, found {error.msg}") from error
+def read_json(path: AnyPath) -> Any:
+    """Read a JSON file. Raises ValueError with file and line for anything that is not JSON."""
+    return parse_utf8(Path(path).read_bytes(), path, json.loads, "JSON")
 
 
-def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a TOML file. Raises ValueError with file:line for anything that is not TOML in UTF-8."""
-    try:
-        return tomllib.loads(_read_text(path))
-    except tomllib.TOMLDecodeError as error:
-        line = re.search(r"line (\d+)", str(error))
-        where = f"{path}:{line[1]}" if line else path
-        raise ValueError(f"{where}: expected TOML, found an error: {error}") from error
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+def read_toml(path: AnyPath) -> dict[str, Any]:
+    """Read a TOML file. Raises ValueError with file and line for anything that is not TOML."""
+    return parse_utf8(Path(path).read_bytes(), path, tomllib.loads, "TOML")
 
 
 def read_jsonl(
-    path: str | os.PathLike[str], problems: list[str] | None = None
+    path: AnyPath, problems: list[str] | None = None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object) of a .jsonl or .jsonl.gz file, one line at a time.
 
@@ -163,15 +156,7 @@ def read_jsonl(
 
 def parse_object(line: bytes, where: str) -> dict[str, Any]:
     """Parse one line as a JSON object; `where` (file:line) opens the ValueError if it is not one."""
-    try:
-        value = json.loads(line.rstrip(b"\r\n").decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: expected UTF-8 text, found {error.reason}") from error
-    except json.JSONDecodeError as error:
-        found = "a NUL byte" if b"\0" in line else f"{error.msg} (column {error.colno})"
-        raise ValueError(f"{where}: expected a JSON object, found {found}") from error
-    except (ValueError, RecursionError) as error:  # 5,000 digits; brackets without end
-        raise ValueError(f"{where}: expected a JSON object, found: {error}") from error
+    value = parse_utf8(line.rstrip(b"\r\n"), where, json.loads, "a JSON object")
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(value).__name__}")
     return cast("dict[str, Any]", value)
@@ -185,11 +170,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def hash_files(files: Iterable[tuple[str, Path]]) -> str:
     """A SHA-256 digest of (name, file): of the names and of the files' bytes, in the order given."""
-    digest = hashlib.sha256()
+    state = hashlib.sha256()
     for name, path in files:
         with path.open("rb") as file:
-            digest.update(name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+            state.update(name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return state.hexdigest()
 
 
 def digest(*parts: str | bytes) -> str:
@@ -201,16 +186,13 @@ def digest(*parts: str | bytes) -> str:
     return state.hexdigest()
 
 
-def model_folder(path_or_hub_id: str | Path) -> Path:
+def _model_folder(name: AnyPath) -> Path:
     """A folder: the path itself, or a snapshot of the hub's repository."""
-    path = Path(path_or_hub_id).expanduser()
+    path, name = Path(name).expanduser(), str(name)
     if path.is_dir():
         return path
-    name = str(path_or_hub_id)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ValueError(
-            f"{name}: expected a model folder or a hub id like org/name, found neither"
-        )
+        raise ValueError(f"{name}: expected a model folder or a hub id org/name, found neither")
     from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
 
     try:
@@ -225,16 +207,13 @@ def checkpoint_folders(path_or_hub_id: str | Path) -> list[Path]:
 
     Raises ValueError where there is no such folder, or no config.json in that of the model.
     """
-    folders = [model_folder(path_or_hub_id)]
+    folders = [_model_folder(path_or_hub_id)]
     if (adapter := folders[0] / "adapter_config.json").is_file():
         base = parse_object(adapter.read_bytes(), str(adapter)).get("base_model_name_or_path")
-        where = f"{adapter}: base_model_name_or_path"
-        if not isinstance(base, str):
-            raise ValueError(f"{where}: expected a name, found {base!r}")
         try:
-            folders.append(model_folder(base))
+            folders.append(_model_folder(str(base)))
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+            raise ValueError(f"{adapter}: base_model_name_or_path: {error}") from error
     if not (folders[-1] / "config.json").is_file():
         raise ValueError(f"{folders[-1]}: expected a model folder with config.json, found none")
     return folders

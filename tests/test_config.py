@@ -130,7 +130,7 @@ def test_sequences_from_flags():
         (["--seed"], "--seed: expected one argument"),
         (["--seed", "1", "x.toml"], "expected a flag, found 'x.toml' (a TOML file comes first)"),
         (["x.json"], "expected a .toml file or a flag, found 'x.json'"),
-        (["no.toml"], "no.toml: cannot be read (No such file or directory)"),
+        (["no.toml"], "[Errno 2] No such file or directory: 'no.toml'"),
         (
             ["--data.path", "p", "--data.rank-range", "9", "3"],
             "[data] rank_range: expected low < high, found (9, 3)",
@@ -174,7 +174,9 @@ def test_broken_toml_names_the_line(capsys, tmp_path):
     """A file that is not TOML, or not UTF-8, is refused with file and line."""
     file = tmp_path / "run.toml"
     file.write_text("seed = 1\n[data\n")
-    assert fails(capsys, str(file)).startswith(f"{file}:2: expected TOML")
+    sentence = fails(capsys, str(file))
+    assert sentence.startswith(f"{file}: expected TOML, found ")
+    assert "at line 2" in sentence
     file.write_bytes(b"title = '\xff'")
     assert fails(capsys, str(file)).startswith(f"{file}: expected UTF-8 text")
 

@@ -51,7 +51,7 @@ def test_jsonl(tmp_path, suffix):
     assert list(files.read_jsonl(path, problems)) == [(1, {"a": "x\u2028y"}), (4, {"a": 1})]
     assert [problem.removeprefix(f"{path}:") for problem in problems] == [
         "3: expected a JSON object, found list",
-        "5: expected a JSON object, found Expecting value (column 6)",
+        "5: expected a JSON object, found Expecting value: column 6 (char 5)",
         "6: expected a JSON object, found a NUL byte",
         "7: expected UTF-8 text, found invalid start byte",
     ]
@@ -69,9 +69,9 @@ def test_a_torn_gzip_file(tmp_path):
 @pytest.mark.parametrize(
     ("read", "content", "sentence"),
     [
-        (files.read_json, b'{"a": 1,\n}', ":2: expected JSON, found "),
+        (files.read_json, b'{"a": 1,\n}', ": expected JSON, found .*line 2"),
         (files.read_json, b"\xff", ": expected UTF-8 text, found invalid start byte"),
-        (files.read_toml, b"a = 1\nb\n", ":2: expected TOML, found an error: "),
+        (files.read_toml, b"a = 1\nb\n", ": expected TOML, found .*line 2"),
         (files.read_toml, b"\xff", ": expected UTF-8 text, found invalid start byte"),
     ],
 )
@@ -79,9 +79,8 @@ def test_settings_files(tmp_path, read, content, sentence):
     """What is no JSON or TOML names the line."""
     path = tmp_path / "file"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="expected") as error:
+    with pytest.raises(ValueError, match=f"{path}{sentence}"):
         read(path)
-    assert str(error.value).startswith(f"{path}{sentence}")
 
 
 def test_the_nearest_name():

@@ -255,7 +255,10 @@ def test_the_files_say_the_same(tiny_model_dir, tmp_path):
         ({"r": 0}, "r: expected a whole number of at least 1"),
         ({"r": 4}, "expected shape"),
         ({"lora_alpha": None}, "adapter_config.json"),
-        ({"base_model_name_or_path": None}, "base_model_name_or_path: expected a name"),
+        (
+            {"base_model_name_or_path": None},
+            "base_model_name_or_path: None: expected a model folder",
+        ),
         (
             {"base_model_name_or_path": "./gone"},
             r"base_model_name_or_path: ./gone: expected a model",
