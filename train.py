@@ -45,7 +45,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig(Recipe):
-    """A training run."""
+    """Train an embedding model, alone or under torchrun."""
 
     output: Annotated[Path, "Folder of the run: settings, log, checkpoints, the model in final/."]
     model: ModelSource
@@ -55,10 +55,7 @@ class TrainConfig(Recipe):
 
 def main(argv: list[str]) -> int:
     """Run; the exit code."""
-    description = "Train an embedding model, alone or under torchrun."
-    return run(
-        TrainConfig, start, argv, program="train.py", description=description, resumable=True
-    )
+    return run(TrainConfig, start, argv, program="train.py", resumable=True)
 
 
 def start(config: TrainConfig) -> int:
@@ -110,9 +107,8 @@ def train(config: TrainConfig, device: torch.device) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    with Progress(
-        trainer.total_steps, "steps", sys.stderr, title="train", done=trainer.step
-    ) as progress:
+    progress = Progress(trainer.total_steps, "steps", sys.stderr, title="train", done=trainer.step)
+    with progress:
         stopped = trainer.run(partial(show, progress), signals)
     if is_main and stopped:
         say(f"stopped after step {trainer.step}; the same command continues from there")

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
-from kalm_min.files import did_you_mean, read_toml
+from kalm_min.files import did_you_mean, flatten, read_toml
 
 Config = TypeVar("Config")
 _List = list[object]
@@ -105,7 +105,7 @@ def parse(
     try:
         if argv and argv[0].endswith(".toml"):
             path, *argv = argv
-            for name, value in _flatten(read_toml(path)):
+            for name, value in flatten(read_toml(path)):
                 if name not in options:
                     keys = [option.key for option in options.values()]
                     raise ValueError(f"{path}: {_unknown('key', _toml_key(name), keys)}")
@@ -217,15 +217,6 @@ def _options(cls: Any, instance: object = None, prefix: str = "") -> Iterator[_O
             yield from _options(kind, default, f"{prefix}{field.name}.")
         else:
             yield _Option(prefix + field.name, kind, default, text, group)
-
-
-def _flatten(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Every (dotted name, value) of a TOML file."""
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _flatten(cast("dict[str, Any]", value), f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _toml_key(name: str) -> str:

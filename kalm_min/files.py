@@ -130,6 +130,15 @@ def read_toml(path: AnyPath) -> dict[str, Any]:
     return parse_utf8(Path(path).read_bytes(), path, tomllib.loads, "TOML")
 
 
+def flatten(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Every (dotted name, value) of a parsed TOML file."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from flatten(cast("dict[str, Any]", value), f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
 def read_jsonl(
     path: AnyPath, problems: list[str] | None = None
 ) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from kalm_min.embedder import Embedder
-from kalm_min.files import atomic_directory, read_json, read_toml, write_json, write_text
+from kalm_min.files import atomic_directory, flatten, read_json, read_toml, write_json, write_text
 from kalm_min.training import distributed, parallel
 
 _STATE, _OPTIMIZER = "state.json", "optimizer.safetensors"
@@ -135,26 +135,18 @@ def claim(output: Path, config_toml: str) -> Path | None:
     path, checkpoint = output / "config.toml", newest(output / "checkpoints")
     # Where nothing has been trained there is nothing to protect.
     if checkpoint is not None and path.is_file():
-        old, new = _by_flag(read_toml(path)), _by_flag(tomllib.loads(config_toml))
-        changed = [flag for flag in sorted(old | new) if old.get(flag) != new.get(flag)][:5]
+        old, new = dict(flatten(read_toml(path))), dict(flatten(tomllib.loads(config_toml)))
+        changed = [
+            f"--{name.replace('_', '-')} was {old.get(name)}, is {new.get(name)}"
+            for name in sorted(old | new)
+            if old.get(name) != new.get(name)
+        ]
         if changed:
-            listed = "; ".join(
-                f"{flag} was {old.get(flag)}, is {new.get(flag)}" for flag in changed
-            )
             raise ValueError(
-                f"{output} holds a run with other settings ({listed}); "
+                f"{output} holds a run with other settings ({'; '.join(changed[:5])}); "
                 "give another --output, or delete the folder"
             )
     return checkpoint
-
-
-def _by_flag(table: Mapping[str, Any], prefix: str = "--") -> dict[str, object]:
-    """Every setting of a parsed config.toml."""
-    settings: dict[str, object] = {}
-    for key, value in table.items():
-        flag = prefix + key.replace("_", "-")
-        settings |= _by_flag(value, f"{flag}.") if isinstance(value, dict) else {flag: value}
-    return settings
 
 
 def write_description(output: Path, config_toml: str, device: torch.device) -> None:
@@ -163,12 +155,13 @@ def write_description(output: Path, config_toml: str, device: torch.device) -> N
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     environment = {
         "python": platform.python_version(),
+        **{
+            name: metadata.version(name) for name in ("torch", "safetensors", "tokenizers", "numpy")
+        },
         "platform": platform.platform(),
         "device": f"{device.type} {name}".strip(),
         "world_size": distributed.world_size(),
     }
-    packages = ("torch", "safetensors", "tokenizers", "numpy")
-    environment |= {package: metadata.version(package) for package in packages}
     write_json(output / "environment.json", environment)
 
 

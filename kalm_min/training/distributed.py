@@ -2,8 +2,8 @@
 
 W  processes    n  rows of this process    N  rows of all processes
 
-Alone, a process has rank 0 and world size 1, so the same training step runs on a laptop, in a unit
-test and on many nodes. Starting processes, and how many nodes there are, is torchrun's business.
+Alone, a process has rank 0 and world size 1: the same step runs on a laptop, in a unit test and on
+many nodes. Starting the processes is torchrun's business.
 """
 
 import gc
@@ -51,11 +51,9 @@ def stop() -> None:
 
 
 def hard_exit(code: int) -> NoReturn:
-    """Exit; a process that was in a group skips the interpreter's shutdown.
-
-    Caches of torch keep a sharded model's group alive past `stop`, and a thread of it that wants
-    the interpreter during shutdown aborts the process, whose work was done.
-    """
+    """Exit; a process that was in a group skips the interpreter's shutdown."""
+    # Caches of torch keep a sharded model's group alive past `stop`, and a thread of it that wants
+    # the interpreter during shutdown aborts the process, whose work was done.
     if "WORLD_SIZE" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -141,17 +139,11 @@ def max_over_ranks(number: int, device: torch.device) -> int:
 
 
 def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
-    """The rows of all processes, by rank, with gradient.
+    """The (n, ...) rows of each process, n from `row_counts`, to (N, ...) by rank, with gradient.
 
-    Args:
-        rows: (n, ...) of this process.
-        counts: n of each process, from `row_counts`.
-
-    Returns:
-        (N, ...). The gradient of a row is the sum of what every process's loss gives it, so the
-        mean of the processes' losses has exactly the gradient of one process with all rows. (A
-        gather without gradient, or with the gradient of the local slice only, trains on a wrong
-        direction or at 1/W of the scale.)
+    The gradient of a row is the sum of what every process's loss gives it, so the mean of the
+    processes' losses has exactly the gradient of one process with all rows. (A gather without
+    gradient, or with that of the local slice only, gives a wrong direction or 1/W of the scale.)
     """
     if world_size() == 1:
         return rows

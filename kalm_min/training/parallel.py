@@ -33,15 +33,11 @@ class ParallelConfig:
 
 
 def wrap(model: Qwen2, config: ParallelConfig, *, bfloat16: bool = False) -> nn.Module:
-    """Distribute the model over the process group; returns what to call in place of it.
+    """Distribute a model, in place, whose parameters are the same on every process.
 
-    Args:
-        model: the same parameters on every process; changed in place.
-        config: how.
-        bfloat16: under fsdp, gather parameters and compute in bfloat16, reduce gradients in
-            float32. (ddp leaves the precision to autocast.)
-
-    Raises ValueError where compilation is requested and there is no compiler.
+    Returns what to call in place of it. With `bfloat16`, fsdp gathers and computes in bfloat16 and
+    reduces gradients in float32; ddp leaves the precision to autocast. Raises ValueError where
+    compilation is requested and there is no compiler.
     """
     model.gradient_checkpointing = config.gradient_checkpointing
     if config.compile:

@@ -69,7 +69,23 @@ def open_model(
             "--lora.rank: expected --model.path, a checkpoint to adapt; a fresh model has none"
         )
     else:
-        embedder = _fresh_model(source, device)
+        assert source.tokenizer is not None
+        tokenizer = Tokenizer.from_folder(source.tokenizer)
+        config = ModelConfig(
+            vocab_size=-(-tokenizer.vocab_size // 64) * 64,  # odd numbers of rows are slow on a GPU
+            max_position_embeddings=max(512, source.max_length),
+            # The sizes, which have the same names.
+            **{k: v for k, v in asdict(source).items() if k in ModelConfig.__dataclass_fields__},
+        )
+        model = Qwen2(config)
+        initialise(model, source.init_seed)
+        embedder = Embedder(
+            model.to(device),
+            tokenizer,
+            causal=bool(source.causal),
+            pooling=source.pooling or "mean",
+            max_length=source.max_length,
+        )
     if source.instruction_template is not None:
         embedder.instruction_template = source.instruction_template
     if lora is not None and source.path is not None:
@@ -85,24 +101,3 @@ def open_model(
         else:
             load_adapter(embedder.model, resume)
     return embedder
-
-
-def _fresh_model(source: ModelSource, device: torch.device) -> Embedder:
-    """A random decoder; the weights depend on `init_seed` alone."""
-    assert source.tokenizer is not None
-    tokenizer = Tokenizer.from_folder(source.tokenizer)
-    config = ModelConfig(
-        vocab_size=-(-tokenizer.vocab_size // 64) * 64,  # odd numbers of rows are slow on a GPU
-        max_position_embeddings=max(512, source.max_length),
-        # The sizes, which have the same names.
-        **{k: v for k, v in asdict(source).items() if k in ModelConfig.__dataclass_fields__},
-    )
-    model = Qwen2(config)
-    initialise(model, source.init_seed)
-    return Embedder(
-        model.to(device),
-        tokenizer,
-        causal=bool(source.causal),
-        pooling=source.pooling or "mean",
-        max_length=source.max_length,
-    )

@@ -44,14 +44,15 @@ _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform =
 _TRIM_EVERY = 16  # steps on a CPU
 
 LogLine = dict[str, Any]  # a line of log.jsonl: of a step, or {"step": ..., "validation": ...}
-Batch = tuple[list[int], str, TokenBatch]  # this process's examples, their task or "mixed", tokens
 
 
-def check_settings(config: object, *rules: tuple[str, str, bool]) -> None:
-    """Raise a ValueError for the first (setting, what is expected of it, whether it holds) that fails."""
-    for name, expected, holds in rules:
-        if not holds:
-            raise ValueError(f"{name}: expected {expected}, found {getattr(config, name)}")
+def check_range(config: object, low: float, high: float, *names: str) -> None:
+    """Raise a ValueError for the first of the settings that is outside of [low, high], unless None."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            expected = f"at least {low}" if high == math.inf else f"{low} to {high}"
+            raise ValueError(f"{name}: expected {expected}, found {value}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,19 +62,13 @@ class SamplingConfig:
     batch_size: Annotated[int, "Queries per optimizer step, over all processes."] = 512
     homogeneous_ratio: Annotated[float, "Share of a batch that is of one task; 0 mixes all."] = 1.0
     num_negatives: Annotated[int, "Maximum number of hard negatives drawn per query."] = 7
-    size_exponent: Annotated[
-        float, "Task size^this is its share of an epoch; 1: each example once, 0: equal shares."
-    ] = 1.0
+    size_exponent: Annotated[float, "A task gets a share of size^this; 0: equal shares."] = 1.0
     seed: Annotated[int, "Seed of the order of examples and of the texts drawn from them."] = 0
 
     def __post_init__(self) -> None:
-        check_settings(
-            self,
-            ("batch_size", "at least 2 queries", self.batch_size >= 2),
-            ("homogeneous_ratio", "0 to 1", 0 <= self.homogeneous_ratio <= 1),
-            ("num_negatives", "0 or more", self.num_negatives >= 0),
-            ("size_exponent", "0 to 1", 0 <= self.size_exponent <= 1),
-        )
+        check_range(self, 2, math.inf, "batch_size")
+        check_range(self, 0, math.inf, "num_negatives")
+        check_range(self, 0, 1, "homogeneous_ratio", "size_exponent")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,12 +83,9 @@ class OptimizerConfig:
     max_grad_norm: Annotated[float, "L2 norm that all gradients together are clipped to."] = 1.0
 
     def __post_init__(self) -> None:
-        check_settings(
-            self,
-            ("learning_rate", "more than 0", self.learning_rate > 0),
-            ("max_grad_norm", "more than 0", self.max_grad_norm > 0),
-            ("warmup_ratio", "0 to 1", 0 <= self.warmup_ratio <= 1),
-        )
+        check_range(self, 0, 1, "warmup_ratio")
+        if min(self.learning_rate, self.max_grad_norm) <= 0:
+            raise ValueError("learning_rate and max_grad_norm: expected more than 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,8 +96,7 @@ class LoopConfig:
     max_steps: Annotated[int | None, "Last step; the learning rate reaches 0 there."] = None
     tokens_per_batch: Annotated[int, "Tokens per forward; bounds memory, not results."] = 16_384
     precision: Annotated[
-        Literal["auto", "float32", "bfloat16"],
-        "Precision of matrix products; weights stay float32. auto: bfloat16 where it is native.",
+        Literal["auto", "float32", "bfloat16"], "Of products; auto: bfloat16 where it is native."
     ] = "auto"
     save_every: Annotated[int, "Steps between checkpoints."] = 500
     keep_checkpoints: Annotated[int, "Newest checkpoints to keep, besides the best validated."] = 3
@@ -117,9 +108,7 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         counts = ("epochs", "max_steps", "tokens_per_batch", "save_every", "keep_checkpoints")
-        counts += ("validate_every", "validation_limit")
-        values = [(name, getattr(self, name)) for name in counts]
-        check_settings(self, *((name, "at least 1", n is None or n >= 1) for name, n in values))
+        check_range(self, 1, math.inf, *counts, "validate_every", "validation_limit")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,40 +142,36 @@ def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
     return config.learning_rate * (total - step) / max(1, total - warmup)
 
 
+@dataclass(eq=False)
 class Trainer:
-    """One run: `step` of `total_steps` are taken, `run` takes the others."""
+    """One run: `run` takes it from `step` to `total_steps`.
 
-    def __init__(
-        self,
-        embedder: Embedder,
-        data: TrainingData,
-        validation: TrainingData | None,
-        output: Path,
-        recipe: Recipe,
-        resume: Path | None = None,
-    ) -> None:
-        """Prepare a run.
+    Raises ValueError where recipe, data and number of processes do not fit.
+    """
 
-        Args:
-            embedder: float32 weights on this process's device; of `resume` where given.
-            data: what to train on.
-            validation: held-out pairs, if any.
-            output: the run's folder.
-            recipe: how to train.
-            resume: a checkpoint of this run, if there is one.
+    embedder: Embedder  # float32 weights on this process's device; of `resume` where given
+    data: TrainingData
+    validation: TrainingData | None  # held-out pairs
+    output: Path  # the run's folder
+    recipe: Recipe
+    resume: Path | None = None  # a checkpoint of this run
 
-        Raises ValueError where recipe, data and number of processes do not fit.
-        """
-        self.embedder, self.data, self.validation = embedder, data, validation
-        self.output, self.recipe = output, recipe
-        sampling, loop = recipe.sampling, recipe.training
-        if too_large := [d for d in recipe.loss.matryoshka_dims if d > embedder.dimension]:
+    def __post_init__(self) -> None:
+        data, sampling, loop = self.data, self.recipe.sampling, self.recipe.training
+        dimension, device = self.embedder.dimension, self.embedder.device
+        if (largest := max(self.recipe.loss.matryoshka_dims, default=0)) > dimension:
             raise ValueError(
-                f"--loss.matryoshka-dims: expected at most {embedder.dimension}, the dimension of "
-                f"the model, found {too_large[0]}"
+                f"--loss.matryoshka-dims: expected at most {dimension}, the dimension of the model, "
+                f"found {largest}"
             )
-        if recipe.loss.distillation_weight:
+        if self.recipe.loss.distillation_weight:
             data.require_scores()
+        draws = task_draws(
+            data.task_sizes,
+            weights=[task.weight for task in data.settings],
+            caps=[task.max_examples for task in data.settings],
+            size_exponent=sampling.size_exponent,
+        )
         self.sampler = TaskBatchSampler(
             data.task_sizes,
             sampling.batch_size,
@@ -194,41 +179,32 @@ class Trainer:
             seed=sampling.seed,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
-            task_draws=task_draws(
-                data.task_sizes,
-                weights=[task.weight for task in data.settings],
-                caps=[task.max_examples for task in data.settings],
-                size_exponent=sampling.size_exponent,
-            ),
+            task_draws=draws,
         )
         self.step = 0
         self.total_steps = min(loop.epochs * len(self.sampler), loop.max_steps or sys.maxsize)
-        native = fastest_safe_dtype(embedder.device) is torch.bfloat16
-        bfloat16 = loop.precision == "bfloat16" or (loop.precision == "auto" and native)
-        self.model = parallel.wrap(embedder.model, recipe.parallel, bfloat16=bfloat16)
-        self.optimizer = build_optimizer(embedder.model, recipe.optimizer)
-        self.autocast = partial(
-            torch.autocast,
-            embedder.device.type,
-            dtype=torch.bfloat16,
-            enabled=bfloat16 and not parallel.is_sharded(self.model),
-        )
-        if resume is not None:
-            state = checkpoint.read_state(resume)
-            checkpoint.restore_optimizer(resume, embedder.model, self.optimizer)
+        auto = loop.precision == "auto" and fastest_safe_dtype(device) is torch.bfloat16
+        bfloat16 = auto or loop.precision == "bfloat16"
+        self.model = parallel.wrap(self.embedder.model, self.recipe.parallel, bfloat16=bfloat16)
+        self.sharded = parallel.is_sharded(self.model)
+        autocast = bfloat16 and not self.sharded
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=autocast)
+        self.optimizer = build_optimizer(self.embedder.model, self.recipe.optimizer)
+        if self.resume is not None:
+            state = checkpoint.read_state(self.resume)
+            checkpoint.restore_optimizer(self.resume, self.embedder.model, self.optimizer)
             self.step = state["step"]
             self.sampler.load_state_dict(state["sampler"])
 
     def run(self, report: Callable[[LogLine], None], signals: Sequence[int] = ()) -> int:
-        """Train to the end; 0 when it was reached, or else the number of the signal that stopped it.
+        """Train to the end; 0 when it was reached, else the number of the signal that stopped it.
 
         Args:
             report: is given every log line, on rank 0.
             signals: numbers of the signals received so far. One on any process makes all save and
                 return after the current step.
 
-        Raises:
-            FloatingPointError: loss or gradient is not finite; the weights are as before the step.
+        Raises FloatingPointError where loss or gradient is not finite, before the weights change.
         """
         loop, is_main = self.recipe.training, distributed.rank() == 0
         checkpoints, log_path = self.output / "checkpoints", self.output / "log.jsonl"
@@ -242,21 +218,17 @@ class Trainer:
             if is_main:
                 report(line)
 
-        def encode(texts: list[str]) -> Tensor:
-            with self.autocast():
-                return torch.from_numpy(self.embedder.encode(texts)).to(self.embedder.device)
-
         def validated() -> float | None:
             """The score to keep checkpoints by; every process takes part."""
             if self.validation is None:
                 return None
             scores = validate(
                 self.validation,
-                encode,
-                template=self.embedder.instruction_template,
+                self.embedder,
+                self.autocast,
                 batch_size=self.recipe.sampling.batch_size,
                 limit=loop.validation_limit,
-                together=parallel.is_sharded(self.model),
+                together=self.sharded,
             )
             write({"step": self.step, "validation": scores})
             return scores["mrr"]
@@ -276,8 +248,8 @@ class Trainer:
                 self.step += 1
                 now = time.perf_counter()
                 seconds, clock = now - clock, now
-                line["tokens_per_second"] = round(line["tokens"] / seconds)
-                write(line | {"seconds": round(seconds, 4)})
+                speed = round(line["tokens"] / seconds)
+                write(line | {"tokens_per_second": speed, "seconds": round(seconds, 4)})
                 score = validated() if is_due(loop.validate_every) else None
                 stop = distributed.max_over_ranks(max(signals, default=0), self.embedder.device)
                 if stop or is_due(loop.save_every):
@@ -300,8 +272,8 @@ class Trainer:
             self.sampler.set_epoch(epoch)
             yield from ((indices, epoch) for indices in self.sampler)
 
-    def _tokenize(self, step: tuple[list[int], int]) -> Batch:
-        """Draw the texts of one batch, put prompts before them, tokenize."""
+    def _tokenize(self, step: tuple[list[int], int]) -> tuple[list[int], str, TokenBatch]:
+        """Draw the texts of a step: its examples, their task ("mixed" if several), token ids."""
         indices, epoch = step
         sampling = self.recipe.sampling
         draw = {"epoch": epoch, "seed": sampling.seed, "num_negatives": sampling.num_negatives}
@@ -318,24 +290,21 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
-        result = contrastive_step(
+        value, counts, finite = contrastive_step(
             batch,
             self._embed,
             config.loss,
             device=device,
             tokens_per_batch=config.training.tokens_per_batch,
             no_sync=lambda: parallel.no_sync(self.model),
-            sharded=parallel.is_sharded(self.model),
+            sharded=self.sharded,
         )
         parameters, max_norm = self.embedder.model.parameters(), config.optimizer.max_grad_norm
         norm = parallel.full_tensor(nn.utils.clip_grad_norm_(parameters, max_norm)).item()
         # Means over processes, so that all decide alike.
-        values = torch.tensor([result.loss.item(), *result.counts.values()], dtype=torch.float64)
-        loss, *means = distributed.mean(values.to(device)).tolist()
-        counts = {
-            name: mean * distributed.world_size()
-            for name, mean in zip(result.counts, means, strict=True)
-        }
+        values = torch.tensor([value.item(), *counts.values()], dtype=torch.float64, device=device)
+        loss, *means = distributed.mean(values).tolist()
+        per_query = {name: mean / len(indices) for name, mean in zip(counts, means, strict=True)}
         line: LogLine = {
             "step": self.step + 1,
             "epoch": self.step // len(self.sampler),
@@ -343,15 +312,15 @@ class Trainer:
             "lr": rate,
             "grad_norm": norm if math.isfinite(norm) else None,
             "task": task,
-            "tokens": round(counts.pop("tokens")),
+            "tokens": round(per_query.pop("tokens") * config.sampling.batch_size),
+            **per_query,
         }
-        line |= {name: count / config.sampling.batch_size for name, count in counts.items()}
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step()
         else:
             # Examples with a vector that is not finite, else any.
             owners = np.append(np.arange(len(indices)), batch.text.document_owner)
-            broken = np.unique(owners[~result.finite.cpu().numpy()])
+            broken = np.unique(owners[~finite.cpu().numpy()])
             for positions in (broken, range(len(indices))):
                 local = [self.data.location(indices[i]) for i in positions[:_NAMED]]
                 if found := list(chain.from_iterable(distributed.gather_objects(local))):

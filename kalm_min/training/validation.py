@@ -4,11 +4,12 @@ Not to be compared between runs on other data, and no substitute for `evaluate.p
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor
 
 from kalm_min.data import TrainingData, collate
+from kalm_min.embedder import Embedder
 from kalm_min.losses import non_candidates
 from kalm_min.training import distributed
 from kalm_min.training.step import contrastive_batch
@@ -16,19 +17,19 @@ from kalm_min.training.step import contrastive_batch
 
 def validate(
     data: TrainingData,
-    embed: Callable[[list[str]], Tensor],
+    embedder: Embedder,
+    autocast: Callable[[], AbstractContextManager[object]],
     *,
-    template: str,
     batch_size: int,
     limit: int,
-    together: bool = False,
+    together: bool,
 ) -> dict[str, float]:
     """Accuracy@1 and mean reciprocal rank over the first `limit` pairs of each held-out task.
 
     Args:
         data: the held-out pairs.
-        embed: (n, D) unit vectors of n texts.
-        template: turns an instruction into a prompt.
+        embedder: encodes the texts, inside of `autocast()`.
+        autocast: the precision of the run.
         batch_size: queries per batch.
         limit: pairs per task that are looked at.
         together: every process embeds every text, as a sharded model must; otherwise its share.
@@ -43,24 +44,27 @@ def validate(
     for name, size in zip(data.task_names, data.task_sizes, strict=True):
         examples = [data[start + i] for i in range(min(size, limit))]
         start += size
-        text = collate(examples, num_negatives=10**6, template=template, epoch=0, seed=0)
+        template, draw = embedder.instruction_template, {"epoch": 0, "seed": 0}
+        text = collate(examples, num_negatives=10**6, template=template, **draw)
         unique = list(dict.fromkeys([*text.queries, *text.documents]))
         shares = [unique[rank::processes] for rank in range(processes)]
-        vectors = embed(shares[distributed.rank() % processes])
+        with autocast():
+            share = embedder.encode(shares[distributed.rank() % processes])
+        vectors = torch.from_numpy(share).to(embedder.device)
         if not together:
             vectors = distributed.gather_rows(vectors, [len(share) for share in shares])
         row = {one: i for i, one in enumerate(one for share in shares for one in share)}
         rows = [row[one] for one in (*text.queries, *text.documents)]
         batch = contrastive_batch(vectors.cpu()[rows], text, gather=False)  # Q queries, N documents
-
+        labels = torch.from_numpy(text.labels)  # (Q,)
         cosines = batch.queries @ batch.documents.T  # (Q, N)
-        is_ahead = cosines >= cosines.gather(1, batch.labels[:, None])  # (Q, N)
         masks = non_candidates(batch)
+        is_ahead = cosines >= cosines.gather(1, labels[:, None])  # (Q, N)
         is_ahead &= ~(masks["positive"] | masks["query"] | masks["group"])
-        is_ahead.scatter_(1, batch.labels[:, None], False)
+        is_ahead.scatter_(1, labels[:, None], False)
         number = torch.arange(len(text.queries)) // batch_size  # (Q,) the batch of each query
         in_batch = torch.zeros_like(is_ahead)  # (Q, N)
-        in_batch[:, batch.labels] = number[:, None] == number
+        in_batch[:, labels] = number[:, None] == number
         scores: dict[str, float] = {}
         for prefix, ahead in (("", is_ahead), ("in_batch_", is_ahead & in_batch)):
             ranks = 1 + ahead.sum(1)  # (Q,)
