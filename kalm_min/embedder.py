@@ -136,8 +136,7 @@ class Embedder:
         )
         model = load_model(base, dtype=kind, device=device)
         if folder != base:
-            load_adapter(model, folder)
-            merge(model)
+            model = merge(model, load_adapter(model, folder))
         given = {"causal": causal, "pooling": pooling, "max_length": max_length}
         settings = read_settings(with_settings, base, name, model.config, given)
         return cls(model, Tokenizer.from_folder(with_tokenizer), **asdict(settings))

@@ -22,7 +22,8 @@ from kalm_min.embedder import Embedder
 from kalm_min.model import Qwen2
 
 # Carried along in config.json; the vectors do not depend on them. `is_causal` is compared resolved.
-_INDIFFERENT = {"initializer_range", "tie_word_embeddings", "token_ids", "is_causal"}
+_INDIFFERENT = {"initializer_range", "tie_word_embeddings", "is_causal"}
+_INDIFFERENT |= {"bos_token_id", "eos_token_id", "pad_token_id"}
 _BLOCK = 2**22  # parameters averaged at a time: 32 MiB per model in float64
 
 

@@ -3,13 +3,11 @@
 T  packed tokens    B  sequences    P  tokens of a shared prefix
 H  query heads      K  key/value heads      E  head size
 
-On CUDA in bfloat16 or float16 it is torch's packed kernel. Elsewhere it is a loop of plain
-scaled-dot-product attention over the sequences, which is also the oracle of the kernel's tests.
-No other module calls the kernel: its signature moved between torch releases.
+On CUDA in bfloat16 or float16 it is torch's packed kernel, elsewhere a loop of plain scaled-dot-
+product attention, which is also the oracle of the kernel's tests. No other module calls the kernel.
 """
 
-import inspect
-from functools import cache, partial
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -37,35 +35,29 @@ def packed_attention(
     if packed.key_rows is not None:
         assert causal, "tokens of a shared prefix must not see what follows them"
         key, value = key[packed.key_rows], value[packed.key_rows]  # (T + B * P, K, E)
-        before = torch.arange(len(cu_keys), dtype=torch.int32, device=cu_keys.device) * prefix
         # The prefix is the first text; every other one has its keys before its own.
-        cu_queries, cu_keys = F.pad(cu_queries, (1, 0)), F.pad(cu_keys + before, (1, 0))
+        shift = torch.arange(len(cu_keys), dtype=torch.int32, device=cu_keys.device) * prefix
+        cu_queries, cu_keys = F.pad(cu_queries, (1, 0)), F.pad(cu_keys + shift, (1, 0))
     if not (query.is_cuda and query.dtype in {torch.bfloat16, torch.float16}):
         return per_sequence_attention(query, key, value, cu_queries, cu_keys, causal=causal)
     from torch.nn.attention.varlen import varlen_attn
 
-    # A window of (-1, 0) looks back without limit and never ahead.
-    attend = partial(varlen_attn, window_size=(-1, 0) if causal else (-1, -1))
-    if _kernel_takes_grouped_heads():
-        attend = partial(attend, enable_gqa=True)
-    else:
+    if torch.__version__ < "2.12":  # its kernel wants a key head for every query head
         repeats = query.shape[1] // key.shape[1]
-        key = key.repeat_interleave(repeats, dim=1)  # (T + B * P, H, E)
-        value = value.repeat_interleave(repeats, dim=1)  # (T + B * P, H, E)
+        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))  # (.., H, E)
+        attend = varlen_attn
+    else:
+        attend = partial(varlen_attn, enable_gqa=True)
     longest = (max(packed.max_seqlen, prefix), prefix + packed.max_seqlen)
-    mixed = attend(query, key, value, cu_queries, cu_keys, *longest)
+    window = (-1, 0 if causal else -1)  # without limit to the left, and to the right none or all
+    bounds = (cu_queries, cu_keys, *longest)
+    mixed = attend(query, key, value, *bounds, window_size=window)
     assert isinstance(mixed, Tensor)  # a tuple only where auxiliary results are requested
     return mixed
 
 
 def per_sequence_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_queries: Tensor,
-    cu_keys: Tensor,
-    *,
-    causal: bool,
+    query: Tensor, key: Tensor, value: Tensor, cu_queries: Tensor, cu_keys: Tensor, *, causal: bool
 ) -> Tensor:
     """What the kernel computes, in plain torch: one call per run of equally long sequences.
 
@@ -77,20 +69,13 @@ def per_sequence_attention(
     queries = query.split([n * count for n, _, count in runs])
     keys, values = (x.split([m * count for _, m, count in runs]) for x in (key, value))
     outputs: list[Tensor] = []
-    for (n, m, count), q, k, v in zip(runs, queries, keys, values, strict=True):
-        q = q.unflatten(0, (count, n)).transpose(1, 2)  # (count, H, n, E)
-        k, v = (x.unflatten(0, (count, m)).transpose(1, 2) for x in (k, v))  # (count, K, m, E)
+    for (n, m, count), *parts in zip(runs, queries, keys, values, strict=True):
+        q, k, v = (
+            x.unflatten(0, (count, -1)).transpose(1, 2) for x in parts
+        )  # (count, heads, ., E)
         mask = None if n == m else torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
         mixed = F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=causal and mask is None, enable_gqa=True
         )
         outputs.append(mixed.transpose(1, 2).flatten(0, 1))  # (count * n, H, E)
     return torch.cat(outputs)  # (T, H, E)
-
-
-@cache
-def _kernel_takes_grouped_heads() -> bool:
-    """torch 2.11 has no `enable_gqa`; 2.12 and later do."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters

@@ -5,15 +5,13 @@
     modules.json, 1_Pooling, config_sentence_transformers.json, sentence_bert_config.json,
     tokenizer_config.json                    what makes it an embedder: Settings, read_settings
 
-Reads the spellings of transformers 4 (`rope_theta`, `torch_dtype`) and 5 (`rope_parameters`,
-`dtype`), and refuses with one sentence whatever this package does not compute: a wrong guess here
-raises nothing later, it only lowers scores. Remote code is never run, pickled weights are never
-opened. Tokens are `tokenizer`'s, adapters `lora`'s.
+Whatever this package does not compute is refused: a wrong guess here raises nothing later, it only
+lowers scores. Remote code is never run, pickled weights are never opened.
 """
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +29,14 @@ KALM_TEMPLATE = "Instruct: {instruction} \n Query: "
 
 # Checkpoints whose config.json leaves the attention mode to remote code; from the V2 report.
 _BIDIRECTIONAL = {
-    "HIT-TMG/KaLM-embedding-multilingual-mini-instruct-v2",
-    "KaLM-Embedding/KaLM-embedding-multilingual-mini-instruct-v2",
-    "KaLM-Embedding/KaLM-embedding-multilingual-mini-instruct-v2.5",
-    "HIT-TMG/KaLM-embedding-multilingual-mini-instruct-v2.5",
+    f"{owner}/KaLM-embedding-multilingual-mini-instruct-{version}"
+    for owner in ("HIT-TMG", "KaLM-Embedding")
+    for version in ("v2", "v2.5")
 }
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
-_IGNORED = "lm_head.weight"  # the output head of a language model; an embedder has none
-
-Json = dict[str, Any]
 
 
-def read_object(path: Path) -> Json:
+def read_object(path: Path) -> dict[str, Any]:
     """A JSON object; {} where the file is absent."""
     value = read_json(path) if path.is_file() else {}
     if not isinstance(value, dict):
@@ -56,52 +49,39 @@ def load_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder}: expected a model folder with config.json, found none")
+    hf = read_object(path)
+    hf |= hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5, 4
+    kind, causal, act = (hf.get(key) for key in ("model_type", "is_causal", "hidden_act"))
+    missing = [name for name in REQUIRED_SIZES if name not in hf]
+    rope = hf.get("rope_type", hf.get("type", "default"))
+    layers = hf.get("layer_types") or []
+    if not layers and hf.get("use_sliding_window") and hf.get("sliding_window") is not None:
+        layers = ["sliding"] * (hf.get("num_hidden_layers", 0) - hf.get("max_window_layers", 0))
+    problems = {
+        f"model_type: expected qwen2 or qwen3, found {kind!r}": kind not in {"qwen2", "qwen3"},
+        f"the keys {', '.join(missing)} are missing": missing,
+        f"is_causal: expected true or false, found {causal!r}": not isinstance(causal, bool | None),
+        f"hidden_act: expected silu, found {act!r}": act not in {None, "silu"},
+        f"rope_type: only unscaled rotary embeddings are built, found {rope!r}": rope != "default",
+        "quantization_config: quantised weights cannot be read, use the original": hf.get(
+            "quantization_config"
+        ),
+        "attention_bias: Qwen3 with biases is not built": kind == "qwen3"
+        and hf.get("attention_bias"),
+        "sliding-window attention is in use and is not built": {*layers} - {"full_attention"},
+    }
     try:
-        return _parse_config(read_object(path))
+        for sentence, found in problems.items():
+            if found:
+                raise ValueError(sentence)
+        # Where a file is silent, what transformers fills in.
+        silent = {"num_key_value_heads": hf["num_attention_heads"], "rope_theta": 10_000.0}
+        silent |= {"head_dim": 128 if kind == "qwen3" else 0, "tie_word_embeddings": False}
+        keys = [f.name for f in fields(ModelConfig)]
+        stated = {key: hf[key] for key in keys if hf.get(key) is not None or key in REQUIRED_SIZES}
+        return ModelConfig(**silent | stated)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def _parse_config(hf: Json) -> ModelConfig:
-    kind = hf.get("model_type")
-    if kind not in {"qwen2", "qwen3"}:
-        raise ValueError(f"model_type: expected qwen2 or qwen3, found {kind!r}")
-    if missing := [name for name in REQUIRED_SIZES if name not in hf]:
-        raise ValueError(f"the keys {', '.join(missing)} are missing")
-    rope: Json = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5, 4
-    token_ids = {key: hf.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    # Where a file is silent, what transformers fills in.
-    config = ModelConfig(
-        **{name: hf[name] for name in REQUIRED_SIZES},
-        num_key_value_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-        head_dim=hf.get("head_dim") or (128 if kind == "qwen3" else 0),
-        model_type=kind,
-        rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0))),
-        max_position_embeddings=hf.get("max_position_embeddings", 32_768),
-        tie_word_embeddings=hf.get("tie_word_embeddings", False),
-        initializer_range=hf.get("initializer_range", 0.02),
-        is_causal=hf.get("is_causal"),
-        token_ids=tuple((key, value) for key, value in token_ids.items() if value is not None),
-    )
-    # Refused: every setting that would change the function and that the decoder does not compute.
-    if not isinstance(config.is_causal, bool | None):
-        raise ValueError(f"is_causal: expected true or false, found {config.is_causal!r}")
-    if hf.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act: expected silu, found {hf['hidden_act']!r}")
-    if (scaling := rope.get("rope_type", rope.get("type", "default"))) != "default":
-        raise ValueError(f"rope_type: only unscaled rotary embeddings are built, found {scaling!r}")
-    if hf.get("quantization_config"):
-        raise ValueError("quantization_config: quantised weights cannot be read, use the original")
-    if kind == "qwen3" and hf.get("attention_bias"):
-        raise ValueError("attention_bias: Qwen3 with biases is not built")
-    layers: list[str] = hf.get("layer_types") or []
-    if not layers and hf.get("use_sliding_window") and hf.get("sliding_window") is not None:
-        layers = ["full_attention"] * hf.get("max_window_layers", 0)
-        layers += ["sliding_attention"] * (config.num_hidden_layers - len(layers))
-    if any(layer != "full_attention" for layer in layers):
-        raise ValueError("sliding-window attention is in use and is not built")
-    return config
 
 
 def load_model(
@@ -118,32 +98,26 @@ def load_model(
         dtype: of the parameters; None leaves each as it is stored.
         device: where they go.
 
-    Raises:
-        ValueError: one sentence for everything that is wrong with config.json or the weights.
+    Raises ValueError, one sentence, for everything that is wrong with config.json or the weights.
     """
     with torch.device("meta"):
         model = Qwen2(load_config(folder))
-    tensors = load_tensors(folder, _weight_files(folder), model.state_dict())
+    files = [_SINGLE]
+    if not (folder / _SINGLE).is_file():
+        names = read_object(folder / _INDEX).get("weight_map")
+        if not names and not (folder / _INDEX).is_file():
+            pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+            hint = "; pickled weights are never opened, convert them to safetensors" * pickled
+            raise ValueError(f"{folder}: expected {_SINGLE} or {_INDEX}, found neither{hint}")
+        if not isinstance(names, dict) or any(
+            Path(str(name)).name != name for name in names.values()
+        ):
+            raise ValueError(f"{folder / _INDEX}: expected plain file names in weight_map")
+        files = sorted(set(names.values()))
+    tensors = load_tensors(folder, files, model.state_dict())
     state = {name: x.to(device=device, dtype=dtype) for name, x in tensors.items()}
     model.load_state_dict(state, assign=True)
-    return model.requires_grad_(True)
-
-
-def _weight_files(folder: Path) -> list[str]:
-    """One, or those that the index names."""
-    if (folder / _SINGLE).is_file():
-        return [_SINGLE]
-    if (folder / _INDEX).is_file():
-        names = read_object(folder / _INDEX).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise ValueError(f"{folder / _INDEX}: expected a weight_map, found none")
-        files = sorted({str(name) for name in names.values()})
-        if outside := [name for name in files if Path(name).name != name]:
-            raise ValueError(f"{folder / _INDEX}: expected plain file names, found {outside[0]!r}")
-        return files
-    pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-    hint = "; pickled weights are never opened, convert them to safetensors" if pickled else ""
-    raise ValueError(f"{folder}: expected {_SINGLE} or {_INDEX}, found neither{hint}")
+    return model
 
 
 def load_tensors(
@@ -157,9 +131,8 @@ def load_tensors(
         wanted: a state dict, for its names and shapes; stored names may begin with `model.` (a
             language model's) or `base_model.model.` (PEFT's) besides.
 
-    Raises:
-        ValueError: one sentence listing every missing, unexpected or wrong-shaped tensor and every
-            file that cannot be read.
+    Raises ValueError, one sentence listing every missing, unexpected or wrong-shaped tensor and
+    every file that cannot be read.
     """
     found: dict[str, Tensor] = {}
     problems: list[str] = []
@@ -173,24 +146,28 @@ def load_tensors(
         else:
             for key, tensor in stored.items():
                 name = key.removeprefix("base_model.model.").removeprefix("model.")
-                if name in found:
-                    problems.append(f"{name} is stored twice")
+                problems += [f"{name} is stored twice"] if name in found else []
                 found[name] = tensor
     # A file that cannot be read would also show up as missing tensors: report only the cause.
     if not problems:
-        if missing := sorted(wanted.keys() - found.keys()):
-            problems.append(f"missing tensors: {', '.join(missing)}")
-        if extra := sorted(found.keys() - wanted.keys() - {_IGNORED}):
-            problems.append(f"unexpected tensors: {', '.join(extra)}")
+        extra = found.keys() - wanted.keys() - {"lm_head.weight"}  # an embedder has no output head
+        listed = {"missing": wanted.keys() - found.keys(), "unexpected": extra}
+        problems = [f"{kind} tensors: {', '.join(sorted(s))}" for kind, s in listed.items() if s]
         for name in sorted(wanted.keys() & found.keys()):
-            shape, stored_shape = tuple(wanted[name].shape), tuple(found[name].shape)
-            if stored_shape != shape:
-                problems.append(f"{name}: expected shape {shape}, found {stored_shape}")
-            if (dtype := found[name].dtype) not in _DTYPES:
-                problems.append(f"{name}: expected a float tensor, found {dtype}")
+            expected, shape = tuple(wanted[name].shape), tuple(found[name].shape)
+            if shape != expected:
+                problems.append(f"{name}: expected shape {expected}, found {shape}")
+            if not found[name].is_floating_point() or found[name].itemsize == 1:
+                problems.append(f"{name}: expected a float tensor, found {found[name].dtype}")
     if problems:
         raise ValueError(f"{folder}: {'; '.join(problems)}")
     return {name: found[name] for name in wanted}
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file (not atomic: the caller's folder is)."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(state, path, metadata={"format": "pt"})
 
 
 def save_model(
@@ -198,17 +175,13 @@ def save_model(
 ) -> None:
     """Write `config.json` and `model.safetensors` into `folder` (not atomic: the caller's folder is).
 
-    Args:
-        model: its configuration, and its weights unless `state` is given.
-        folder: exists.
-        causal: the attention mode, which transformers honours from 5.2 on.
-        state: the weights to write, by name, where the model's own are spread over processes.
+    transformers honours the attention mode, `causal`, from 5.2 on. `state` holds the weights, by
+    name, where the model's own are spread over processes.
     """
     state = model.state_dict() if state is None else state
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    config = asdict(model.config)
-    config |= dict(config.pop("token_ids")) | {
-        "architectures": ["Qwen2Model" if model.config.model_type == "qwen2" else "Qwen3Model"],
+    config = {key: value for key, value in asdict(model.config).items() if value is not None}
+    config |= {
+        "architectures": [f"{model.config.model_type.capitalize()}Model"],
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         "use_sliding_window": False,
@@ -217,7 +190,7 @@ def save_model(
         "torch_dtype": str(next(iter(state.values())).dtype).removeprefix("torch."),
     }
     write_json(folder / "config.json", config)
-    save_file(state, folder / _SINGLE, metadata={"format": "pt"})
+    save_tensors(state, folder / _SINGLE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -247,20 +220,20 @@ def read_settings(
         config: what config.json says.
         given: settings that replace the folder's, where not None.
 
-    Raises:
-        ValueError: for what this package does not compute, or nobody stated.
+    Raises ValueError for what this package does not compute, or nobody stated.
     """
     path = folder / "modules.json"
     for module in read_json(path) if path.is_file() else []:
         if module["type"].rsplit(".", 1)[-1] not in {"Transformer", "Pooling", "Normalize"}:
             raise ValueError(f"{path}: the module {module['type']} is not built")
-    main = read_object(folder / "config_sentence_transformers.json")
-    bert = read_object(folder / "sentence_bert_config.json")
-    tokenizer = read_object(folder / "tokenizer_config.json")
-    if main.get("default_prompt_name"):
+    main, bert, tokenizer = (
+        read_object(folder / f"{file}.json")
+        for file in ("config_sentence_transformers", "sentence_bert_config", "tokenizer_config")
+    )
+    if prompt := main.get("default_prompt_name"):
         warnings.warn(
-            f"{folder}: sentence-transformers would put the prompt {main['default_prompt_name']!r} "
-            "before every text; here encode_query and encode_document use theirs, encode uses none",
+            f"{folder}: sentence-transformers would put the prompt {prompt!r} before every text; "
+            "here encode_query and encode_document use theirs, encode uses none",
             stacklevel=3,
         )
     prompts = {key: text for key, text in (main.get("prompts") or {}).items() if text is not None}
@@ -288,22 +261,20 @@ def read_settings(
 
 
 def _read_pooling(path: Path) -> Pooling:
-    """The pooling mode of a new (`pooling_mode`) or old (six booleans) file; mean without a file."""
+    """The mode of a new (`pooling_mode`) or an old (six booleans) file; mean without a file."""
     settings = read_object(path)
     if not settings.get("include_prompt", True):
-        raise ValueError(
-            f"{path}: include_prompt false is not built, the prompt is pooled like text"
-        )
-    prefix = "pooling_mode_"
-    flags = [key for key, value in settings.items() if key.startswith(prefix) and value]
-    named = [key.removeprefix(prefix).removesuffix("_tokens") for key in flags]
-    mode = settings.get("pooling_mode") or named or "mean"
-    modes = [mode] if isinstance(mode, str) else mode
-    if modes == ["mean"]:
-        return "mean"
-    if modes == ["lasttoken"]:
-        return "lasttoken"
-    raise ValueError(f"{path}: expected pooling mean or lasttoken, found {', '.join(modes)}")
+        raise ValueError(f"{path}: include_prompt false is not built, the prompt is always pooled")
+    flags = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value]
+    named = [key.removeprefix("pooling_mode_").removesuffix("_tokens") for key in flags]
+    stated = settings.get("pooling_mode") or named or "mean"
+    match [stated] if isinstance(stated, str) else stated:
+        case ["mean" | "lasttoken" as mode]:
+            return mode
+        case modes:
+            raise ValueError(
+                f"{path}: expected pooling mean or lasttoken, found {', '.join(modes)}"
+            )
 
 
 def write_settings(
@@ -311,33 +282,10 @@ def write_settings(
 ) -> None:
     """Write the files that make the folder a sentence-transformers model, and a card for people.
 
-    Args:
-        folder: exists.
-        settings: what the files say.
-        config: of the decoder.
-        adapter_base: the base model, where the folder holds an adapter without it.
+    `adapter_base` names the base model where the folder holds an adapter without it.
     """
     kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
-    modules = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (path, kind) in enumerate(kinds.items())
-    ]
-    write_json(folder / "modules.json", modules)
-    pooling = {
-        "word_embedding_dimension": config.hidden_size,
-        "pooling_mode_cls_token": False,
-        "pooling_mode_max_tokens": False,
-        "pooling_mode_mean_tokens": settings.pooling == "mean",
-        "pooling_mode_lasttoken": settings.pooling == "lasttoken",
-        "include_prompt": True,
-    }
-    write_json(folder / "1_Pooling" / "config.json", pooling)
-    (folder / "2_Normalize").mkdir()
-    # config.json is the base's, which may say otherwise.
-    options = {"config_args": {"is_causal": settings.causal}} if adapter_base else {}
-    bert = {"max_seq_length": settings.max_length, "do_lower_case": False} | options
-    write_json(folder / "sentence_bert_config.json", bert)
-    main: Json = {
+    main: dict[str, object] = {
         "prompts": settings.prompts,
         "default_prompt_name": None,
         "similarity_fn_name": "cosine",
@@ -346,7 +294,28 @@ def write_settings(
     if not settings.causal:
         reason = "older versions ignore is_causal in config.json and would attend causally"
         main["requirements"] = {"transformers": {"specifier": ">=5.2", "reason": reason}}
-    write_json(folder / "config_sentence_transformers.json", main)
+    bert: dict[str, object] = {"max_seq_length": settings.max_length, "do_lower_case": False}
+    if adapter_base:  # config.json is the base's, which may say otherwise
+        bert["config_args"] = {"is_causal": settings.causal}
+    files = {
+        "modules.json": [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (path, kind) in enumerate(kinds.items())
+        ],
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": config.hidden_size,
+            "pooling_mode_cls_token": False,
+            "pooling_mode_max_tokens": False,
+            "pooling_mode_mean_tokens": settings.pooling == "mean",
+            "pooling_mode_lasttoken": settings.pooling == "lasttoken",
+            "include_prompt": True,
+        },
+        "sentence_bert_config.json": bert,
+        "config_sentence_transformers.json": main,
+    }
+    for name, value in files.items():
+        write_json(folder / name, value)
+    (folder / "2_Normalize").mkdir()
     mode = "causal" if settings.causal else "bidirectional (transformers >= 5.2 only)"
     adapter = f"\nA LoRA adapter on `{adapter_base}`.\n" if adapter_base else ""
     card = f"""---

@@ -4,34 +4,33 @@ I, O  sizes in and out of a projection    R  rank
 
     y = x W^T + b + (alpha / R) * (x A^T) B^T        W (O, I) frozen, A (R, I) and B (O, R) trained
 
-It is applied to a finished decoder and removed by folding the update into the weights. The base
-keeps its parameter names and adapters get PEFT's, so a state dict is a model file plus an adapter
-file. The update is zero at the start (B = 0). There is no dropout: gradient caching repeats
-forwards, which must agree; one named in a file is ignored, since it only affects training. Refused
-in files: DoRA, rsLoRA, trained biases, other saved modules and the like.
+The base keeps its parameter names and adapters get PEFT's, so a state dict is a model file plus an
+adapter file. There is no dropout: gradient caching repeats forwards, which must agree; one named in
+a file is ignored, since it only affects training. Refused in files: DoRA, rsLoRA, trained biases,
+other saved modules and the like.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kalm_min.files import write_json
-from kalm_min.model.folder import load_tensors, read_object
-from kalm_min.model.qwen2 import Linear
+from kalm_min.model.folder import load_tensors, read_object, save_tensors
+from kalm_min.model.qwen2 import Linear, Qwen2
 
 ADAPTER_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
-# Keys of PEFT's that are read, and those that change nothing for a trained adapter; any other key
-# must be unset.
-_KNOWN = {"peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules"}
-_HARMLESS = {"auto_mapping", "peft_version", "inference_mode", "init_lora_weights"}
-_HARMLESS |= {"lora_dropout", "megatron_core", "qalora_group_size"}
+# PEFT's keys that are checked, and those that change nothing for a trained adapter.
+_ALLOWED = {
+    *("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules"),
+    *("auto_mapping", "peft_version", "inference_mode", "init_lora_weights", "lora_dropout"),
+    *("megatron_core", "qalora_group_size"),
+}
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -46,12 +45,13 @@ class LoRAConfig:
     ] = _PROJECTIONS
 
     def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ValueError(f"rank: expected 0 (off) or more, found {self.rank}")
-        if self.alpha <= 0:
-            raise ValueError(f"alpha: expected more than 0, found {self.alpha}")
-        if not self.target_modules:
-            raise ValueError("target_modules: expected names of projections, found none")
+        for fine, sentence in (
+            (self.rank >= 0, f"rank: expected 0 (off) or more, found {self.rank}"),
+            (self.alpha > 0, f"alpha: expected more than 0, found {self.alpha}"),
+            (self.target_modules, "target_modules: expected names of projections, found none"),
+        ):
+            if not fine:
+                raise ValueError(sentence)
 
 
 class Adapter(NamedTuple):
@@ -82,8 +82,7 @@ class LoRALinear(nn.Module):
 def add_adapter(model: nn.Module, config: LoRAConfig, seed: int = 0) -> None:
     """Freeze `model` and put an update of zero on its target projections, in place.
 
-    A is drawn as PEFT draws it, uniform within 1 / sqrt(I), from `seed` alone.
-
+    A is drawn as PEFT draws it, uniform within 1 / sqrt(I), from `seed` alone; B is zero.
     Raises ValueError naming a target that no projection of the model is called by.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -101,57 +100,43 @@ def _attach(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
 
     A projection is a target whose dotted name is, or ends in, one of the names: PEFT's rule for lists.
     """
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    linears = {f".{name}": m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     ends = tuple(f".{end}" for end in config.target_modules)
     for end in ends:
-        if not any(f".{name}".endswith(end) for name in linears):
+        if not any(name.endswith(end) for name in linears):
             known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears))
             raise ValueError(f"target_modules: expected some of {known}, found {end[1:]!r}")
     model.requires_grad_(False)
-    layers: list[LoRALinear] = []
-    for name, linear in linears.items():
-        if f".{name}".endswith(ends):
-            layers.append(LoRALinear(linear, config))
-            model.set_submodule(name, layers[-1])
-    return layers
+    layers = {name: LoRALinear(m, config) for name, m in linears.items() if name.endswith(ends)}
+    for name, layer in layers.items():
+        model.set_submodule(name[1:], layer)
+    return [*layers.values()]
 
 
-def merge(model: nn.Module) -> None:
-    """Fold every update into its weights, in place: a plain decoder again, all of it trainable."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, LoRALinear):
-            linear = Linear(layer.lora_A.in_features, layer.lora_B.out_features, device="meta")
-            weight = _fold(layer.weight, layer.lora_A.weight, layer.lora_B.weight, layer.scale)
-            linear.weight, linear.bias = nn.Parameter(weight), layer.bias
-            model.set_submodule(name, linear)
-    model.requires_grad_(True)
+def merge(model: Qwen2, config: LoRAConfig) -> Qwen2:
+    """A plain decoder, all of it trainable, with every update folded into its weight."""
+    with torch.device("meta"):
+        plain = Qwen2(model.config)
+    plain.load_state_dict(merged_state(model.state_dict(), config), assign=True)
+    return plain
 
 
 def merged_state(state: Mapping[str, Tensor], config: LoRAConfig) -> dict[str, Tensor]:
-    """What `merge` makes of the state dict of a model with adapters."""
-    merged = {name: tensor for name, tensor in state.items() if not name.endswith((_A, _B))}
-    for name in state:
-        if name.endswith(_A):
-            layer = name.removesuffix(_A)
-            update = (state[name], state[layer + _B], config.alpha / config.rank)
-            merged[f"{layer}.weight"] = _fold(state[f"{layer}.weight"], *update)
-    return merged
-
-
-def _fold(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """weight + scale * b @ a, computed in float32 at least, in the dtype of `weight`."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    return (weight.to(wide) + scale * (b.to(wide) @ a.to(wide))).detach().to(weight.dtype)
+    """Fold the updates of a state dict into its weights, in float32 at least, rounded once."""
+    folded = {name: tensor for name, tensor in state.items() if not name.endswith((_A, _B))}
+    for layer in (name.removesuffix(_A) for name in state if name.endswith(_A)):
+        weight = state[f"{layer}.weight"]
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        update = state[layer + _B].to(wide) @ state[layer + _A].to(wide)  # (O, I)
+        total = weight.to(wide) + config.alpha / config.rank * update
+        folded[f"{layer}.weight"] = total.detach().to(weight.dtype)
+    return folded
 
 
 def save_adapter(state: Mapping[str, Tensor], folder: Path, adapter: Adapter) -> None:
     """Write PEFT's two files for a state dict with A and B into `folder`, which the caller completes."""
-    tensors = {
-        f"base_model.model.{name}": tensor.detach().cpu().contiguous()
-        for name, tensor in state.items()
-        if name.endswith((_A, _B))
-    }
-    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    updates = {f"base_model.model.{k}": x for k, x in state.items() if k.endswith((_A, _B))}
+    save_tensors(updates, folder / _WEIGHTS)
     config = {
         "peft_type": "LORA",
         "task_type": "FEATURE_EXTRACTION",
@@ -172,47 +157,38 @@ def read_adapter(folder: Path) -> Adapter:
     Raises ValueError for every setting under which the update is not alpha / r * B A and nothing else.
     """
     path = folder / ADAPTER_CONFIG
-    raw = read_object(path)
-    try:
-        if raw.get("peft_type") != "LORA":
-            raise ValueError(f"peft_type: expected LORA, found {raw.get('peft_type')!r}")
-        task, start = raw.get("task_type"), raw.get("init_lora_weights", True)
-        if task not in {None, "FEATURE_EXTRACTION"}:
-            raise ValueError(f"task_type: expected FEATURE_EXTRACTION or none, found {task!r}")
-        if isinstance(start, str) and start != "gaussian":
-            # PiSSA, OLoRA, CorDA and LoftQ start by changing the base, which is not in the file.
-            raise ValueError(
-                f"init_lora_weights: {start!r} may have changed the base, convert it first"
-            )
-        for key, value in raw.items():
-            if key not in _KNOWN | _HARMLESS and value and value != "none":
-                raise ValueError(f"{key}: {value!r} is not built, only plain LoRA is")
-        names, rank, base = (
-            raw.get(key) for key in ("target_modules", "r", "base_model_name_or_path")
-        )
-        if not isinstance(names, list):
-            raise ValueError(f"target_modules: expected a list of names, found {names!r}")
-        if not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"r: expected a whole number of at least 1, found {rank!r}")
-        if not isinstance(base, str):
-            raise ValueError(f"base_model_name_or_path: expected a name, found {base!r}")
-        alpha = float(raw.get("lora_alpha", 8))  # PEFT's default
-        return Adapter(LoRAConfig(rank=rank, alpha=alpha, target_modules=tuple(names)), base)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    raw: dict[str, Any] = {"lora_alpha": 8} | read_object(path)  # PEFT's default
+    rank, alpha, names = raw.get("r", 0), raw["lora_alpha"], raw.get("target_modules", "")
+    start, base = raw.get("init_lora_weights"), raw.get("base_model_name_or_path", "")
+    # PiSSA, OLoRA, CorDA and LoftQ start by changing the base, which is not in the file.
+    starts = "true, false or gaussian, since another may have changed the base (convert it first)"
+    tasks = (None, "FEATURE_EXTRACTION")
+    for key, fine, expected in (
+        ("peft_type", raw.get("peft_type") == "LORA", "LORA"),
+        ("task_type", raw.get("task_type") in tasks, "FEATURE_EXTRACTION or none"),
+        ("init_lora_weights", start in (None, True, False, "gaussian"), starts),
+        ("target_modules", isinstance(names, list) and names, "a list of names"),
+        ("r", isinstance(rank, int) and rank > 0, "a whole number of at least 1"),
+        ("lora_alpha", isinstance(alpha, int | float) and alpha > 0, "a number above 0"),
+        ("base_model_name_or_path", isinstance(base, str) and base, "a name"),
+    ):
+        if not fine:
+            raise ValueError(f"{path}: {key}: expected {expected}, found {raw.get(key)!r}")
+    for key, value in raw.items():
+        if key not in _ALLOWED and value and value != "none":
+            raise ValueError(f"{path}: {key}: {value!r} is not built, only plain LoRA is")
+    return Adapter(LoRAConfig(rank=rank, alpha=float(alpha), target_modules=tuple(names)), base)
 
 
-def load_adapter(model: nn.Module, folder: Path) -> None:
+def load_adapter(model: nn.Module, folder: Path) -> LoRAConfig:
     """Put the adapter of a folder on `model`, in place, every tensor accounted for.
 
-    A and B keep the dtype of the file, so that merging into 16-bit weights rounds once.
-
-    Raises:
-        ValueError: one sentence listing what is missing, unexpected or wrong-shaped.
+    A and B keep the dtype of the file, so that merging into 16-bit weights rounds once. Raises
+    ValueError, one sentence listing what is missing, unexpected or wrong-shaped.
     """
-    adapter = read_adapter(folder)
+    config = read_adapter(folder).config
     try:
-        _attach(model, adapter.config)
+        _attach(model, config)
     except ValueError as error:
         raise ValueError(f"{folder / ADAPTER_CONFIG}: {error}") from error
     if not (folder / _WEIGHTS).is_file():
@@ -223,3 +199,4 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     tensors = load_tensors(folder, [_WEIGHTS], wanted)
     state = {name: x.to(wanted[name].device) for name, x in tensors.items()}
     model.load_state_dict(state, strict=False, assign=True)
+    return config

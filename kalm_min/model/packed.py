@@ -2,10 +2,9 @@
 
 T  tokens of all sequences    B  sequences    P  tokens of a shared prefix    D  hidden size
 
-Batches are packed, so there is no padding and no mask: a packed batch needs only the boundaries.
-Where all texts begin alike (queries under one instruction) and the model is causal, that beginning
-never sees what follows, so it is the same in all of them. The batch then holds it once, before the
-sequences; only attention and pooling have to know. Pooling, truncation and normalization are
+A packed batch has no padding and no mask, only boundaries. What all texts of a causal batch begin
+with (queries under one instruction) never sees what follows, so the batch may hold it once, before
+the sequences; only attention and pooling have to know. Pooling, truncation and normalization are
 nowhere else, so training, encoding and evaluation cannot disagree about them.
 """
 
@@ -44,28 +43,20 @@ class Packed(NamedTuple):
         device: torch.device | str = "cpu",
         prefix: Sequence[int] = (),
     ) -> "Packed":
-        """Pack lists of token ids in the order given.
-
-        Args:
-            sequences: the tokens of each text that follow the prefix, none of them empty.
-            device: where the tensors go.
-            prefix: token ids that every text begins with.
-        """
+        """Pack lists of token ids, none of them empty, in the order given; `prefix` precedes each."""
         shared, lengths = len(prefix), [len(ids) for ids in sequences]
         assert lengths and min(lengths) > 0, "an empty sequence has no vector to pool"
         bounds = torch.tensor([*accumulate(lengths, initial=shared)], dtype=torch.int32)  # (B + 1,)
         input_ids = torch.tensor([*prefix, *chain.from_iterable(sequences)])  # (T,)
-        positions = torch.arange(len(input_ids))  # (T,)
+        rows = torch.arange(len(input_ids))  # (T,)
+        positions = rows.clone()
         positions[shared:] -= torch.repeat_interleave(bounds[:-1] - shared, torch.tensor(lengths))
-        key_rows = None
+        tensors = [input_ids, positions, bounds]
         if shared:
-            start, *rest = torch.arange(len(input_ids)).split([shared, *lengths])
-            key_rows = torch.cat([start, *chain.from_iterable((start, rows) for rows in rest)])
-            key_rows = key_rows.to(device, non_blocking=True)
-        input_ids, positions, bounds = (
-            x.to(device, non_blocking=True) for x in (input_ids, positions, bounds)
-        )
-        return cls(input_ids, positions, bounds, max(lengths), shared, key_rows)
+            start, *rest = rows.split([shared, *lengths])
+            tensors.append(torch.cat([start, *chain.from_iterable((start, own) for own in rest)]))
+        input_ids, positions, bounds, *keys = (x.to(device, non_blocking=True) for x in tensors)
+        return cls(input_ids, positions, bounds, max(lengths), shared, *keys)
 
 
 def pool(hidden: Tensor, cu_seqlens: Tensor, mode: Pooling, prefix: int = 0) -> Tensor:
@@ -90,13 +81,11 @@ def pool(hidden: Tensor, cu_seqlens: Tensor, mode: Pooling, prefix: int = 0) -> 
 
 
 def truncate(vectors: Tensor, dim: int | None, *, normalize: bool = True) -> Tensor:
-    """The first `dim` coordinates (Matryoshka) of vectors (B, D), None for all, at unit length.
+    """The first `dim` coordinates (Matryoshka; None: all) of vectors (B, D), at unit length.
 
     A slice of a unit vector is shorter than 1, so it is normalized again; a zero vector stays zero.
     Raises ValueError where there are fewer coordinates.
     """
-    if dim is not None:
-        if not 1 <= dim <= vectors.shape[-1]:
-            raise ValueError(f"truncate_dim: expected 1 to {vectors.shape[-1]}, found {dim}")
-        vectors = vectors[..., :dim]
-    return F.normalize(vectors, dim=-1) if normalize else vectors
+    if dim is not None and not 1 <= dim <= vectors.shape[-1]:
+        raise ValueError(f"truncate_dim: expected 1 to {vectors.shape[-1]}, found {dim}")
+    return F.normalize(vectors[..., :dim], dim=-1) if normalize else vectors[..., :dim]

@@ -14,6 +14,7 @@ of the same tokens gives the same values, which is what gradient caching relies 
 """
 
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Literal
 
 import torch
@@ -44,13 +45,14 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1_000_000.0
     max_position_embeddings: int = 32_768
-    tie_word_embeddings: bool = True
-    """Only carried along for `config.json`: an embedder has no output head."""
     initializer_range: float = 0.02
     is_causal: bool | None = None
     """None where the file does not say."""
-    token_ids: tuple[tuple[str, object], ...] = ()
-    """(key, value) of bos_token_id, eos_token_id and pad_token_id where the file has them."""
+    tie_word_embeddings: bool = True
+    """Like the token ids only carried along for `config.json`: an embedder has no output head."""
+    bos_token_id: object = None
+    eos_token_id: object = None
+    pad_token_id: object = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for sizes that no decoder can have."""
@@ -58,20 +60,15 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}: expected a whole number of at least 1, found {value!r}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} must be a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
-            )
-        if not self.head_dim:
-            if self.hidden_size % self.num_attention_heads:
-                raise ValueError(
-                    f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads "
-                    f"{self.num_attention_heads} where head_dim is not given"
-                )
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(f"head_dim: expected an even number for rotary, found {self.head_dim}")
+        divisible = [("num_attention_heads", "num_key_value_heads")]
+        divisible += [] if self.head_dim else [("hidden_size", "num_attention_heads")]
+        for name, divisor in divisible:
+            if getattr(self, name) % (number := getattr(self, divisor)):
+                raise ValueError(f"{name} must be a multiple of {divisor} {number}")
+        head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if head_dim < 2 or head_dim % 2:
+            raise ValueError(f"head_dim: expected an even number for rotary, found {head_dim}")
+        object.__setattr__(self, "head_dim", head_dim)
 
 
 REQUIRED_SIZES = [field.name for field in fields(ModelConfig)][:5]
@@ -111,19 +108,11 @@ class RMSNorm(nn.Module):
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every position, split-half convention.
+    """Cosines and sines (T, 1, E) of positions (T,) times the frequencies theta^(-2i/E).
 
     Qwen2 rotates the pairs (x_i, x_{i + E/2}), so the angles are laid out twice as [f, f]; the
     interleaved layout of pairs (x_{2i}, x_{2i+1}) would give other vectors from the same weights.
-
-    Args:
-        positions: (T,) integers; only their differences matter.
-        head_dim: E, even.
-        theta: base of the frequencies theta^(-2i/E).
-
-    Returns:
-        cos, sin: (T, 1, E) float32, ready to meet (T, H, E). float32 whatever the model's type:
-        bfloat16 cannot hold a position above 256 exactly.
+    float32 whatever the model's type: bfloat16 cannot hold a position above 256 exactly.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim  # (E/2,)
     angles = positions.float()[:, None] * theta**-exponents  # (T, E/2)
@@ -144,17 +133,15 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim, bias = config.head_dim, config.model_type == "qwen2"
-        query_size = config.num_attention_heads * config.head_dim
-        key_size = config.num_key_value_heads * config.head_dim
+        query_size = config.num_attention_heads * self.head_dim
+        key_size = config.num_key_value_heads * self.head_dim
         self.q_proj = Linear(config.hidden_size, query_size, bias=bias)
         self.k_proj = Linear(config.hidden_size, key_size, bias=bias)
         self.v_proj = Linear(config.hidden_size, key_size, bias=bias)
         self.o_proj = Linear(query_size, config.hidden_size, bias=False)
-        if config.model_type == "qwen3":
-            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        else:
-            self.q_norm = self.k_norm = nn.Identity()
+        self.q_norm, self.k_norm = (
+            nn.Identity() if bias else RMSNorm(self.head_dim, config.rms_norm_eps) for _ in "qk"
+        )
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], packed: Packed, *, causal: bool
@@ -222,24 +209,16 @@ class Qwen2(nn.Module):
         """Keep only each layer's input for backward, and compute the layer again there."""
 
     def forward(self, packed: Packed, *, causal: bool) -> Tensor:
-        """Hidden states after the last norm.
+        """Hidden states after the last norm, (T, D): what transformers calls `last_hidden_state`.
 
-        Args:
-            packed: B sequences, T tokens together.
-            causal: True: a token sees itself and what precedes it. False: its full sequence.
-
-        Returns:
-            (T, D), what transformers calls `last_hidden_state`.
+        A token sees itself and what precedes it if `causal`, else its full sequence.
         """
         hidden = self.embed_tokens(packed.input_ids)  # (T, D)
         rotary = rotary_tables(packed.positions, self.config.head_dim, self.config.rope_theta)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(
-                    layer, hidden, rotary, packed, causal=causal, use_reentrant=False
-                )
-            else:
-                hidden = layer(hidden, rotary, packed, causal=causal)
+            run = partial(checkpoint, layer, use_reentrant=False) if recompute else layer
+            hidden = run(hidden, rotary, packed, causal=causal)  # (T, D)
         return self.norm(hidden)
 
 
