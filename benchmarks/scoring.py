@@ -29,7 +29,6 @@ from kalm_min.config import parse
 from kalm_min.evaluation import worker
 from kalm_min.evaluation.adapter import Adapter
 from kalm_min.evaluation.local import build_task, find_datasets
-from kalm_min.evaluation.runner import Order
 
 _JUDGED = 5  # documents per query
 
@@ -169,23 +168,14 @@ def dimensions(options: Options, model: Path) -> None:
     print("| dataset | one, seconds (median) | all | all / one |")
     print("|---|---|---|---|")
     for dataset in [found for path in options.data for found in find_datasets(path)]:
-        key = {"query_instruction": "", "document_instruction": "", "checkpoint": ""}
+        key: Any = {"query_instruction": "", "document_instruction": "", "checkpoint": ""}
         every: list[tuple[float, float]] = []
         for number in range(options.rounds + 1):  # the first warms up
             times: list[float] = []
             for dims in (options.dims[:1], options.dims):
                 with tempfile.TemporaryDirectory() as store:
-                    order = Order(
-                        name=dataset.name,
-                        type="",
-                        folder=str(dataset.path),
-                        mirror=None,
-                        key=key,
-                        attempt=0,
-                        slice=None,
-                        store=store,
-                        result="",
-                    )
+                    order = {"name": dataset.name, "type": "", "folder": str(dataset.path)}
+                    order |= {"key": key, "store": store}
                     start = time.perf_counter()
                     worker.evaluate_task(embedder, order, list(dims))
                     times.append(time.perf_counter() - start)

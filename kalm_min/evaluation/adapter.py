@@ -6,6 +6,7 @@ encoded it beforehand. `kalm_min.topk` searches, and mteb computes the scores.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,37 +25,33 @@ if TYPE_CHECKING:
 
 _QUERIES = 8192  # searched between two reports of progress
 
+Report = Callable[[int, int, bool], None]
+"""Called with the texts and characters done since the last call, and whether more are encoded next."""
 
+
+def no_report(texts: int, characters: int, is_encoding: bool) -> None:
+    """Report nothing."""
+
+
+@dataclass(eq=False)
 class Adapter:
     """mteb's EncoderProtocol and SearchProtocol over an Embedder, at the dimension `dim`."""
 
-    def __init__(
-        self,
-        embedder: Embedder,
-        *,
-        query_prompt: str = "",
-        document_prompt: str = "",
-        store: Path | None = None,
-        report: Callable[[int, int], None] = lambda texts, characters: None,
-    ) -> None:
-        """Wrap a model for one task.
+    embedder: Embedder
+    query_prompt: str = ""  # put before queries, and before every text of tasks without documents
+    document_prompt: str = ""  # put before the documents of retrieval and reranking
+    store: Path | None = None  # of the vectors of this model with these settings; None: in memory
+    report: Report = no_report
 
-        Args:
-            embedder: the model.
-            query_prompt: put before queries, and before every text of tasks without documents.
-            document_prompt: put before the documents of retrieval and reranking.
-            store: folder of the vectors of this model with these settings; None: in memory.
-            report: called with the texts and characters done since the last call.
-        """
+    def __post_init__(self) -> None:
+        """Begin with no text encoded, at the full dimension."""
         from mteb.models import ModelMeta
 
         self.mteb_model_meta = ModelMeta.create_empty(
             overwrites={"name": "kalm_min/evaluated", "revision": "0", "modalities": ["text"]}
         )
-        self.dim = embedder.dimension
-        self._embedder, self._store, self._report = embedder, store, report
-        self._prompts = {"query": query_prompt, "document": document_prompt}
-        self._known: dict[str, dict[str, Vectors]] = {"query": {}, "document": {}}
+        self.dim = self.embedder.dimension
+        self._encoded: dict[str, dict[str, Vectors]] = {"query": {}, "document": {}}
         # By id() of the corpus, which is kept so that no other object gets its id.
         self._corpora: dict[int, tuple[Dataset, StoredVectors]] = {}
         self._corpus_id = 0
@@ -65,11 +62,11 @@ class Adapter:
         A text that this task has encoded before is not encoded again.
         """
         kind = "document" if prompt_type == "document" else "query"
-        known, texts = self._known[kind], inputs.dataset["text"][:]
-        new = [text for text in dict.fromkeys(texts) if text not in known]
+        encoded, texts = self._encoded[kind], inputs.dataset["text"][:]
+        new = [text for text in dict.fromkeys(texts) if text not in encoded]
         vectors = self._stored(lambda start, stop: new[start:stop], len(new), kind)[:]
-        known.update(zip(new, vectors, strict=True))
-        full = np.stack([known[text] for text in texts]) if texts else vectors
+        encoded.update(zip(new, vectors, strict=True))
+        full = np.stack([encoded[text] for text in texts]) if texts else vectors
         return cut_dimension(full, self.dim)
 
     def similarity(self, a: Any, b: Any) -> Tensor:
@@ -81,16 +78,18 @@ class Adapter:
         return (torch.as_tensor(a) * torch.as_tensor(b)).sum(-1)
 
     def index(self, corpus: "Dataset", **_: object) -> None:
-        """Encode the documents that `search` looks at: a Dataset with id, text and perhaps title.
+        """Encode the documents that `search` looks at: a Dataset with id, text and perhaps title."""
 
-        What the store or this object already has is not encoded again.
-        """
+        def read(start: int, stop: int) -> list[str]:
+            """Title and text in one, joined as mteb joins them; a title may be empty or None."""
+            part = corpus[start:stop]
+            titles = part.get("title") or [""] * len(part["text"])
+            pairs = zip(titles, part["text"], strict=True)
+            return [f"{title or ''} {text}".strip() for title, text in pairs]
+
         self._corpus_id = id(corpus)
         if self._corpus_id not in self._corpora:
-            stored = self._stored(
-                lambda start, stop: _document_texts(corpus[start:stop]), len(corpus), "document"
-            )
-            self._corpora[self._corpus_id] = corpus, stored
+            self._corpora[id(corpus)] = corpus, self._stored(read, len(corpus), "document")
 
     def search(
         self,
@@ -101,10 +100,7 @@ class Adapter:
         top_ranked: Mapping[str, Sequence[str]] | None = None,
         **_: object,
     ) -> dict[str, dict[str, float]]:
-        """The best documents of each query: {query id: {document id: cosine}}.
-
-        With `top_ranked`, only those candidates are ranked.
-        """
+        """The best documents of each query, with `top_ranked` among these only: {id: {id: cosine}}."""
         # Only mteb knows how a conversation, or a query with an instruction, becomes a text.
         from mteb._create_dataloaders import create_dataloader
         from mteb.types import PromptType
@@ -124,36 +120,30 @@ class Adapter:
                 best = np.argsort(-scores, kind="stable")[:top_k]
                 hits[name] = {candidates[i]: float(scores[i]) for i in best}
             return hits
+        device = self.embedder.device
         for start in range(0, len(vectors), _QUERIES):
             part = slice(start, start + _QUERIES)
-            found = find_top_k(
-                vectors[part], documents, top_k, device=self._embedder.device, exact=False
-            )
-            for name, ids, scores in zip(
-                queries["id"][part], *map(np.ndarray.tolist, found), strict=True
-            ):
+            found = find_top_k(vectors[part], documents, top_k, device=device, exact=False)
+            lists = map(np.ndarray.tolist, found)
+            for name, ids, scores in zip(queries["id"][part], *lists, strict=True):
                 hits[name] = {names[i]: score for i, score in zip(ids, scores, strict=True)}
-            self._report(0, 0)
+            self.report(0, 0, False)
         return hits
 
     def _stored(
         self, read: Callable[[int, int], Sequence[str]], count: int, kind: str
     ) -> StoredVectors:
         """The vectors of texts at the full dimension, encoded where the store lacks them."""
-        texts = TextSet.of(read, count, self._prompts[kind])
-        stored = StoredVectors(self._store, texts, self._embedder.dimension)
+        prompt = self.query_prompt if kind == "query" else self.document_prompt
+        texts = TextSet.of(read, count, prompt)
+        stored = StoredVectors(self.store, texts, self.embedder.dimension)
         missing = set(stored.missing())
+        self.report(0, 0, True)
         for shard, (start, stop) in enumerate(pairwise(stored.cuts.tolist())):
             if shard in missing:
-                stored.encode(shard, self._embedder, needs_disk=False)
+                stored.encode(shard, self.embedder, needs_disk=False)
             # Counted as the plan counts: up to about the length that is encoded.
-            sizes = np.minimum(texts.sizes[start:stop], 4 * self._embedder.max_length)
-            self._report(stop - start, int(sizes.sum()))
+            sizes = np.minimum(texts.sizes[start:stop], 4 * self.embedder.max_length)
+            self.report(stop - start, int(sizes.sum()), True)
+        self.report(0, 0, False)
         return stored
-
-
-def _document_texts(documents: Mapping[str, Sequence[str]]) -> list[str]:
-    """Title and text in one, joined as mteb joins them. A title may be empty, None or absent."""
-    titles = documents.get("title") or [""] * len(documents["text"])
-    pairs = zip(titles, documents["text"], strict=True)
-    return [f"{title} {text}".strip() if title else text.strip() for title, text in pairs]

@@ -19,12 +19,13 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TextIO, TypedDict
+from typing import NamedTuple, TextIO
 
 from kalm_min.console import Progress, format_duration
 from kalm_min.evaluation.plan import Plan, PlannedTask
+from kalm_min.files import digest
 
 WORKER = (sys.executable, "-m", "kalm_min.evaluation.worker")
 _ATTEMPTS = 3
@@ -37,32 +38,6 @@ _MAX_LINE = 1 << 20  # bytes; no message is that long
 _LOG_LINES = 15
 
 
-class Settings(TypedDict):
-    """The first line that a worker reads: the model to open."""
-
-    model: str
-    device: str
-    dtype: str
-    causal: bool | None
-    pooling: Literal["mean", "lasttoken"] | None
-    max_length: int | None
-    dims: list[int]
-
-
-class Order(TypedDict):
-    """Every further line: a task to run, or a slice of its corpus to encode."""
-
-    name: str
-    type: str
-    folder: str | None
-    mirror: str | None
-    key: dict[str, Any]
-    attempt: int
-    slice: tuple[int, int] | None
-    store: str
-    result: str
-
-
 class Failure(NamedTuple):
     """Why a task has no result, and the last lines of its worker's log."""
 
@@ -70,13 +45,14 @@ class Failure(NamedTuple):
     log: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Job:
     """Work for one device: a task, or the encoding of slice `part` (index, count) of its corpus."""
 
     task: PlannedTask
     characters: float
     part: tuple[int, int] | None = None
+    attempt: int = 0
 
     def __str__(self) -> str:
         return self.task.name + (f" {self.part[0] + 1}/{self.part[1]}" if self.part else "")
@@ -96,7 +72,7 @@ def make_jobs(tasks: Iterable[PlannedTask], devices: int) -> list[Job]:
         if devices < 2 or corpus <= fair / 2 or count < 2:
             jobs.append((size, Job(task, size)))
             continue
-        # All alike, so that one corpus is complete, and its vectors deleted, before the next.
+        # All of one rank, so that a corpus is complete before the slices of the next begin.
         rank = fair / _SLICES
         jobs += [(rank, Job(task, corpus / count, (i, count))) for i in range(count)]
         jobs.append((rank, Job(task, size - (1 - _SCORING) * corpus)))
@@ -133,8 +109,7 @@ class _Slot:
 
     def send(self, line: Mapping[str, object]) -> None:
         """Write a line to the worker's stdin: the settings it starts with, or a job."""
-        assert self.process is not None
-        assert self.process.stdin is not None
+        assert self.process and self.process.stdin
         self.log_start = self.log.stat().st_size
         self.started = self.last_progress = self.last_heartbeat = time.monotonic()
         self.texts = self.characters = 0
@@ -144,119 +119,100 @@ class _Slot:
 
     def kill(self) -> None:
         """End the worker and every process it started."""
-        if self.process is not None:
+        if self.process:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-            assert self.process.stdin is not None
+            assert self.process.stdin
             with suppress(BrokenPipeError):  # unsent bytes
                 self.process.stdin.close()
             self.process, self.is_ready = None, False
 
-    def log_tail(self) -> str:
-        """The last lines that were logged since the current job began."""
+    def failure(self, reason: str) -> Failure:
+        """The reason, with the last lines that were logged since the current job began."""
         with self.log.open("rb") as file:
             file.seek(self.log_start)
             lines = file.read().decode("utf-8", "replace").strip().splitlines()
-        return "\n".join(lines[-_LOG_LINES:])
+        return Failure(reason, "\n".join(lines[-_LOG_LINES:]))
 
 
+@dataclass(eq=False)
 class Runner:
-    """Runs the tasks of a plan that have no valid result; `run` returns the failures."""
+    """Runs the tasks of a plan that have no valid result, on one worker per device."""
 
-    progress: Progress
+    plan: Plan
+    _: KW_ONLY
+    devices: Sequence[str]  # for example "cuda:0", "cuda:1"; "cpu" may be given several times
+    environment: Mapping[str, str]  # of the workers; their share of the cores is added
+    logs: Path  # folder for one log file per worker, and timeline.jsonl with every attempt
+    timeout: float  # seconds without progress after which a worker is replaced
+    stream: TextIO  # where progress is shown
+    store: Path | None = None  # folder that keeps vectors; if None, until a run succeeds
+    command: Sequence[str] = WORKER
 
-    def __init__(
-        self,
-        plan: Plan,
-        *,
-        devices: Sequence[str],
-        environment: Mapping[str, str],
-        logs: Path,
-        timeout: float,
-        stream: TextIO,
-        store: Path | None = None,
-        command: Sequence[str] = WORKER,
-    ) -> None:
-        """Prepare a run with one worker per device, at most one per job.
-
-        Args:
-            plan: what to run.
-            devices: for example "cuda:0", "cuda:1"; "cpu" may be given several times.
-            environment: environment variables of the workers; their share of the cores is added.
-            logs: folder for one log file per worker, and timeline.jsonl with every attempt.
-            timeout: seconds without progress after which a worker is replaced.
-            stream: where progress is shown.
-            store: folder that keeps vectors; None keeps those of a task until it is done.
-            command: what starts a worker.
-        """
-        self.plan, self.timeout, self.command = plan, timeout, tuple(command)
-        self.tasks = [
-            task
-            for task in plan.tasks
-            if task.name not in plan.elsewhere and plan.result(task) is None
-        ]
-        self.jobs = make_jobs(self.tasks, len(devices))
-        self.attempts: dict[Job, int] = {}
-        repeated = len(set(devices)) < len(devices)
-        self.slots = [
-            _Slot(f"{device}#{i}" if repeated else device, device, logs / f"worker{i}.log")
-            for i, device in enumerate(devices[: len(self.jobs)])
-        ]
-        self.environment = worker_environment(environment, len(self.slots))
-        self.store, self.scratch = store, logs.parent / ".vectors"
-        self.timeline = logs / "timeline.jsonl"
+    def __post_init__(self) -> None:
+        """Prepare a run with no more workers than jobs."""
+        here = [task for task in self.plan.tasks if task.name not in self.plan.elsewhere]
+        self.tasks = [task for task in here if self.plan.result(task) is None]
+        self.jobs = make_jobs(self.tasks, len(self.devices))
+        self.slots: list[_Slot] = []
+        for i, device in enumerate(self.devices[: len(self.jobs)]):
+            name = f"{device}#{i}" if self.devices.count(device) > 1 else device
+            self.slots.append(_Slot(name, device, self.logs / f"worker{i}.log"))
+        self.environment = worker_environment(self.environment, len(self.slots))
+        # A run beside this one, of another model or other tasks, must not lose its vectors.
+        run = f"{self.plan.results.name}-{digest(*sorted(task.name for task in here))[:8]}"
+        self.scratch = (self.logs.parent / f".vectors-{run}").absolute()
         self.failures: dict[str, Failure] = {}
         self.start_failure = Failure("no worker could start", "")
         self.lines: queue.Queue[tuple[_Slot, subprocess.Popen[bytes], bytes]] = queue.Queue()
         self.total = max(1, round(sum(job.characters for job in self.jobs)))
-        self.done_characters, self.done_tasks, self.stream = 0.0, 0, stream
+        self.done_characters, self.done_tasks = 0.0, 0
 
     def run(self) -> dict[str, Failure]:
         """Run everything and return the failures by task name. However it ends, no child is left."""
-        if not self.jobs:
-            return {}
-        begun = time.monotonic()
-        with Progress(self.total, "characters", self.stream, interval=60) as self.progress:
-            try:
-                while self.jobs or any(slot.job for slot in self.slots):
+        if self.jobs:
+            begun = time.monotonic()
+            with Progress(self.total, "characters", self.stream, interval=60) as self.progress:
+                try:
+                    self._loop()
+                finally:
                     for slot in self.slots:
-                        self._employ(slot)
-                    if not any(slot.process for slot in self.slots):
-                        break
-                    with suppress(queue.Empty):
-                        line = self.lines.get(timeout=min(0.5, self.timeout))
-                        while True:
-                            self._handle(*line)
-                            line = self.lines.get_nowait()
-                    for slot in self.slots:
-                        self._check_life(slot)
-                    self._show()
-            finally:
-                for slot in self.slots:
-                    slot.kill()
-            elapsed = time.monotonic() - begun
-            busy = [f"{slot.name} {slot.busy / elapsed:.0%}" for slot in self.slots]
-            self.progress.line(f"busy during {format_duration(elapsed)}: {', '.join(busy)}")
-        return self.failures | {job.task.name: self.start_failure for job in self.jobs}
+                        slot.kill()
+                elapsed = time.monotonic() - begun
+                busy = [f"{slot.name} {slot.busy / elapsed:.0%}" for slot in self.slots]
+                self.progress.line(f"busy during {format_duration(elapsed)}: {', '.join(busy)}")
+        self.failures |= {job.task.name: self.start_failure for job in self.jobs}
+        if not self.failures:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+        return self.failures
 
-    def _employ(self, slot: _Slot) -> None:
-        """Give a free device a worker, and a free worker a job, while there is one."""
-        if not self.jobs or slot.job:
-            return
-        if slot.process is None and slot.failed_starts < _STARTS:
-            self._start(slot)
-        elif slot.is_ready:
-            slot.job = next_job(self.jobs, [other.job for other in self.slots if other.job])
-            if slot.job:
-                slot.send(self._order(slot.job))
+    def _loop(self) -> None:
+        """Until every job has ended, or no device is left that starts a worker."""
+        while self.jobs or any(slot.job for slot in self.slots):
+            for slot in self.slots:
+                if not slot.process and self.jobs and slot.failed_starts < _STARTS:
+                    self._start(slot)
+                elif slot.is_ready and not slot.job:
+                    self._assign(slot)
+            if not any(slot.process for slot in self.slots):
+                return
+            with suppress(queue.Empty):
+                line = self.lines.get(timeout=min(0.5, self.timeout))
+                while True:
+                    self._handle(*line)
+                    line = self.lines.get_nowait()
+            for slot in self.slots:
+                self._check_life(slot)
+            self._show()
 
     def _start(self, slot: _Slot) -> None:
+        """Start a worker, and a thread that passes on its lines."""
         slot.log.parent.mkdir(parents=True, exist_ok=True)
         with slot.log.open("a", encoding="utf-8") as log:
             log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(self.command)}\n")
             log.flush()
-            process = slot.process = subprocess.Popen(
+            slot.process = process = subprocess.Popen(
                 self.command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -266,7 +222,7 @@ class Runner:
             )
 
         def read() -> None:
-            assert process.stdout is not None
+            assert process.stdout
             with process.stdout as stdout:
                 while line := stdout.readline(_MAX_LINE):
                     self.lines.put((slot, process, line))
@@ -274,23 +230,21 @@ class Runner:
 
         threading.Thread(target=read, daemon=True).start()
         model = {"model": self.plan.model, "device": slot.device, "dims": self.plan.dims}
-        slot.send({**self.plan.settings, **model})
+        slot.send(self.plan.settings | model)
 
-    def _order(self, job: Job) -> Order:
-        task, path = job.task, self.plan.result_path(job.task)
+    def _assign(self, slot: _Slot) -> None:
+        """Send a free worker its next job, if there is one."""
+        slot.job = job = next_job(self.jobs, [other.job for other in self.slots if other.job])
+        if job is None:
+            return
+        task, path = job.task, self.plan.result_path(job.task).absolute()
         for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a worker killed while writing
             leftover.unlink(missing_ok=True)
-        return {
-            "name": task.name,
-            "type": task.type,
-            "folder": str(task.folder) if task.folder else None,
-            "mirror": str(task.mirror) if task.mirror else None,
-            "key": self.plan.key(task),
-            "attempt": self.attempts.get(job, 0),
-            "slice": job.part,
-            "store": str((self.store or self.scratch / task.name).absolute()),
-            "result": str(path.absolute()),
-        }
+        paths = {"store": (self.store or self.scratch).absolute(), "result": path}
+        paths |= {"folder": task.folder, "mirror": task.mirror}
+        order = {"name": task.name, "type": task.type, "key": self.plan.key(task)}
+        order |= {"attempt": job.attempt, "slice": job.part}
+        slot.send(order | {name: path and str(path) for name, path in paths.items()})
 
     def _handle(self, slot: _Slot, process: subprocess.Popen[bytes], line: bytes) -> None:
         """Act on a line from a worker, or on the end of its output."""
@@ -314,11 +268,11 @@ class Runner:
             case {"event": "done" | "failed", "task": name} if not job or name != job.task.name:
                 self._replace(slot, f"reported on {name}, which it was not given")
             case {"event": "done", "task": _} if job:
-                self._finish(slot, job)
+                self._end(slot, job, "done")
             case {"event": "failed", "memory": True} if job:
                 self._replace(slot, "ran out of memory")
             case {"event": "failed", "error": str(error)} if job:
-                self._fail(slot, job, error)
+                self._end(slot, job, "failed", error)
             case _ if line:
                 self._replace(slot, f"wrote {line[:60].rstrip()!r} where a message belongs")
             case _:
@@ -339,62 +293,46 @@ class Runner:
         elif now - slot.last_heartbeat > _SILENCE:
             self._replace(slot, f"gave no sign of life for {format_duration(_SILENCE)}")
 
-    def _finish(self, slot: _Slot, job: Job) -> None:
-        """Believe the file, not the message."""
-        if job.part is None:
-            result = self.plan.result(job.task)
-            if result is None:
-                self._fail(slot, job, "said it was done and left no valid result file")
-                return
-            score = result["kalm_min"]["dims"][str(self.plan.dims[0])]["main_score"]
-            self._announce(slot, job, f"{100 * score:.2f}")
-            shutil.rmtree(self.scratch / job.task.name, ignore_errors=True)
-            with suppress(OSError):  # absent, or holds the vectors of other tasks
-                self.scratch.rmdir()
-        self._release(slot, job, "done")
-
-    def _fail(self, slot: _Slot, job: Job, reason: str) -> None:
-        """Report a failed task. What a failed slice lacks is encoded by its task."""
-        if job.part is None:
-            self.failures[job.task.name] = Failure(reason, slot.log_tail())
-        self._announce(slot, job, "failed")
-        self.progress.line(f"    {reason}")
-        self._release(slot, job, "failed")
-
-    def _announce(self, slot: _Slot, job: Job, score: str) -> None:
-        self.done_tasks += job.part is None
-        number = f"[{self.done_tasks:{len(str(len(self.tasks)))}}/{len(self.tasks)}]"
-        duration = format_duration(time.monotonic() - slot.started)
-        self.progress.line(
-            f"{number} {job}  {job.task.main_score} {score}  {duration}  {slot.name}"
-        )
-
     def _replace(self, slot: _Slot, reason: str) -> None:
         """Kill a worker; its job is the next one again, or is given up."""
         job, was_ready = slot.job, slot.is_ready
         slot.kill()
         if job:
-            self.attempts[job] = self.attempts.get(job, 0) + 1
-        if job and self.attempts[job] < _ATTEMPTS:
-            self.progress.line(f"{job}: worker {slot.name} {reason}; trying again")
-            self._release(slot, job, "again")
-            self.jobs.insert(0, job)
-        elif job:
-            self._fail(slot, job, f"worker {slot.name} {reason}, {_ATTEMPTS} times")
+            job.attempt += 1
+            is_last = job.attempt == _ATTEMPTS
+            reason = f"worker {slot.name} {reason}" + f", {_ATTEMPTS} times" * is_last
+            self._end(slot, job, "failed" if is_last else "again", reason)
         elif not was_ready:
             slot.failed_starts += 1
-            self.start_failure = Failure(f"no worker could start: {reason}", slot.log_tail())
+            self.start_failure = slot.failure(f"no worker could start: {reason}")
             self.progress.line(f"worker {slot.name} did not start: {reason}")
 
-    def _release(self, slot: _Slot, job: Job, outcome: str) -> None:
-        """Take a slot's job away, and record the attempt in the timeline."""
-        seconds, end = time.monotonic() - slot.started, time.time()
-        self.done_characters += job.characters if outcome != "again" else 0
+    def _end(self, slot: _Slot, job: Job, outcome: str, reason: str = "") -> None:
+        """Take a worker's job away, print how it ended and record the attempt in the timeline."""
+        seconds, end, score = time.monotonic() - slot.started, time.time(), "failed"
         slot.job = None
         slot.busy += seconds
+        if outcome == "done" and job.part is None:
+            if result := self.plan.result(job.task):  # believe the file, not the message
+                main_score = result["kalm_min"]["dims"][str(self.plan.dims[0])]["main_score"]
+                score = f"{100 * main_score:.2f}"
+            else:
+                outcome, reason = "failed", "said it was done and left no valid result file"
+        if outcome == "again":
+            self.jobs.insert(0, job)
+            self.progress.line(f"{job}: {reason}; trying again")
+        else:
+            self.done_characters += job.characters
+            self.done_tasks += job.part is None
+        if outcome == "failed" or (outcome == "done" and job.part is None):
+            number = f"[{self.done_tasks:{len(str(len(self.tasks)))}}/{len(self.tasks)}] {job}"
+            parts = number, f"{job.task.main_score} {score}", format_duration(seconds), slot.name
+            self.progress.line("  ".join(parts) + f"\n    {reason}" * (outcome == "failed"))
+        if outcome == "failed" and job.part is None:  # what a slice lacks is encoded by its task
+            self.failures[job.task.name] = slot.failure(reason)
         span = {"task": str(job), "type": job.task.type, "host": platform.node()}
         span |= {"device": slot.name, "start": round(end - seconds, 3), "end": round(end, 3)}
-        with suppress(OSError), self.timeline.open("a", encoding="utf-8") as file:
+        with suppress(OSError), (self.logs / "timeline.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(span | {"outcome": outcome}) + "\n")  # no reason to stop a run
 
     def _show(self) -> None:

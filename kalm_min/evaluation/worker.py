@@ -1,9 +1,8 @@
 """One evaluation worker: a process that holds a model on a device and runs the jobs it is given.
 
-Lines of JSON: `runner.Settings` and then `runner.Order`s come in on stdin, events go out on stdout.
-
-    "ready" | "alive" | "progress", texts, characters
-    "done", task | "failed", task, error, memory | "unusable", error
+Lines of JSON come in on stdin, first the settings, then orders (`Runner` has both); events go out on
+stdout: "ready" | "alive" | "progress", texts, characters | "done", task
+| "failed", task, error, memory | "unusable", error
 
 A task's result is one file, complete or absent, before "done" is sent. Whatever a library prints goes
 to stderr (the log). When stdin closes the parent is gone or finished, and the worker ends at once.
@@ -11,6 +10,7 @@ to stderr (the log). When stdin closes the parent is gone or finished, and the w
 
 import copy
 import faulthandler
+import itertools
 import json
 import math
 import os
@@ -19,7 +19,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,16 +26,16 @@ from typing import Any
 import torch
 
 from kalm_min.embedder import Embedder
-from kalm_min.evaluation.adapter import Adapter
+from kalm_min.evaluation.adapter import Adapter, Report, no_report
 from kalm_min.evaluation.local import build_task
-from kalm_min.evaluation.runner import Order, Settings
 from kalm_min.files import digest, write_json
 from kalm_min.vectors import check_manifest, describe
 
 _PROGRESS_SECONDS = 1.0
 _HEARTBEAT_SECONDS = 10.0
 
-Report = Callable[[int, int], None]  # called with the texts and characters done since the last call
+Order = dict[str, Any]
+"""A task to run, or a slice of its corpus to encode: a line from the parent."""
 
 
 class Pipe:
@@ -47,6 +46,7 @@ class Pipe:
         os.dup2(2, 1)
         self.lock = threading.Lock()
         self.texts = self.characters = 0
+        self.is_encoding = False
         self.last_sent = 0.0
 
     def send(self, event: str, **fields: object) -> None:
@@ -55,19 +55,29 @@ class Pipe:
             self.stream.write(json.dumps({"event": event} | fields) + "\n")
             self.stream.flush()
 
-    def progress(self, texts: int, characters: int) -> None:
+    def progress(self, texts: int, characters: int, is_encoding: bool) -> None:
         """Count what is done; the parent hears of it once per second."""
         self.texts += texts
         self.characters += characters
+        self.is_encoding = is_encoding
         if time.monotonic() - self.last_sent > _PROGRESS_SECONDS:
             self.last_sent = time.monotonic()
             self.send("progress", texts=self.texts, characters=self.characters)
 
     def heartbeat(self) -> None:
-        """Say for ever that the process is alive; whether it makes progress is another question."""
+        """Say for ever that the process is alive, and that it makes progress where nothing else does.
+
+        Libraries load data and compute scores without reporting; a second of CPU time stands for
+        progress there. Not while texts are encoded: waiting for a GPU that hangs takes CPU time too.
+        """
+        used = time.process_time()
         while True:
             time.sleep(_HEARTBEAT_SECONDS)
-            self.send("alive")
+            if self.is_encoding or time.process_time() < used + 1:
+                self.send("alive")
+            else:
+                used = time.process_time()
+                self.send("progress", texts=self.texts, characters=self.characters)
 
 
 def main() -> None:
@@ -75,7 +85,7 @@ def main() -> None:
     pipe = Pipe()
     faulthandler.enable()
     orders: queue.Queue[Order] = queue.Queue()
-    settings: Settings = json.loads(sys.stdin.readline())
+    settings = json.loads(sys.stdin.readline())
 
     def listen() -> None:
         for line in sys.stdin:
@@ -87,14 +97,9 @@ def main() -> None:
     try:
         if settings["device"].startswith("cuda"):
             torch.cuda.set_device(settings["device"])
-        embedder = Embedder.from_pretrained(
-            settings["model"],
-            device=settings["device"],
-            dtype=None if settings["dtype"] == "auto" else settings["dtype"],
-            causal=settings["causal"],
-            pooling=settings["pooling"],
-            max_length=settings["max_length"],
-        )
+        dtype = None if settings["dtype"] == "auto" else settings["dtype"]
+        options = {name: settings[name] for name in ("device", "causal", "pooling", "max_length")}
+        embedder = Embedder.from_pretrained(settings["model"], dtype=dtype, **options)
     except Exception as error:
         traceback.print_exc()
         pipe.send("unusable", error=_sentence(error))
@@ -105,12 +110,9 @@ def main() -> None:
         order = orders.get()
         # A job that broke a worker before gets half the batch at each further attempt.
         embedder.tokens_per_batch = max(1, tokens_per_batch >> order["attempt"])
-        pipe.texts = pipe.characters = 0
+        pipe.texts, pipe.characters, pipe.is_encoding = 0, 0, False
         try:
-            if order["slice"]:
-                encode_slice(embedder, order, report=pipe.progress)
-            else:
-                result = evaluate_task(embedder, order, settings["dims"], report=pipe.progress)
+            if result := evaluate_task(embedder, order, settings["dims"], pipe.progress):
                 write_json(order["result"], result)
         except Exception as error:
             traceback.print_exc()
@@ -131,42 +133,40 @@ def _sentence(error: BaseException) -> str:
     return " ".join("; ".join(causes).split())[:500]
 
 
-def encode_slice(
-    embedder: Embedder, order: Order, report: Report = lambda texts, characters: None
-) -> None:
-    """Put the vectors of a slice of a task's corpora into its store."""
-    adapter, task = _adapt(embedder, order, report)[0], _load_task(order)
-    assert order["slice"] is not None
-    number, count = order["slice"]
-    for subset in order["key"]["subsets"] or task.dataset:
-        for split in order["key"]["splits"]:
-            corpus = task.dataset[subset][split]["corpus"]
-            first, last = len(corpus) * number // count, len(corpus) * (number + 1) // count
-            adapter.index(corpus.select(range(first, last)))
-
-
 def evaluate_task(
-    embedder: Embedder,
-    order: Order,
-    dims: list[int],
-    report: Report = lambda texts, characters: None,
+    embedder: Embedder, order: Order, dims: list[int], report: Report = no_report
 ) -> dict[str, Any]:
     """Run one task at every dimension and return the content of its result file.
 
     That is mteb's own result at the largest dimension, which mteb reads, with a further entry
     "kalm_min": the key that says when the result holds, what was used, and all dimensions.
+
+    An order with a "slice" only puts vectors of that part of the corpora into the store; it gives {}.
     """
     import mteb
     from datasets import disable_progress_bars
 
     disable_progress_bars()
-    start = time.monotonic()
-    adapter, used = _adapt(embedder, order, report)
+    start, key = time.monotonic(), order["key"]
+    texts = {kind: key[f"{kind}_instruction"] for kind in ("query", "document")}
+    template = embedder.instruction_template
+    prompts = {kind: text and template.format(instruction=text) for kind, text in texts.items()}
+    manifest = describe(embedder, key["checkpoint"])
+    # Vectors of other models and settings may stand beside these.
+    store = Path(order["store"]) / digest(json.dumps(manifest, sort_keys=True))[:16]
+    check_manifest(store, manifest)
+    adapter = Adapter(embedder, prompts["query"], prompts["document"], store, report)
     loaded = _load_task(order)
+    if order.get("slice"):
+        part, parts = order["slice"]
+        for subset, split in itertools.product(key["subsets"] or loaded.dataset, key["splits"]):
+            corpus = loaded.dataset[subset][split]["corpus"]
+            bounds = len(corpus) * part // parts, len(corpus) * (part + 1) // parts
+            adapter.index(corpus.select(range(*bounds)))
+        return {}
     results: dict[str, dict[str, Any]] = {}
     for dim in dims:
         adapter.dim = dim
-        report(0, 0)
         # The same data in the random state it was loaded in, so that no dimension affects the next.
         task = copy.copy(loaded)
         task.rng_state, task.np_rng = copy.deepcopy((loaded.rng_state, loaded.np_rng))
@@ -186,36 +186,14 @@ def evaluate_task(
             )
         results[str(dim)] = outcome.model_dump(mode="json") | {"main_score": score}
     record = {
-        "key": order["key"],
+        "key": key,
         "type": order["type"],
-        "used": used,
+        "used": manifest | {"device": str(embedder.device), "prompts": prompts},
         "versions": {name: version(name) for name in ("mteb", "torch")},
         "seconds": round(time.monotonic() - start, 3),
         "dims": results,
     }
     return results[str(dims[0])] | {"kalm_min": record}
-
-
-def _adapt(embedder: Embedder, order: Order, report: Report) -> tuple[Adapter, dict[str, object]]:
-    """The model in the shape of a task, and what the checkpoint and the device made of settings."""
-    key = order["key"]
-    prompts = {
-        kind: embedder.instruction_template.format(instruction=text) if text else ""
-        for kind in ("query", "document")
-        for text in [key[f"{kind}_instruction"]]
-    }
-    manifest = describe(embedder, key["checkpoint"])
-    # Vectors of other models and settings may stand beside these.
-    store = Path(order["store"]) / digest(json.dumps(manifest, sort_keys=True))[:16]
-    check_manifest(store, manifest)
-    adapter = Adapter(
-        embedder,
-        query_prompt=prompts["query"],
-        document_prompt=prompts["document"],
-        store=store,
-        report=report,
-    )
-    return adapter, manifest | {"device": str(embedder.device), "prompts": prompts}
 
 
 def _load_task(order: Order) -> Any:
@@ -238,26 +216,19 @@ def _load_task(order: Order) -> Any:
     task.data_loaded = True
     if hasattr(task, "convert_v1_dataset_format_to_v2"):
         task.convert_v1_dataset_format_to_v2(num_proc=None)  # once, for all dimensions
-    for subset in key["subsets"]:
-        for split in key["splits"]:
-            _refuse_other_task(task, subset, split)
-    return task
-
-
-def _refuse_other_task(task: Any, subset: str, split: str) -> None:
-    """Raise where the data lacks candidates (by mteb's statistics) or instructions of its queries."""
     kind = task.metadata.type
-    statistics = (task.metadata.descriptive_stats or {}).get(split)
-    if statistics is None:
-        is_ranked = kind.endswith("Reranking")
-    else:
-        part = (statistics.get("hf_subset_descriptive_stats") or {}).get(subset, statistics)
-        is_ranked = bool(part.get("top_ranked_statistics"))
-    if is_ranked and not task.dataset[subset][split]["top_ranked"]:
-        raise ValueError("the candidates to rerank (top_ranked) were not found in the dataset")
-    is_instructed = kind == "InstructionReranking"
-    if is_instructed and "instruction" not in task.dataset[subset][split]["queries"].column_names:
-        raise ValueError("the instructions of the queries were not found in the dataset")
+    for subset, split in itertools.product(key["subsets"], key["splits"]):
+        is_ranked, statistics = kind.endswith("Reranking"), task.metadata.descriptive_stats or {}
+        if split in statistics:
+            parts = statistics[split].get("hf_subset_descriptive_stats") or {}
+            is_ranked = bool(parts.get(subset, statistics[split]).get("top_ranked_statistics"))
+        if is_ranked and not task.dataset[subset][split]["top_ranked"]:
+            raise ValueError("the candidates to rerank (top_ranked) were not found in the dataset")
+        if kind == "InstructionReranking" and (
+            "instruction" not in task.dataset[subset][split]["queries"].column_names
+        ):
+            raise ValueError("the instructions of the queries were not found in the dataset")
+    return task
 
 
 if __name__ == "__main__":

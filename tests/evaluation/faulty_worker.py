@@ -19,7 +19,7 @@ def evaluate(embedder, order, dims, report):
     """A result that says which task it is of, and is larger than a disk block."""
     broken = FAULT if order["name"] == "broken" else ""
     time.sleep(0.05)
-    report(10, 100)
+    report(10, 100, False)
     if broken == "exception":
         raise ValueError("no such column")
     if broken == "SIGKILL":

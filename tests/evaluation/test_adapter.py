@@ -148,7 +148,7 @@ def test_every_text_is_encoded_once_for_all_dimensions(embedder, library):
     """Promise: further dimensions cost no encoding, duplicates neither; progress adds up."""
     corpus, queries = library
     counting, reported = Counting(embedder), []
-    adapter = Adapter(counting, report=lambda texts, _: reported.append(texts))
+    adapter = Adapter(counting, report=lambda texts, *_: reported.append(texts))
     loader = SimpleNamespace(dataset={"text": ["a cat", "a dog", "a cat", ""]})
     for dim in (32, 16, 8):
         adapter.dim = dim

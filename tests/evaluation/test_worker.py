@@ -1,12 +1,14 @@
 """mteb's own tasks through the worker, from folders that stand in for the hub's repositories."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from kalm_min import Embedder, vectors
-from kalm_min.evaluation.worker import _sentence, encode_slice, evaluate_task
+from kalm_min.evaluation.worker import _sentence, evaluate_task
 from tests.evaluation.hub import REPOSITORIES, write_repository
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -92,7 +94,7 @@ def test_a_task_in_slices_has_the_same_result(mteb, embedder, eight, tmp_path, m
     whole = evaluate_task(embedder, order, [32, 8])["kalm_min"]["dims"]
     order |= {"store": str(tmp_path / "slices")}
     for number in range(2):
-        encode_slice(embedder, order | {"slice": [number, 2]})
+        assert evaluate_task(embedder, order | {"slice": [number, 2]}, [32, 8]) == {}
     (folder,) = (tmp_path / "slices").iterdir()
     assert len(list(folder.rglob("*.npy"))) > 4
     assert json.loads((folder / "manifest.json").read_text())["dtype"] == "float32"
@@ -102,3 +104,35 @@ def test_a_task_in_slices_has_the_same_result(mteb, embedder, eight, tmp_path, m
         for name, value in expected.items():
             if isinstance(value, float):
                 assert found[name] == pytest.approx(value, abs=0, nan_ok=True), name
+
+
+def test_only_computing_outside_encoding_is_progress():
+    """Promise: a library that loads or scores for long is not taken for one that hangs.
+
+    A worker that waits without computing, or computes without end while it encodes, still is.
+    """
+    code = """if True:
+        import threading, time
+        from kalm_min.evaluation import worker
+        worker._HEARTBEAT_SECONDS = 0.2
+        pipe = worker.Pipe()
+        pipe.progress(3, 9, True)
+        threading.Thread(target=pipe.heartbeat, daemon=True).start()
+        def compute(seconds):
+            end = time.process_time() + seconds
+            while time.process_time() < end:
+                pass
+        compute(1.5)
+        pipe.send("encoded")
+        pipe.progress(0, 0, False)
+        compute(1.5)
+        pipe.send("scored")
+        time.sleep(1.5)
+    """
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True)
+    events = [json.loads(line)["event"] for line in done.stdout.splitlines()]
+    scored = events.index("scored")
+    assert set(events[1 : events.index("encoded")]) == {"alive"}
+    assert "progress" in events[events.index("encoded") + 2 : scored]
+    assert set(events[scored + 1 :]) == {"alive"}
