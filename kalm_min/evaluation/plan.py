@@ -56,7 +56,9 @@ class EvaluationConfig:
     pooling: Annotated[Literal["mean", "lasttoken"] | None, "The checkpoint's if none."] = None
     store: Annotated[Path | None, "Folder that keeps vectors for later runs."] = None
     shard: Annotated[str, "This machine's part of the plan, e.g. 2/4; all share one --output."] = ""
-    timeout: Annotated[float, "Seconds without progress after which a worker is replaced."] = 1800.0
+    timeout: Annotated[
+        float, "Seconds after which a worker that neither encodes nor loads nor scores is replaced."
+    ] = 1800.0
     dry_run: Annotated[bool, "Print the plan and stop."] = False
     datasets: Annotated[Path | None, "Mirror of the hub's datasets, instead of the network."] = None
     prefetch: Annotated[bool, "Copy the tasks' datasets from the hub to --datasets; stop."] = False
