@@ -3,16 +3,12 @@
 A float32 product differs in its last bits with the blocking, so two libraries order near-ties
 differently. Here float32 products only draw up a shortlist. All vectors lie on a grid of 2^-26: the
 products of two unit vectors are then multiples of 2^-52 and every partial sum is below 2, which
-float64 holds exactly, so a float64 score is the same number in whatever order it was summed. The
-shortlist is scored so, and ordered by (-score, id). A bound on the float32 error proves that no
-document outside the shortlist belongs to the top k; queries without that proof are searched in float64.
-
-Does not: search approximately, except in `ApproximateIndex`, whose scores and order are exact.
+float64 holds exactly, so a float64 score is the same number in whatever order it was summed.
 
 Q queries    N documents    D dimension    S length of a shortlist    q, n  those of a block
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -24,7 +20,6 @@ from torch import Tensor
 Vectors = NDArray[np.float32]
 Ints = NDArray[np.int64]
 Span = tuple[int, int]
-Backend = Literal["torch", "faiss"]
 _Pairs = tuple[Tensor, Tensor]  # ids and scores
 
 _GRID = np.float32(2.0**26)
@@ -41,26 +36,18 @@ class Rows(Protocol):
     """(n, D) float32 unit or zero vectors on the grid: an array, or vectors on disk."""
 
     def __len__(self) -> int: ...
-
-    def __getitem__(self, key: Any, /) -> Vectors:
-        """The rows of a slice, or those numbered by an array."""
-        ...
+    def __getitem__(self, key: Any, /) -> Vectors: ...
 
 
 class Neighbours(NamedTuple):
     """The nearest documents of Q queries, best first, ties by id."""
 
-    ids: Ints
-    """(Q, k); -1 where an approximate search found no more."""
-    scores: NDArray[np.float64]
-    """(Q, k) exact inner products; -inf where an approximate search found no more."""
+    ids: Ints  # (Q, k); -1 where an approximate search found no more
+    scores: NDArray[np.float64]  # (Q, k) inner products; -inf where there is no id
 
 
 def on_grid(vectors: Vectors | NDArray[np.float64]) -> Vectors:
-    """Round unit vectors to multiples of 2^-26, by at most 7.5e-9 per coordinate.
-
-    That is less than float32's own error. Rounding again changes nothing.
-    """
+    """Round unit vectors to multiples of 2^-26, by less than float32's own error; idempotent."""
     return np.asarray(np.rint(vectors * _GRID) / _GRID, np.float32)
 
 
@@ -70,7 +57,7 @@ def top_k(
     k: int,
     *,
     device: torch.device | str = "cpu",
-    backend: Backend = "torch",
+    backend: Literal["torch", "faiss"] = "torch",
     span: Span | None = None,
     exact: bool = True,
 ) -> Neighbours:
@@ -81,77 +68,68 @@ def top_k(
         documents: (N, D) likewise. They are read in blocks, twice per 8,192 queries.
         k: at least 1; with fewer documents there are that many columns.
         device: of the products.
-        backend: what draws up the shortlists: "torch", or "faiss" (an extra), on a GPU where it has one.
+        backend: what draws up the shortlists; faiss is an extra, and uses a GPU where it has one.
         span: search documents span[0] to span[1] only; ids stay those of the full set.
-        exact: whether near-ties are scored exactly. Else scores are float32 products, which is
-            all that evaluation needs, and documents are read once per 8,192 queries.
+        exact: False leaves the scores float32 products and near-ties in any order, which is all
+            that evaluation needs, and reads the documents once.
 
-    Raises:
-        ValueError: for vectors longer than 1, or a torch that was told to multiply less exactly
-            than float32.
+    Raises ValueError for vectors longer than 1, and for a torch that was told to multiply less
+    exactly than float32.
     """
     if torch.get_float32_matmul_precision() != "highest":
         raise ValueError("torch.set_float32_matmul_precision: the search needs 'highest'")
     span = span or (0, len(documents))
-    k = min(k, span[1] - span[0])
-    size = min(k + _SPARE, span[1] - span[0]) if exact else k
-    found = [Neighbours(np.empty((0, k), np.int64), np.empty((0, k)))]
-    for start in range(0, len(queries) if k else 0, _HELD):
-        block = _read(queries, start, min(start + _HELD, len(queries))).to(device)  # (Q, D)
-        if backend == "faiss":
-            ids, scores = _shortlist_of_faiss(block, documents, span, size)
-        else:
-            ids, scores = _shortlist(block, documents, span, size)
-        if not exact:
-            found.append(Neighbours(ids.cpu().numpy(), scores.double().cpu().numpy()))
-            continue
-        error = float32_error(block.shape[1])
-        # At least k documents reach scores[k - 1] - error exactly, and no document exceeds its
-        # float32 score by more than error.
-        lower_bound = scores[:, k - 1 : k] - 2 * error  # (Q, 1)
-        may_be_in_topk = scores >= lower_bound  # (Q, S)
-        is_certified = (scores[:, -1] < lower_bound[:, 0]) | (size == span[1] - span[0])  # (Q,)
-        may_be_in_topk &= is_certified[:, None]
-        nearest = _rescore(block, documents, ids, may_be_in_topk, k)
-        rest = (~is_certified).nonzero()[:, 0]
-        for part in rest.split(_QUERIES["cpu"]) if len(rest) else ():
-            ids, scores = _exhaustive(block[part], documents, k, span)
-            nearest[0][part], nearest[1][part] = ids, scores
-        found.append(Neighbours(*(values.cpu().numpy() for values in nearest)))
-    return Neighbours(*map(np.concatenate, zip(*found, strict=True)))
+    total = span[1] - span[0]
+    k = min(k, total)
+    size = min(k + _SPARE, total) if exact else k
+    result = Neighbours(np.empty((len(queries), k), np.int64), np.empty((len(queries), k)))
+    for start, block in _blocks(queries, (0, len(queries) if k else 0), _HELD):
+        block = block.to(device)  # (q, D)
+        ids, scores = _shortlist(block, documents, span, size, backend)  # (q, S)
+        if exact:
+            # The most by which a float32 product of unit vectors is off, however it was summed.
+            error = 1.01 * (block.shape[1] + 2) * 2.0**-24
+            # At least k documents reach scores[k - 1] - error exactly, and no document exceeds its
+            # float32 score by more than error. So a shortlist that ends below the bound is proven
+            # to hold the top k; other queries (crowds of near-ties) are searched in float64.
+            bound = scores[:, k - 1 : k] - 2 * error  # (q, 1)
+            is_proven = (scores[:, -1:] < bound) | (size == total)  # (q, 1)
+            ids, scores = _rescore(block, documents, ids, (scores >= bound) & is_proven, k)
+            rest = (~is_proven[:, 0]).nonzero()[:, 0]
+            for part in rest.split(_QUERIES["cpu"]) if len(rest) else ():
+                ids[part], scores[part] = _exhaustive(block[part], documents, k, span)
+        result.ids[start : start + len(block)] = ids.cpu().numpy()
+        result.scores[start : start + len(block)] = scores.cpu().numpy()
+    return result
 
 
 def merge(parts: Sequence[Neighbours], k: int) -> Neighbours:
     """The k best of the neighbours found in disjoint parts of the documents."""
-    ids = np.concatenate([part.ids for part in parts], axis=1)
-    scores = np.concatenate([part.scores for part in parts], axis=1)
+    ids, scores = (np.concatenate(both, axis=1) for both in zip(*parts, strict=True))
     order = np.lexsort((ids, -scores))[:, :k]
     return Neighbours(np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1))
 
 
-def float32_error(dim: int) -> float:
-    """The most by which a float32 product of two unit vectors is off, in any order of summation."""
-    return 1.01 * (dim + 2) * 2.0**-24
+def _blocks(rows: Rows, span: Span, step: int) -> Iterator[tuple[int, Tensor]]:
+    """(n, D) blocks of rows, each with its start; exact scores need at most unit length."""
+    for start in range(*span, step):
+        vectors = rows[start : min(start + step, span[1])]
+        if np.einsum("nd,nd->n", vectors, vectors).max() > 1.001:
+            raise ValueError("expected vectors of length 1, found a longer one")
+        yield start, torch.from_numpy(np.require(vectors, np.float32, ["C", "W"]))
 
 
-def _read(rows: Rows, start: int, stop: int) -> Tensor:
-    """(n, D) rows, checked: exact scores are exact for vectors of at most unit length."""
-    vectors = rows[start:stop]
-    if len(vectors) and np.einsum("nd,nd->n", vectors, vectors).max() > 1.001:
-        raise ValueError("expected vectors of length 1, found a longer one")
-    return torch.from_numpy(np.require(vectors, np.float32, ["C", "W"]))
-
-
-def _shortlist(queries: Tensor, documents: Rows, span: Span, size: int) -> _Pairs:
-    """(Q, S) ids and float32 scores, highest first, by blocks of products."""
-    device = queries.device
-    chunks = queries.split(_QUERIES.get(device.type, 512))
-    step = max(size, _DOCUMENTS.get(device.type, 8192))
+def _shortlist(queries: Tensor, documents: Rows, span: Span, size: int, backend: str) -> _Pairs:
+    """(q, S) ids and float32 scores, highest first, by blocks of products."""
+    if backend == "faiss":
+        return _shortlist_of_faiss(queries, documents, span, size)
+    chunks = queries.split(_QUERIES.get(queries.device.type, 512))
+    step = max(size, _DOCUMENTS.get(queries.device.type, 8192))
     best: list[_Pairs] = []
     # One buffer for all products: fresh memory of this size costs as much as a pass over it.
     scratch = queries.new_empty(len(chunks[0]) * min(step, span[1] - span[0]))
-    for start in range(span[0], span[1], step):
-        block = _read(documents, start, min(start + step, span[1])).to(device)  # (n, D)
+    for start, block in _blocks(documents, span, step):
+        block = block.to(queries.device)
         for i, chunk in enumerate(chunks):
             scores = scratch[: len(chunk) * len(block)].view(len(chunk), len(block))
             torch.mm(chunk, block.T, out=scores)  # (q, n)
@@ -165,7 +143,7 @@ def _shortlist(queries: Tensor, documents: Rows, span: Span, size: int) -> _Pair
 
 
 def _join(best: _Pairs, scores: Tensor, start: int) -> _Pairs:
-    """Join the (q, n) scores of documents start, start + 1, ... to the (q, S) best ids and scores."""
+    """Join the (q, n) scores of documents start, start + 1, ... to the (q, S) best so far."""
     size = best[0].shape[1]
     if scores.is_cuda:
         new, ids = scores.topk(min(size, scores.shape[1]))
@@ -198,45 +176,40 @@ def _shortlist_of_faiss(queries: Tensor, documents: Rows, span: Span, size: int)
     if queries.is_cuda and getattr(faiss, "get_num_gpus", int)():
         knn = partial(faiss.knn_gpu, faiss.StandardGpuResources())
     best = torch.empty(len(queries), 0, dtype=torch.int64), torch.empty(len(queries), 0)
-    step = max(size, _INDEXED)
-    for start in range(span[0], span[1], step):
-        block = _read(documents, start, min(start + step, span[1])).numpy()
-        k = min(size, len(block))
-        new, ids = knn(queries.cpu().numpy(), block, k, metric=faiss.METRIC_INNER_PRODUCT)
+    for start, block in _blocks(documents, span, max(size, _INDEXED)):
+        left, k = queries.cpu().numpy(), min(size, len(block))
+        new, ids = knn(left, block.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
         best = _keep(best, (torch.from_numpy(ids) + start, torch.from_numpy(new)), size)
     return best[0].to(queries.device), best[1].to(queries.device)
 
 
 def _rescore(queries: Tensor, documents: Rows, ids: Tensor, is_candidate: Tensor, k: int) -> _Pairs:
-    """(Q, k) ids and exact scores of the nearest of (Q, S) candidates; rows without any are to be filled."""
+    """(q, k) ids and exact scores of the nearest of (q, S) candidates, -inf where there are fewer."""
     ids, order = ids.sort(1)  # so that a stable sort by score leaves ties in the order of ids
     rows, columns = is_candidate.gather(1, order).nonzero(as_tuple=True)  # (P,) pairs
     wanted, order = ids[rows, columns].sort()  # so that documents are read in order
     rows, columns = rows[order], columns[order]
     scores = torch.full(ids.shape, -torch.inf, dtype=torch.float64, device=queries.device)
-    exact = queries.double()  # (Q, D)
+    exact = queries.double()  # (q, D)
     step = max(1, _RESCORED.get(queries.device.type, 1 << 18) // queries.shape[1])
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
-        here, index = wanted[part].unique_consecutive(return_inverse=True)
-        vectors = torch.from_numpy(documents[here.cpu().numpy()]).to(queries.device)
+        unique, index = wanted[part].unique_consecutive(return_inverse=True)
+        vectors = torch.from_numpy(documents[unique.cpu().numpy()]).to(queries.device)
         scores[rows[part], columns[part]] = (exact[rows[part]] * vectors[index]).sum(1)
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     return ids.gather(1, order)[:, :k], scores[:, :k]
 
 
 def _exhaustive(queries: Tensor, documents: Rows, k: int, span: Span) -> _Pairs:
-    """(q, k) ids and scores, every document scored in float64: for crowds of nearly equal vectors."""
-    ids, scores = queries.new_empty(len(queries), 0).long(), queries.new_empty(len(queries), 0)
-    scores = scores.double()
-    for start in range(span[0], span[1], _DOCUMENTS["cpu"]):
-        block = _read(documents, start, min(start + _DOCUMENTS["cpu"], span[1])).to(queries)
-        new_ids = torch.arange(start, start + len(block), device=ids.device)
-        ids = torch.cat([ids, new_ids.expand(len(queries), -1)], 1)
-        scores = torch.cat([scores, queries.double() @ block.double().T], 1)
-        scores, order = scores.sort(
-            dim=1, descending=True, stable=True
-        )  # ties stay in order of ids
+    """(q, k) ids and scores, every document scored in float64."""
+    ids = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    scores = ids.double()
+    for start, block in _blocks(documents, span, _DOCUMENTS["cpu"]):
+        new = queries.double() @ block.to(queries.device).double().T  # (q, n)
+        new_ids = torch.arange(start, start + len(block), device=ids.device).expand(new.shape)
+        ids, scores = torch.cat([ids, new_ids], 1), torch.cat([scores, new], 1)
+        scores, order = scores.sort(dim=1, descending=True, stable=True)  # ties stay in id order
         ids, scores = ids.gather(1, order)[:, :k], scores[:, :k]
     return ids, scores
 
@@ -245,30 +218,26 @@ class ApproximateIndex:
     """A faiss index made from a factory string, for corpora too large to multiply with.
 
     Its neighbours are scored exactly and ordered as always, but some are missed: measure how many
-    with `recall`. On several processes each indexes its part, so what is missed depends on their number.
+    with `recall`. On several processes each indexes its part, so that their number changes what is
+    missed.
     """
 
     def __init__(self, documents: Rows, factory: str, span: Span | None = None) -> None:
-        """Train on a sample and add the documents of `span`.
+        """Train on a sample and add the documents of `span`, or all.
 
-        Args:
-            documents: (N, D) on the grid.
-            factory: for example "IVF4096,Flat;nprobe=64": after the semicolon, search parameters.
-            span: the part of the documents to index.
+        `factory` is for example "IVF4096,Flat;nprobe=64": after the semicolon, search parameters.
         """
         faiss = _import_faiss()
         name, _, parameters = factory.partition(";")
         self.documents, self.span = documents, span or (0, len(documents))
-        first, last = self.span
+        metric, dim = faiss.METRIC_INNER_PRODUCT, documents[:1].shape[1]
         try:
-            self.index = faiss.index_factory(
-                documents[:1].shape[1], name, faiss.METRIC_INNER_PRODUCT
-            )
+            self.index = faiss.index_factory(dim, name, metric)
             if not self.index.is_trained:
-                step = max(1, -(-(last - first) // _SAMPLE))
-                self.index.train(documents[np.arange(first, last, step)])
-            for start in range(first, last, _INDEXED):
-                self.index.add(_read(documents, start, min(start + _INDEXED, last)).numpy())
+                step = max(1, -(-(self.span[1] - self.span[0]) // _SAMPLE))
+                self.index.train(documents[np.arange(*self.span, step)])
+            for _, block in _blocks(documents, self.span, _INDEXED):
+                self.index.add(block.numpy())
             if parameters:
                 faiss.ParameterSpace().set_index_parameters(self.index, parameters)
         except (RuntimeError, AssertionError) as error:
@@ -277,17 +246,16 @@ class ApproximateIndex:
 
     def top_k(self, queries: Rows, k: int) -> Neighbours:
         """About the k nearest of each query."""
-        size = self.span[1] - self.span[0]
-        k = min(k, size)
-        found = [Neighbours(np.empty((0, k), np.int64), np.empty((0, k)))]
-        for start in range(0, len(queries), _HELD):
-            block = _read(queries, start, min(start + _HELD, len(queries)))
-            ids = torch.from_numpy(self.index.search(block.numpy(), min(2 * k, size))[1])
-            is_found = ids >= 0
-            ids, scores = _rescore(block, self.documents, ids + self.span[0], is_found, k)
+        total = self.span[1] - self.span[0]
+        k = min(k, total)
+        result = Neighbours(np.empty((len(queries), k), np.int64), np.empty((len(queries), k)))
+        for start, block in _blocks(queries, (0, len(queries)), _HELD):
+            ids = torch.from_numpy(self.index.search(block.numpy(), min(2 * k, total))[1])
+            ids, scores = _rescore(block, self.documents, ids + self.span[0], ids >= 0, k)
             ids[scores == -torch.inf] = -1
-            found.append(Neighbours(ids.numpy(), scores.numpy()))
-        return Neighbours(*map(np.concatenate, zip(*found, strict=True)))
+            result.ids[start : start + len(block)] = ids
+            result.scores[start : start + len(block)] = scores
+        return result
 
 
 def recall(found: Neighbours, exact: Neighbours) -> float:
