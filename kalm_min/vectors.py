@@ -5,10 +5,7 @@
 
 A text set is cut into shards after texts that their own hash chooses, and a shard is named by the
 hashes of its texts and their prompts. So a shard is found again whatever task, run or process needs
-it, and a changed data set costs only the shards that changed. A kill costs at most the shards being
-encoded. Shards that nothing refers to any more stay until the folder is deleted.
-
-Does not: decide which texts there are, or who encodes which shard.
+it, a changed data set costs only the shards that changed, and a kill at most those being encoded.
 """
 
 import copy
@@ -39,37 +36,36 @@ _LARGEST = 1 << 20  # characters
 class TextSet:
     """n texts that can be read again by position, so that a large corpus is never held."""
 
-    hashes: Ints
-    """(n,) `text_hash` of the texts, without prompts."""
-    sizes: Ints
-    """(n,) characters."""
-    prompts: tuple[str, ...]
-    """The different prompts that are put before texts."""
-    prompt_ids: Ints
-    """(n,) the position in `prompts` of each text's prompt."""
-    read: Callable[[int, int], Sequence[str]]
-    """read(start, stop) gives texts start to stop, without prompts."""
+    hashes: Ints  # (n,) `text_hash` of the texts, without prompts
+    sizes: Ints  # (n,) characters
+    prompts: tuple[str, ...]  # the different prompts that are put before texts
+    prompt_ids: Ints  # (n,) the position in `prompts` of each text's prompt
+    read: Callable[[int, int], Sequence[str]]  # texts start to stop, without prompts
 
     @classmethod
     def of(cls, read: Callable[[int, int], Sequence[str]], count: int, prompt: str = "") -> Self:
         """Read `count` texts once, in blocks, and keep their hashes and sizes."""
-        hashes, sizes = np.empty((2, count), np.int64)
+        hashes, sizes, ids = np.zeros((3, count), np.int64)
         for start in range(0, count, _LONGEST):
-            block = slice(start, min(start + _LONGEST, count))
-            texts = read(block.start, block.stop)
-            hashes[block] = [text_hash(text) for text in texts]
-            sizes[block] = [len(text) for text in texts]
-        ids = np.zeros(count, np.int64)
+            stop = min(start + _LONGEST, count)
+            texts = read(start, stop)
+            hashes[start:stop] = [text_hash(text) for text in texts]
+            sizes[start:stop] = [len(text) for text in texts]
         return cls(hashes=hashes, sizes=sizes, prompts=(prompt,), prompt_ids=ids, read=read)
+
+    def take(self, numbers: Ints) -> "TextSet":
+        """Some of the texts, in the order given."""
+        return TextSet(
+            hashes=self.hashes[numbers],
+            sizes=self.sizes[numbers],
+            prompts=self.prompts,
+            prompt_ids=self.prompt_ids[numbers],
+            read=lambda start, stop: [self.read(n, n + 1)[0] for n in numbers[start:stop].tolist()],
+        )
 
 
 def cuts(hashes: Ints, sizes: Ints) -> Ints:
-    """(shards + 1,) bounds: texts cuts[i] to cuts[i + 1] are shard i.
-
-    Args:
-        hashes: (n,) of the texts.
-        sizes: (n,) their characters.
-    """
+    """(shards + 1,) bounds of the shards of texts with (n,) hashes and sizes in characters."""
     natural = [*(np.flatnonzero(hashes % _MEAN == 0) + 1).tolist(), len(hashes)]
     total = np.concatenate([[0], np.cumsum(sizes)])
     bounds = [0]
@@ -83,23 +79,14 @@ def cuts(hashes: Ints, sizes: Ints) -> Ints:
 
 def describe(embedder: Embedder, checkpoint: str) -> dict[str, object]:
     """Everything that vectors depend on besides their texts, for the manifest."""
-    return {
-        "layout": _LAYOUT,
-        "checkpoint": checkpoint,
-        "dtype": str(embedder.dtype).removeprefix("torch."),
-        "max_length": embedder.max_length,
-        "causal": embedder.causal,
-        "pooling": embedder.pooling,
-        "instruction_template": embedder.instruction_template,
-        "dimension": embedder.dimension,
-    }
+    names = ("max_length", "causal", "pooling", "instruction_template", "dimension")
+    dtype = str(embedder.dtype).removeprefix("torch.")
+    settings = {name: getattr(embedder, name) for name in names}
+    return {"layout": _LAYOUT, "checkpoint": checkpoint, "dtype": dtype, **settings}
 
 
 def check_manifest(folder: Path, manifest: Mapping[str, object], *, begin: bool = True) -> None:
-    """Begin a folder of vectors, or check that it is the one that `manifest` describes.
-
-    Raises ValueError naming what differs where the folder holds another model's vectors.
-    """
+    """Begin a folder of vectors, or raise ValueError where it holds those of another model."""
     path = folder / "manifest.json"
     if path.is_file():
         stored: dict[str, object] = read_json(path)
@@ -155,7 +142,7 @@ def unreadable(parts: Iterable[int], read: Callable[[int], object]) -> list[int]
 class StoredVectors:
     """(n, D) float32 vectors of a text set, as `topk.Rows`: read from their files when needed.
 
-    Reading a row of a shard that is not there raises FileNotFoundError: encode what is `missing`.
+    Reading a row of a shard that does not exist raises FileNotFoundError: encode what is `missing`.
     """
 
     def __init__(self, folder: Path | None, texts: TextSet, dimension: int) -> None:
@@ -166,8 +153,7 @@ class StoredVectors:
         pairs = np.stack([codes[texts.prompt_ids], texts.hashes], axis=1)  # (n, 2)
         parts = [pairs[start:stop].tobytes() for start, stop in pairwise(self.cuts.tolist())]
         self.names = [f"shards/{digest(part)[:32]}.npy" for part in parts]
-        self.key = digest(*self.names)[:32]
-        """A digest of all texts and prompts, in order."""
+        self.key = digest(*self.names)[:32]  # of all texts and prompts, in order
         self._in_memory: dict[int, Vectors] = {}
         self._stored_dimension = dimension
 
@@ -184,26 +170,17 @@ class StoredVectors:
         """The shards that are not stored, or stored but unreadable."""
         return unreadable(range(len(self.names)), self._shard)
 
-    def characters(self, shard: int) -> int:
-        """How many characters the texts of a shard have."""
-        return int(self.texts.sizes[self.cuts[shard] : self.cuts[shard + 1]].sum())
-
     def encode(self, shard: int, embedder: Embedder, *, needs_disk: bool = True) -> None:
-        """Encode a shard and write it. What is encoded together is always the same texts.
+        """Encode a shard and write it; what is encoded together is always the same texts.
 
-        Args:
-            shard: its number.
-            embedder: the model.
-            needs_disk: whether a full disk is an OSError; if not, vectors that cannot be written
-                stay in memory.
-
+        A full disk is an OSError; with needs_disk=False the vectors stay in memory instead.
         Raises ValueError for vectors that are not finite.
         """
         start, stop = self.cuts[shard : shard + 2].tolist()
-        texts = self.texts.read(start, stop)
+        texts, prompt_ids = self.texts.read(start, stop), self.texts.prompt_ids[start:stop]
         vectors = np.empty((stop - start, self._stored_dimension), np.float32)
-        for number in np.unique(self.texts.prompt_ids[start:stop]).tolist():
-            rows = np.flatnonzero(self.texts.prompt_ids[start:stop] == number)
+        for number in np.unique(prompt_ids).tolist():
+            rows = np.flatnonzero(prompt_ids == number)
             chosen = [texts[row] for row in rows.tolist()]
             vectors[rows] = embedder.encode(chosen, self.texts.prompts[number])
         if not np.isfinite(vectors).all():
