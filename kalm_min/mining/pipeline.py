@@ -9,7 +9,7 @@
     <store>/model/, <store>/scorer/            vectors (vectors.py)
     <store>/model/neighbours/<key>/<depth>/    what a search found, by blocks of queries
 
-Each phase leaves files that are complete or absent and skips what is there, so the same command
+Each phase leaves files that are complete or absent and skips what exists, so the same command
 resumes after a kill, and another choice of negatives encodes nothing. Work is distributed to the
 processes in pieces that do not depend on how many there are; they meet between phases.
 """
@@ -18,8 +18,8 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TextIO, TypeVar
 
@@ -27,22 +27,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kalm_min import files
 from kalm_min.console import Progress, table
 from kalm_min.data import TrainingData
 from kalm_min.embedder import Embedder
-from kalm_min.files import (
-    atomic_write,
-    checkpoint_folders,
-    digest,
-    hash_checkpoint,
-    read_json,
-    write_json,
-    write_text,
-)
+from kalm_min.files import atomic_write, digest, read_json, write_json, write_text
 from kalm_min.mining import report
-from kalm_min.mining.rules import KEPT, Labels, Rules, Scores, Selection, pair_scores, select
-from kalm_min.mining.texts import TextIndex, Texts, index_task, open_pool, reader
-from kalm_min.topk import ApproximateIndex, Ints, Neighbours, Rows, merge, recall, top_k
+from kalm_min.mining.rules import KEPT, Bools, Rules, Scores, Selection, pair_scores, select
+from kalm_min.mining.texts import TextIndex, index_task, open_pool, text_sets
+from kalm_min.topk import ApproximateIndex, Ints, Neighbours, merge, recall, top_k
 from kalm_min.training import distributed
 from kalm_min.vectors import (
     StoredVectors,
@@ -70,15 +63,9 @@ class MiningConfig(Rules):
     model: Annotated[str, "Model that embeds: a folder or a hub id."]
     data: Annotated[Path, "Training data: a JSONL(.gz) file, or a folder of tasks."]
     output: Annotated[Path, "Folder of the mined data."]
-    pool: Annotated[
-        Path | None, 'JSONL(.gz) file of {"text"} to take negatives from; none: each task\'s texts.'
-    ] = None
-    instruction: Annotated[
-        str | None, "Put before the queries of tasks and lines without an instruction."
-    ] = None
-    scorer: Annotated[
-        str | None, "Model whose scores are written, for distillation; none: the mining model's."
-    ] = None
+    pool: Annotated[Path | None, 'JSONL(.gz) of {"text"} to mine; none: each task\'s texts.'] = None
+    instruction: Annotated[str | None, "Of the queries of tasks and lines without one."] = None
+    scorer: Annotated[str | None, "Model whose scores are written, for distillation."] = None
     store: Annotated[Path | None, "Folder of the vectors; none: inside the output folder."] = None
     search: Annotated[Literal["torch", "faiss"], "Search library. Both find the same."] = "torch"
     index: Annotated[
@@ -96,25 +83,10 @@ class MiningConfig(Rules):
     dry_run: Annotated[bool, "Print what there is to do, and do nothing."] = False
 
 
-class _Store(NamedTuple):
-    """The folder of a model's vectors."""
+class StoredNeighbours(NamedTuple):
+    """The `depth` nearest documents of `size` queries, in files of _QUERIES queries each."""
 
-    folder: Path
-    manifest: dict[str, object]
-
-    def vectors(self, texts: Texts) -> StoredVectors:
-        template, dimension = (self.manifest[x] for x in ("instruction_template", "dimension"))
-        return StoredVectors(self.folder, texts.set(str(template)), int(str(dimension)))
-
-
-@dataclass(frozen=True, slots=True)
-class StoredNeighbours:
-    """The `depth` nearest documents of `size` queries, in files of _QUERIES queries each.
-
-    The folder's name is how many neighbours the files hold.
-    """
-
-    folder: Path
+    folder: Path  # its name is how many neighbours the files hold
     size: int
     depth: int
 
@@ -134,8 +106,8 @@ class StoredNeighbours:
         pairs = np.empty((len(numbers), self.depth), _NEIGHBOUR)
         starts = numbers // _QUERIES * _QUERIES
         for start in np.unique(starts).tolist():
-            is_here = starts == start
-            pairs[is_here] = self._load(start)[numbers[is_here] - start, : self.depth]
+            chosen = starts == start
+            pairs[chosen] = self._load(start)[numbers[chosen] - start, : self.depth]
         return np.ascontiguousarray(pairs["id"]), np.ascontiguousarray(pairs["score"])
 
     def _load(self, start: int) -> NDArray[np.void]:
@@ -146,16 +118,12 @@ class StoredNeighbours:
         return self.folder / f"{start // _QUERIES:06d}.npy"
 
 
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """A task; of its queries, documents and corpus the texts, and the vectors, encoded or not.
-
-    The documents are the positives, and the negatives where the task is its own corpus.
-    """
+class _Task(NamedTuple):
+    """A task. Its documents are the positives, and the negatives where it is its own corpus."""
 
     index: TextIndex
-    texts: tuple[Texts, Texts, Texts]
-    vectors: tuple[StoredVectors, StoredVectors, StoredVectors]
+    texts: list[TextSet]  # of queries, documents and corpus, with plain instructions as prompts
+    vectors: list[StoredVectors]  # of the same, encoded or not
 
 
 class Miner:
@@ -168,33 +136,31 @@ class Miner:
         self.stream = stream if self.rank == 0 else io.StringIO()
         self.work = config.output / ".mining"
         self.data, self.pool = distributed.rank_zero_first(self._open_data)
-        self._pools: dict[tuple[str, ...], StoredVectors] = {}
         self.names = [_file_name(task) for task in self.data.task_names]
         self.made_with: dict[str, object] = {
             "layout": _LAYOUT,
             "rules": {field.name: getattr(config, field.name) for field in fields(Rules)},
             "index": config.index,
-            "pool": self.pool and digest(self.pool.table["hash"].tobytes()),
+            "pool": self.pool and digest(self.pool.hashes.tobytes()),
         }
+        self.manifests: dict[str, dict[str, object]] = {}  # of "scorer" and "model"
+        self._task = lru_cache(maxsize=1)(self._open_task)
 
     def run(self) -> tuple[dict[str, int], list[str]]:
         """Mine every task that is not finished; sums over all rows, and what deserves a look."""
-        config = self.config
+        config, everything = self.config, range(len(self.names))
         if self.rank == 0:  # temporary files of killed runs
             for folder in (config.output, *self.work.glob("**/")):
                 for torn in folder.glob(".*.tmp"):
                     torn.unlink()
         distributed.barrier()
-        for number in self._share(range(len(self.names)), "read", "tasks"):
+        for number in self._share(everything, "read", "tasks"):
             self._read(number).save(self._path("index", number, "npz"))
         distributed.barrier()
-        scorer = None
         if config.scorer is not None:  # before the other, so that one model is held at a time
-            scorer = self._open_model(config.scorer, "scorer")[1]
-            self.made_with["scorer"] = scorer.manifest
-        embedder, self.store = self._open_model(config.model, "model")
-        self.made_with["model"] = self.store.manifest
-        unfinished = [number for number in range(len(self.names)) if not self._is_finished(number)]
+            self._open_model(config.scorer, "scorer")
+        embedder = self._open_model(config.model, "model")
+        unfinished = [number for number in everything if not self._is_finished(number)]
         # A label-based task draws its positives and negatives anew in every epoch: it is copied.
         todo = [number for number in unfinished if not self.data.settings[number].label_based]
         finished = len(self.names) - len(unfinished)
@@ -203,20 +169,18 @@ class Miner:
         self._encode(todo, embedder, "encode", lambda number: self._task(number).vectors)
         self._search(todo)
         del embedder
-        if scorer is not None and config.scorer is not None:
-            embedder = self._open_model(config.scorer, "scorer")[0]
-            self._encode(
-                todo, embedder, "score", lambda number: self._scored(self._task(number), scorer)[0]
-            )
+        if config.scorer is not None:
+            embedder = self._open_model(config.scorer, "scorer")
+            self._encode(todo, embedder, "score", lambda n: self._to_score(n, self._choose(n))[0])
         for number in self._share(unfinished, "write", "tasks"):
-            self._write(number, scorer)
+            self._write(number)
         distributed.barrier()
-        records = [read_json(self._path("tasks", n, "json")) for n in range(len(self.names))]
-        tasks = dict(zip(self.names, (record["summary"] for record in records), strict=True))
+        records = [read_json(self._path("tasks", number, "json")) for number in everything]
+        tasks = {name: one["summary"] for name, one in zip(self.names, records, strict=True)}
         if self.rank == 0:
             names = [field.name for field in fields(Rules)] + ["pool", "scorer", "index"]
             settings = {name: getattr(config, name) for name in names}
-            report.write(config.output, tasks, self.store.manifest, settings)
+            report.write(config.output, tasks, self.manifests["model"], settings)
             shutil.rmtree(self.work / "index", ignore_errors=True)
         return report.totals(tasks), report.remarks(tasks)
 
@@ -225,26 +189,29 @@ class Miner:
 
         A task whose neighbours are all stored already shows how many rows the rules would keep.
         """
-        self.store = self._open_model(self.config.model, "model")[1]
+        self._open_model(self.config.model, "model")
         head = ["task", "rows", "queries", "documents", "corpus", "to encode", "to search", "kept"]
         rows: list[list[str]] = []
         for number, name in enumerate(self.data.task_names):
             if self.data.settings[number].label_based:
                 rows.append([name, f"{self.data.task_sizes[number]:,}", *["copied"] * 6])
                 continue
-            task = self._task(number)
-            shards = {v.names[i]: v.characters(i) for v in task.vectors for i in v.missing()}
-            blocks = len(self._neighbours(task).missing())
-            kept = "" if shards or blocks else f"{(self._choose(task).status == KEPT).sum():,}"
+            task, kept = self._task(number), ""
+            characters: dict[str, int] = {}
+            for one in task.vectors:
+                for i in one.missing():
+                    part = slice(*one.cuts[i : i + 2])
+                    characters[one.names[i]] = int(one.texts.sizes[part].sum())
+            blocks = len(self._neighbours(number).missing())
+            if not characters and not blocks:
+                kept = f"{(self._choose(number).status == KEPT).sum():,}"
             sizes = [f"{len(one):,}" for one in (task.index, *task.vectors)]
-            work = [f"{sum(shards.values()) // 1000:,} kchar", f"{blocks} blocks", kept]
-            rows.append([name, *sizes, *work])
+            work = f"{sum(characters.values()) // 1000:,} kchar", f"{blocks} blocks"
+            rows.append([name, *sizes, *work, kept])
         return table(head, rows, right=range(1, 8))
 
-    # ---- phases ----------------------------------------------------------------------------------
-
-    def _open_data(self) -> tuple[TrainingData, Texts | None]:
-        """The data and the pool, checked, and the output folder, which must not hold anything else."""
+    def _open_data(self) -> tuple[TrainingData, TextSet | None]:
+        """The data and the pool, checked, and the output folder."""
         config = self.config
         data = TrainingData(
             config.data,
@@ -255,30 +222,26 @@ class Miner:
         _check_output(config.output, config.data, map(_file_name, data.task_names))
         return data, config.pool and open_pool(config.pool, config.cache_dir)
 
-    def _open_model(self, model: str, name: str) -> tuple[Embedder, _Store]:
-        """A model and the store of its vectors."""
+    def _open_model(self, model: str, name: str) -> Embedder:
+        """A model; its manifest is kept, and checked against the folder of its vectors."""
         config = self.config
         dtype = None if config.dtype == "auto" else config.dtype
-        embedder = distributed.rank_zero_first(
-            lambda: Embedder.from_pretrained(
-                model, self.device, dtype, max_length=config.max_length
-            )
-        )
-        is_first = self.rank == 0
-        checkpoint = hash_checkpoint(*checkpoint_folders(model)) if is_first else ""
+        load = partial(Embedder.from_pretrained, model, self.device, dtype)
+        embedder = distributed.rank_zero_first(partial(load, max_length=config.max_length))
+        folders = files.checkpoint_folders(model)
+        checkpoint = files.hash_checkpoint(*folders) if self.rank == 0 else ""
         manifest = describe(embedder, distributed.gather_objects(checkpoint)[0])
-        folder = (config.store or self.work) / name
-        distributed.rank_zero_first(
-            lambda: check_manifest(folder, manifest, begin=not config.dry_run)
-        )
-        return embedder, _Store(folder, manifest)
+        check = partial(check_manifest, self._store(name), manifest, begin=not config.dry_run)
+        distributed.rank_zero_first(check)
+        self.manifests[name] = manifest
+        return embedder
 
     def _encode(
         self,
         todo: Iterable[int],
         embedder: Embedder,
         title: str,
-        vectors_of: Callable[[int], tuple[StoredVectors, ...]],
+        vectors_of: Callable[[int], list[StoredVectors]],
     ) -> None:
         """Encode the shards that are missing; each process takes some."""
         wanted: dict[str, tuple[int, int, int]] = {}
@@ -287,77 +250,81 @@ class Miner:
                 for shard in vectors.missing():
                     wanted.setdefault(vectors.names[shard], (number, part, shard))
         distributed.barrier()  # nobody encodes before everybody has looked
-        last, opened = -1, ()
+        opened = lru_cache(maxsize=1)(vectors_of)
         for number, part, shard in self._share(wanted.values(), title, "shards"):
-            if number != last:
-                last, opened = number, vectors_of(number)
-            opened[part].encode(shard, embedder)
+            opened(number)[part].encode(shard, embedder)
         distributed.barrier()
 
     def _search(self, todo: Iterable[int]) -> None:
-        """Find the neighbours of every query that has none stored; each process searches its span."""
-        config = self.config
-        work = {n: blocks for n in todo if (blocks := self._neighbours(self._task(n)).missing())}
+        """Find the neighbours of queries that have none stored; each process searches its span."""
+        config, device = self.config, self.device
+        work = {number: self._neighbours(number).missing() for number in todo}
         distributed.barrier()
         total = sum(map(len, work.values()))
         with Progress(total, "blocks", self.stream, title="search") as progress:
-            for number, blocks in work.items():
-                task = self._task(number)
-                all_queries, _, corpus = task.vectors
-                stored = self._neighbours(task)
-                k, n = stored.depth, len(corpus)
+            for number in filter(work.get, work):
+                all_queries, _, corpus = self._task(number).vectors
+                stored, n = self._neighbours(number), len(corpus)
+                measured = stored.folder / "recall.json"
                 span = n * self.rank // self.world, n * (self.rank + 1) // self.world
                 find = partial(
-                    top_k, documents=corpus, device=self.device, backend=config.search, span=span
+                    top_k, documents=corpus, device=device, backend=config.search, span=span
                 )
                 if config.index is not None:
                     find = ApproximateIndex(corpus, config.index, span).top_k
-                for block in blocks:
+                for block in work[number]:
                     queries = all_queries[block]
-                    found = merge(distributed.gather_objects(find(queries, k=k)), k)
+                    parts = distributed.gather_objects(find(queries, k=stored.depth))
+                    found = merge(parts, stored.depth)
+                    if self.rank == 0 and config.index is not None and not measured.exists():
+                        exact = top_k(
+                            queries[:_RECALL_QUERIES], corpus, stored.depth, device=device
+                        )
+                        sample = Neighbours(*(one[:_RECALL_QUERIES] for one in found))
+                        value = {"recall": recall(sample, exact), "queries": len(exact.ids)}
+                        write_json(measured, value)
                     if self.rank == 0:
-                        self._measure_recall(stored, queries, corpus, found)
                         stored.write(block, found)
                     progress.update(1, self.data.task_names[number])
         distributed.barrier()
 
-    def _measure_recall(
-        self, stored: StoredNeighbours, queries: Rows, corpus: Rows, found: Neighbours
-    ) -> None:
-        """Keep the recall of an approximate index, measured on its first queries."""
-        path = stored.folder / "recall.json"
-        if self.config.index is not None and not path.exists():
-            sample = queries[:_RECALL_QUERIES]
-            exact = top_k(sample, corpus, stored.depth, device=self.device)
-            part = Neighbours(found.ids[: len(sample)], found.scores[: len(sample)])
-            write_json(path, {"recall": recall(part, exact), "queries": len(sample)})
-
-    def _write(self, number: int, scorer: _Store | None) -> None:
-        """Write all files of a task. Its record says that it is finished: it goes first and comes last."""
-        name, output, data = self.names[number], self.config.output, self.config.data
-        record, page = self._path("tasks", number, "json"), None
+    def _write(self, number: int) -> None:
+        """Write all files of a task. Its record says that it is finished: deleted first, written last."""
+        output, data, task_name = self.config.output, self.config.data, self.data.task_names[number]
+        name, record, page = self.names[number], self._path("tasks", number, "json"), None
         if self.data.settings[number].label_based:
             index = self._index(number)
             rows = range(index.first, index.first + len(index))
             lines = (json.dumps(self.data.record(row), ensure_ascii=False) + "\n" for row in rows)
             summary = report.copied(len(index))
         else:
-            task = self._task(number)
-            index, corpus, selection = task.index, task.vectors[2].texts, self._choose(task)
-            written = selection if scorer is None else self._rescored(task, selection, scorer)
-            measured = self._neighbours(task).folder / "recall.json"
-            summary = report.summarise(index, selection, len(task.vectors[2]))
+            index, (_, _, corpus), _ = self._task(number)
+            selection = self._choose(number)
+            summary = report.summarise(index, selection, len(corpus.hashes))
+            measured = self._neighbours(number).folder / "recall.json"
             summary["recall"] = read_json(measured)["recall"] if measured.exists() else None
             page = report.examples(self.data, index, selection, corpus, summary)
-            lines = _mined_lines(self.data, index, written, corpus)
+            if self.config.scorer is not None:
+                (queries, *others), pairs, masks = self._to_score(number, selection)
+                scores = selection.positive_scores, selection.negative_scores
+                for i, mask in enumerate(masks):
+                    scores[i][mask] = pair_scores(queries, pairs[i][0], others[i], pairs[i][1])
+            lines = _mined_lines(self.data, index, selection, corpus)
         record.unlink(missing_ok=True)
-        settings = (data if data.is_dir() else data.parent) / f"{self.data.task_names[number]}.toml"
-        _write_task(output / f"{name}.jsonl", lines, settings)
+        path, settings = output / f"{name}.jsonl", output / f"{name}.toml"
+        source = (data if data.is_dir() else data.parent) / f"{task_name}.toml"
+        if summary["kept"]:
+            with atomic_write(path, "w") as file:
+                file.writelines(lines)
+        else:
+            path.unlink(missing_ok=True)  # an empty file is no task
+        if summary["kept"] and source.is_file():
+            write_text(settings, source.read_text(encoding="utf-8"))
+        else:
+            settings.unlink(missing_ok=True)
         if page is not None:
             write_text(output / report.PAGES / f"{name}.md", f"# {name}\n\n{page}")
-        write_json(record, {"made_with": self._made_with(index, number), "summary": summary})
-
-    # ---- what the phases share -------------------------------------------------------------------
+        write_json(record, {"made_with": self._made_with(number, index), "summary": summary})
 
     def _read(self, number: int) -> TextIndex:
         return index_task(self.data, number, with_negatives=self.pool is None)
@@ -368,34 +335,41 @@ class Miner:
             return self._read(number)
         return TextIndex.load(self._path("index", number, "npz"))
 
-    def _task(self, number: int) -> _Task:
-        index, read = self._index(number), reader(self.data)
-        queries = Texts(index.queries, index.instructions, read)
-        documents = Texts(index.documents, index.instructions, read)
-        vectors = self.store.vectors(queries), self.store.vectors(documents)
-        if self.pool is None:
-            return _Task(index, (queries, documents, documents), (*vectors, vectors[1]))
-        settings, instruction = self.data.settings[number], self.config.instruction
-        if settings.instruction is not None:
+    def _open_task(self, number: int) -> _Task:
+        index = self._index(number)
+        queries, documents = text_sets(self.data, index)
+        corpus, settings = documents, self.data.settings[number]
+        if self.pool is not None:
             instruction = settings.instruction
-        pool = self.pool._replace(instructions=(instruction or "" if settings.symmetric else "",))
-        if pool.instructions not in self._pools:
-            self._pools[pool.instructions] = self.store.vectors(pool)
-        corpus = self._pools[pool.instructions]
-        return _Task(index, (queries, documents, pool), (*vectors, corpus))
+            if instruction is None:
+                instruction = self.config.instruction or ""
+            corpus = replace(self.pool, prompts=(instruction if settings.symmetric else "",))
+        texts = [queries, documents, corpus]
+        return _Task(index, texts, [self._vectors(one) for one in texts])
 
-    def _neighbours(self, task: _Task) -> StoredNeighbours:
+    def _store(self, name: str) -> Path:
+        return (self.config.store or self.work) / name
+
+    def _vectors(self, texts: TextSet, name: str = "model") -> StoredVectors:
+        """The vectors of texts by the model or the scorer, instructions put in its template."""
+        template = str(self.manifests[name]["instruction_template"])
+        dimension = int(str(self.manifests[name]["dimension"]))
+        prompts = tuple(template.format(instruction=x) if x else "" for x in texts.prompts)
+        return StoredVectors(self._store(name), replace(texts, prompts=prompts), dimension)
+
+    def _neighbours(self, number: int) -> StoredNeighbours:
         """The stored lists of a task, long enough for the rules.
 
         A longer list that is stored already is taken: it begins with the shorter one. (Those of an
         approximate index may not.)
         """
-        config, (queries, _, corpus) = self.config, task.vectors
-        labelled = Labels(task.index).max_per_query
+        config, (index, _, (queries, _, corpus)) = self.config, self._task(number)
         # Labelled answers take positions in the list; more than this of them (a class) may shorten it.
+        asked = np.repeat(index.queries["hash"][index.row_query], np.diff(index.starts))
+        labelled = int(np.unique(asked, return_counts=True)[1].max()) + 1
         depth = min(config.depth + min(labelled, config.depth + 100), len(corpus))
         key = digest(queries.key, corpus.key, str(config.index))[:32]
-        folder = self.store.folder / "neighbours" / key
+        folder = self._store("model") / "neighbours" / key
         stored = sorted(int(entry.name) for entry in folder.glob("*") if entry.name.isdigit())
         for longer in stored if config.index is None else ():
             found = StoredNeighbours(folder / str(longer), len(queries), depth)
@@ -403,41 +377,30 @@ class Miner:
                 return found
         return StoredNeighbours(folder / str(depth), len(queries), depth)
 
-    def _choose(self, task: _Task) -> Selection:
-        queries, documents, corpus = task.vectors
-        read = self._neighbours(task).read
-        return select(task.index, corpus.texts.hashes, queries, documents, read, self.config)
+    def _choose(self, number: int) -> Selection:
+        index, texts, (queries, documents, _) = self._task(number)
+        read = self._neighbours(number).read
+        return select(index, texts[2].hashes, queries, documents, read, self.config)
 
-    def _scored(
-        self, task: _Task, scorer: _Store
-    ) -> tuple[tuple[StoredVectors, ...], tuple[Ints, ...]]:
-        """The scorer's vectors of the queries, positives and negatives that are written, each once.
+    def _to_score(
+        self, number: int, selection: Selection
+    ) -> tuple[list[StoredVectors], list[tuple[Ints, Ints]], list[Bools]]:
+        """What the scorer scores: the pairs of queries with positives, and with negatives.
 
-        And the number of each pair's text among them: the pairs with positives, then those with
-        negatives.
+        Returns its vectors of the queries, positives and negatives that are written, each once;
+        which of them form each pair; and where the scores of the pairs belong in the selection.
         """
-        index, selection = task.index, self._choose(task)
-        of_positives, rows, of_negatives, more_rows = selection.pairs(index)
-        numbers = (
-            index.row_query[np.concatenate([rows, more_rows])],
-            index.positives[of_positives],
-            selection.negatives[of_negatives],
-        )
-        unique, inverse = zip(
-            *(np.unique(one, return_inverse=True) for one in numbers), strict=True
-        )
-        texts = zip(task.texts, unique, strict=True)
-        return tuple(scorer.vectors(one.take(taken)) for one, taken in texts), inverse
-
-    def _rescored(self, task: _Task, selection: Selection, scorer: _Store) -> Selection:
-        """The same selection with the scorer's scores."""
-        (queries, positives, negatives), (asking, answers, others) = self._scored(task, scorer)
-        split = len(answers)
-        return selection.with_scores(
-            task.index,
-            pair_scores(queries, asking[:split], positives, answers),
-            pair_scores(queries, asking[split:], negatives, others),
-        )
+        index, texts, _ = self._task(number)
+        kept = selection.status == KEPT
+        row_of = np.repeat(np.arange(len(index)), np.diff(index.starts))  # (P,)
+        masks = [kept[row_of], kept[:, None] & (selection.negatives >= 0)]  # (P,), (R, n)
+        rows = np.concatenate([row_of[masks[0]], masks[1].nonzero()[0]])
+        numbers = index.row_query[rows], index.positives[masks[0]], selection.negatives[masks[1]]
+        unique = [np.unique(one) for one in numbers]
+        queries, *others = map(np.searchsorted, unique, numbers)
+        pairs = list(zip(np.split(queries, [len(others[0])]), others, strict=True))
+        taken = zip(texts, unique, strict=True)
+        return [self._vectors(text.take(some), "scorer") for text, some in taken], pairs, masks
 
     def _is_finished(self, number: int) -> bool:
         """Whether the output of a task exists, made from these rows with these settings."""
@@ -445,28 +408,25 @@ class Miner:
         if not path.is_file():
             return False
         record = read_json(path)
-        made_with = json.loads(json.dumps(self._made_with(self._index(number), number)))
+        made_with = json.loads(json.dumps(self._made_with(number, self._index(number))))
         is_written = (self.config.output / f"{self.names[number]}.jsonl").is_file()
         return record["made_with"] == made_with and is_written == (record["summary"]["kept"] > 0)
 
-    def _made_with(self, index: TextIndex, number: int) -> dict[str, object]:
+    def _made_with(self, number: int, index: TextIndex) -> dict[str, object]:
         """All that a task's output depends on."""
-        settings = asdict(self.data.settings[number])
-        return self.made_with | {"data": index.fingerprint, "settings": settings}
+        task = {"data": index.fingerprint, "settings": asdict(self.data.settings[number])}
+        return self.made_with | self.manifests | task
 
     def _path(self, folder: str, number: int, suffix: str) -> Path:
         return self.work / folder / f"{self.names[number]}.{suffix}"
 
     def _share(self, items: Iterable[T], title: str, unit: str) -> Iterator[T]:
-        """This process's share of some work. The first process shows its own; the others' are as large."""
+        """This process's share of some work; the first process shows its own."""
         share = list(items)[self.rank :: self.world]
         with Progress(len(share), unit, self.stream, title=title) as progress:
             for item in share:
                 yield item
                 progress.update(1)
-
-
-# ---- the mined folder ----------------------------------------------------------------------------
 
 
 def _file_name(task: str) -> str:
@@ -476,60 +436,42 @@ def _file_name(task: str) -> str:
 
 
 def _check_output(output: Path, data: Path, names: Iterable[str]) -> None:
-    """Refuse an output folder with data in it that this run would not replace, or its own input."""
+    """Raise ValueError for a folder with data that this run would not replace, or its own input."""
     if output.resolve() in {data.resolve(), data.resolve().parent}:
         raise ValueError(f"{output}: expected another folder than that of the data")
     expected = {f"{name}{suffix}" for name in names for suffix in (".jsonl", ".toml")}
+    if not (output / ".mining").is_dir():
+        expected = set()
     for entry in sorted(output.iterdir()) if output.exists() else ():
-        if entry.name.startswith((".", "README")):
-            continue
-        if entry.name not in expected or not (output / ".mining").is_dir():
+        if not entry.name.startswith((".", "README")) and entry.name not in expected:
             raise ValueError(
                 f"{output}: expected an empty folder or one that this data was mined into, "
                 f"found {entry.name}"
             )
 
 
-def _write_task(path: Path, lines: Iterator[str], settings: Path) -> None:
-    """Write the file of a task, and its settings beside it; neither, if there is no line."""
-    first = next(lines, None)
-    copy = path.with_suffix(".toml")
-    if first is None:  # An empty file is no task.
-        path.unlink(missing_ok=True)
-    else:
-        with atomic_write(path, "w") as file:
-            file.write(first)
-            file.writelines(lines)
-    if first is None or not settings.is_file():
-        copy.unlink(missing_ok=True)
-    else:
-        write_text(copy, settings.read_text(encoding="utf-8"))
-
-
 def _mined_lines(
     data: TrainingData, index: TextIndex, selection: Selection, corpus: TextSet
 ) -> Iterator[str]:
     """The kept rows as they are, with their new negatives and scores."""
+
+    def rounded(scores: Scores) -> list[float]:  # to the digits that float32 vectors justify
+        return [round(score, 6) for score in scores.tolist()]
+
     kept = np.flatnonzero(selection.status == KEPT)
     for start in range(0, len(kept), _ROWS):
         rows = kept[start : start + _ROWS]
         needed = np.unique(selection.negatives[rows]).tolist()  # read once, in order
         texts = {number: corpus.read(number, number + 1)[0] for number in needed if number >= 0}
         for row in rows.tolist():
-            record = data.record(index.first + row)
-            is_found = selection.negatives[row] >= 0
+            record, chosen = data.record(index.first + row), selection.negatives[row] >= 0
             positives = slice(*index.starts[row : row + 2])
             mined = {
                 "query": record["query"],
                 "pos": record["pos"],
-                "pos_scores": _rounded(selection.positive_scores[positives]),
-                "neg": [texts[number] for number in selection.negatives[row][is_found].tolist()],
-                "neg_scores": _rounded(selection.negative_scores[row][is_found]),
+                "pos_scores": rounded(selection.positive_scores[positives]),
+                "neg": [texts[number] for number in selection.negatives[row, chosen].tolist()],
+                "neg_scores": rounded(selection.negative_scores[row, chosen]),
             }
             rest = {key: value for key, value in record.items() if key not in mined}
             yield json.dumps(mined | rest, ensure_ascii=False) + "\n"
-
-
-def _rounded(scores: Scores) -> list[float]:
-    """Scores with the digits that float32 vectors justify."""
-    return [round(score, 6) for score in scores.tolist()]

@@ -1,8 +1,7 @@
 """The rules: which rows are consistent, and which neighbours become their negatives. Numpy only.
 
 KaLM V1 section 3 (ranking consistency filtering, k = 50; 7 hard negatives of ranks 50 to 100), with
-margins as in NV-Retriever. Every rule is a mask over stored neighbours, so other settings cost
-seconds.
+margins as in NV-Retriever. Every rule is a mask over stored neighbours.
 
 An unlabelled candidate is a document of the corpus that is not labelled as an answer to the query:
 not the query's text itself, not a positive of the query in any row, not a text of its class. Ranks
@@ -18,8 +17,8 @@ B rows of a block    K stored neighbours    n negatives per row    R, P rows and
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Annotated, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,16 +66,15 @@ class Rules:
     seed: Annotated[int, "Seed of the random choice."] = 0
 
     def __post_init__(self) -> None:
-        """Validate option combinations."""
+        """Validate the ranks and the number of negatives."""
         first, last = self.rank_range
         if not 0 <= first <= last or last < 1:
             raise ValueError(f"rank_range: expected two ranks, first <= last, found {first} {last}")
         if self.num_negatives < 0:
             raise ValueError(f"num_negatives: expected 0 or more, found {self.num_negatives}")
-        if self.consistency_top_k is not None and self.consistency_top_k < 1:
-            raise ValueError(
-                f"consistency_top_k: expected a rank from 1, found {self.consistency_top_k}"
-            )
+        top_k = self.consistency_top_k
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"consistency_top_k: expected a rank from 1, found {top_k}")
 
     @property
     def depth(self) -> int:
@@ -110,9 +108,15 @@ def choose(
     ahead = (counted & (scores > best[:, None])).sum(1)
     ranks = np.cumsum(counted, axis=1)
     allowed = is_unlabelled & (ranks >= rules.rank_range[0] + off) & (ranks <= rules.rank_range[1])
-    allowed &= scores <= _highest_allowed(best, rules)[:, None]
     if rules.min_score is not None:
         allowed &= scores >= np.float32(rules.min_score)
+    if rules.max_score is not None:
+        allowed &= scores <= np.float32(rules.max_score)
+    if rules.absolute_margin is not None:
+        allowed &= scores <= (best - np.float32(rules.absolute_margin))[:, None]
+    if rules.relative_margin is not None:
+        # A share of the magnitude: a share of a negative score would be a limit above it.
+        allowed &= scores <= (best - np.float32(rules.relative_margin) * np.abs(best))[:, None]
     columns = _take(allowed, keys, rules)
     status = np.full(len(best), KEPT)
     if rules.short_rows == "drop":
@@ -120,17 +124,6 @@ def choose(
     if rules.consistency_top_k is not None:
         status[ahead >= rules.consistency_top_k + off] = INCONSISTENT
     return Choice(status, ahead, columns)
-
-
-def _highest_allowed(best: Scores, rules: Rules) -> Scores:
-    """(B,) highest score a negative of each row may have."""
-    highest = np.full_like(best, np.inf if rules.max_score is None else rules.max_score)
-    if rules.absolute_margin is not None:
-        highest = np.minimum(highest, best - np.float32(rules.absolute_margin))
-    if rules.relative_margin is not None:
-        # A share of the magnitude: a share of a negative score would be a limit above it.
-        highest = np.minimum(highest, best - np.float32(rules.relative_margin) * np.abs(best))
-    return highest
 
 
 def _take(allowed: Bools, keys: Codes, rules: Rules) -> Ints:
@@ -160,27 +153,27 @@ def random_keys(queries: Ints, candidates: Ints, seed: int) -> Codes:
 
 
 class Labels:
-    """Which documents are labelled as answers to which queries of a task, in all its rows."""
+    """Which documents are labelled as answers to which queries of a task, in all its rows.
+
+    A query is labelled with itself, with its positives, and with the texts of its class.
+    """
 
     def __init__(self, index: TextIndex) -> None:
-        """Collect the pairs: a query and itself, a query and its positives, a class and its texts."""
+        """Collect the pairs."""
         queries = index.queries["hash"][index.row_query]  # (R,)
         positives = index.documents["hash"][index.positives]  # (P,)
-        count = np.diff(index.starts)
-        groups = index.groups
+        count, groups = np.diff(index.starts), index.groups
+        of_positives = np.repeat(groups, count)  # (P,)
         pairs = [
             _pairs(queries, queries),
             _pairs(np.repeat(queries, count), positives),
             _pairs(groups, queries)[groups != 0],
-            _pairs(np.repeat(groups, count), positives)[np.repeat(groups, count) != 0],
+            _pairs(of_positives, positives)[of_positives != 0],
         ]
         self._pairs = np.unique(np.concatenate(pairs))
-        counts = np.unique(np.repeat(queries, count), return_counts=True)[1]
-        self.max_per_query = int(counts.max()) + 1
-        """Most documents labelled for one query; for a class there may be more."""
 
     def mask(self, queries: Ints, groups: Ints, candidates: Ints) -> Bools:
-        """(B, K) which candidate hashes are labelled, for rows of these (B,) query and group hashes."""
+        """(B, K) which candidate hashes are labelled, for rows of (B,) query and group hashes."""
         return self._has(_pairs(queries[:, None], candidates)) | (
             (groups != 0)[:, None] & self._has(_pairs(groups[:, None], candidates))
         )
@@ -195,11 +188,7 @@ def _pairs(left: Ints, right: Ints) -> Codes:
     return left.view(np.uint64) * _ODD + right.view(np.uint64)
 
 
-# ---- a full task ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Selection:
+class Selection(NamedTuple):
     """The status and negatives of the rows of a task."""
 
     status: Ints  # (R,) KEPT, INCONSISTENT or SHORT
@@ -211,23 +200,6 @@ class Selection:
     top: Ints  # (R,) the unlabelled candidate with the highest score; -1 where there is none
     top_scores: Scores  # (R,)
     histogram: Ints  # (BINS,) scores of all listed unlabelled candidates
-
-    def pairs(self, index: TextIndex) -> tuple[Bools, Ints, Bools, Ints]:
-        """Which positives (P,) and negatives (R, n) are written, each with the rows of those written."""
-        rows = np.arange(len(index))
-        row_of = np.repeat(rows, np.diff(index.starts))  # (P,)
-        kept = self.status == KEPT
-        chosen = kept[:, None] & (self.negatives >= 0)
-        return kept[row_of], row_of[kept[row_of]], chosen, np.repeat(rows, chosen.sum(1))
-
-    def with_scores(self, index: TextIndex, positives: Scores, negatives: Scores) -> "Selection":
-        """The same choice with another model's scores of what is written; nan for the rest."""
-        of_positives, _, of_negatives, _ = self.pairs(index)
-        positive_scores = np.full_like(self.positive_scores, np.nan)
-        negative_scores = np.full_like(self.negative_scores, np.nan)
-        positive_scores[of_positives] = positives
-        negative_scores[of_negatives] = negatives
-        return replace(self, positive_scores=positive_scores, negative_scores=negative_scores)
 
 
 def select(
@@ -250,7 +222,7 @@ def select(
     """
     labels = Labels(index)
     histogram = np.zeros(BINS, np.int64)
-    parts: list[dict[str, NDArray[np.generic]]] = []
+    parts: list[tuple[NDArray[Any], ...]] = []
     for start in range(0, len(index), _ROWS):
         rows = slice(start, min(start + _ROWS, len(index)))
         numbers = index.row_query[rows]
@@ -263,23 +235,14 @@ def select(
         hashes, candidates = index.queries["hash"][numbers], corpus[ids]
         is_unlabelled = is_listed & ~labels.mask(hashes, index.groups[rows], candidates)
         keys = random_keys(hashes, candidates, rules.seed)
-        choice = choose(scores, is_unlabelled, is_listed, best, keys, rules)
-        top = np.where(is_unlabelled.any(1), is_unlabelled.argmax(1), -1)[:, None]
+        status, ahead, columns = choose(scores, is_unlabelled, is_listed, best, keys, rules)
+        beyond = best < np.where(is_listed, scores, np.inf).min(1, initial=np.inf)
+        chosen = _at(ids, columns, -1), _at(scores, columns, np.nan)
+        first = np.where(is_unlabelled.any(1), is_unlabelled.argmax(1), -1)[:, None]
+        top = _at(ids, first, -1)[:, 0], _at(scores, first, np.nan)[:, 0]
+        parts.append((status, ahead, beyond, *chosen, positives, *top))
         histogram += score_histogram(scores[is_unlabelled])
-        parts.append(
-            {
-                "status": choice.status,
-                "ahead": choice.ahead,
-                "beyond": best < np.where(is_listed, scores, np.inf).min(1, initial=np.inf),
-                "negatives": _at(ids, choice.columns, -1),
-                "negative_scores": _at(scores, choice.columns, np.nan),
-                "positive_scores": positives,
-                "top": _at(ids, top, -1)[:, 0],
-                "top_scores": _at(scores, top, np.nan)[:, 0],
-            }
-        )
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return Selection(**joined, histogram=histogram)  # pyright: ignore[reportArgumentType]
+    return Selection(*map(np.concatenate, zip(*parts, strict=True)), histogram=histogram)
 
 
 def pair_scores(queries: Rows, numbers: Ints, documents: Rows, answers: Ints) -> Scores:
@@ -292,7 +255,7 @@ def pair_scores(queries: Rows, numbers: Ints, documents: Rows, answers: Ints) ->
     return scores
 
 
-def _at(values: NDArray[np.generic], columns: Ints, none: float) -> NDArray[np.generic]:
+def _at(values: NDArray[Any], columns: Ints, none: float) -> NDArray[Any]:
     """values[row, columns[row]], `none` where the column is -1."""
     taken = np.take_along_axis(values, np.maximum(columns, 0), 1)
     return np.where(columns >= 0, taken, np.asarray(none, values.dtype))
@@ -300,5 +263,4 @@ def _at(values: NDArray[np.generic], columns: Ints, none: float) -> NDArray[np.g
 
 def score_histogram(scores: Scores) -> Ints:
     """(BINS,) how many scores lie in each fiftieth from -1 to 1; others count in the outer bins."""
-    bins = np.floor((scores.ravel().astype(np.float64) + 1) * (BINS / 2)).astype(np.int64)
-    return np.bincount(np.clip(bins, 0, BINS - 1), minlength=BINS)
+    return np.histogram(np.clip(scores.astype(np.float64), -1, 1), BINS, (-1, 1))[0]

@@ -4,19 +4,17 @@
          -> documents  (unique by text: positives, then negatives, in order of appearance)
          -> which query and which positives each row has
 
-A text is a 64-bit hash and a position (row, slot) where it can be read again, so that a task of
-many millions of rows is some arrays, never a list of strings. The numbers are a function of the data
-alone: not of the model, of the number of processes, or of what was mined before.
-
-R rows    n unique texts    P positives of all rows
+A text is a 64-bit hash and a position (row, slot) where it can be read again, so a task of many
+millions of rows is never a list of strings. The numbers are a function of the data alone.
 """
 
 import json
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,35 +26,10 @@ from kalm_min.topk import Ints
 from kalm_min.vectors import TextSet
 
 Table = NDArray[np.void]
-
-_FIELDS = ("hash", "instruction", "row", "slot", "size")
-TEXT = np.dtype([(name, np.int64) for name in _FIELDS])
-"""One text: hash without instruction, number of the instruction, where to read it (slot 0 is the
-query, then come positives and negatives), characters with instruction."""
+# One text: hash without instruction, number of the instruction, where to read it (slot 0 is the
+# query, then come positives and negatives), characters with instruction.
+TEXT = np.dtype([(name, np.int64) for name in ("hash", "instruction", "row", "slot", "size")])
 _POOL = {"text": Field("a non-empty string of valid Unicode", is_text, required=True)}
-
-
-class Texts(NamedTuple):
-    """Unique texts that can be read again."""
-
-    table: Table  # (n,) of TEXT
-    instructions: tuple[str, ...]  # the different ones; "" is none
-    read: Callable[[int, int], str]  # read(row, slot) gives a text again
-
-    def take(self, numbers: Ints) -> "Texts":
-        """Some of them, in the order given."""
-        return self._replace(table=self.table[numbers])
-
-    def set(self, template: str) -> TextSet:
-        """As a store of vectors takes them, each with its instruction, by a template, as a prompt."""
-        rows_and_slots = self.table[["row", "slot"]]
-        return TextSet(
-            hashes=self.table["hash"],
-            sizes=self.table["size"],
-            prompts=tuple(template.format(instruction=x) if x else "" for x in self.instructions),
-            prompt_ids=self.table["instruction"],
-            read=lambda start, stop: [self.read(*at) for at in rows_and_slots[start:stop].tolist()],
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,22 +51,19 @@ class TextIndex:
 
     def save(self, path: Path) -> None:
         """Write an .npz file, complete or not at all."""
-        arrays: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        arrays["instructions"] = json.dumps(self.instructions)
+        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
         with atomic_write(path) as file:
-            np.savez(file, **arrays)
+            np.savez(file, **arrays | {"instructions": json.dumps(self.instructions)})
 
     @classmethod
     def load(cls, path: Path) -> "TextIndex":
         """Read what `save` wrote."""
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        return cls(
-            first=int(arrays.pop("first")),
-            instructions=tuple(json.loads(str(arrays.pop("instructions")))),
-            fingerprint=str(arrays.pop("fingerprint")),
-            **arrays,
-        )
+            arrays = dict[str, Any](file)
+        for name in ("first", "fingerprint", "instructions"):
+            arrays[name] = arrays[name].item()
+        arrays["instructions"] = tuple(json.loads(arrays["instructions"]))
+        return cls(**arrays)
 
 
 class _UniqueTexts:
@@ -109,7 +79,7 @@ class _UniqueTexts:
         code = text_hash(text)
         prompt = self._instructions.setdefault(instruction, len(self._instructions))
         number = self._numbers.setdefault(code + (prompt << 64 if apart else 0), len(self._numbers))
-        if number * len(_FIELDS) == len(self._table):
+        if number * len(TEXT) == len(self._table):
             self._table.extend((code, prompt, row, slot, len(instruction) + len(text)))
         return number
 
@@ -158,21 +128,21 @@ def index_task(data: TrainingData, task: int, *, with_negatives: bool) -> TextIn
     )
 
 
-def reader(data: TrainingData) -> Callable[[int, int], str]:
-    """Reads a text again; the row read last is kept, as its texts come together."""
-    last: tuple[int, tuple[str, ...]] = -1, ()
+def text_sets(data: TrainingData, index: TextIndex) -> list[TextSet]:
+    """The queries and the documents of a task, their prompts the plain instructions."""
 
-    def read(row: int, slot: int) -> str:
-        nonlocal last
-        if last[0] != row:
-            example = data[row]
-            last = row, (example.query, *example.positives, *example.negatives)
-        return last[1][slot]
+    @lru_cache(maxsize=1)  # the texts of a row come together
+    def texts(row: int) -> tuple[str, ...]:
+        example = data[row]
+        return (example.query, *example.positives, *example.negatives)
 
-    return read
+    tables = (index.queries, index.documents)
+    return [
+        _text_set(one, index.instructions, lambda row, slot: texts(row)[slot]) for one in tables
+    ]
 
 
-def open_pool(path: Path, cache_dir: Path | None = None) -> Texts:
+def open_pool(path: Path, cache_dir: Path | None = None) -> TextSet:
     """The unique texts of a JSONL(.gz) file with the key "text".
 
     Raises ValueError with file:line for a line without a text in it.
@@ -183,4 +153,18 @@ def open_pool(path: Path, cache_dir: Path | None = None) -> Texts:
         if problem := problem_with(record, _POOL, extra=True):
             raise ValueError(f"{file.location(row)}: {problem}")
         unique.add(record["text"], "", row, 0)
-    return Texts(unique.table(), ("",), lambda row, slot: file[row]["text"])
+    return _text_set(unique.table(), ("",), lambda row, slot: file[row]["text"])
+
+
+def _text_set(
+    table: Table, instructions: tuple[str, ...], read: Callable[[int, int], str]
+) -> TextSet:
+    """The texts of a table of TEXT; read(row, slot) gives one of them."""
+    rows_and_slots = table[["row", "slot"]]
+    return TextSet(
+        hashes=table["hash"],
+        sizes=table["size"],
+        prompts=instructions,
+        prompt_ids=table["instruction"],
+        read=lambda start, stop: [read(*at) for at in rows_and_slots[start:stop].tolist()],
+    )
