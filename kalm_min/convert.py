@@ -19,46 +19,34 @@ from typing import Annotated, Any
 
 from kalm_min.config import run
 from kalm_min.console import Progress
-from kalm_min.data.records import LINE, LISTED, list_problems, problem_with_line
+from kalm_min.data.records import LINE, LISTED, Row, list_problems, problem_with_line
 from kalm_min.files import atomic_write, read_json, write_json
 
-_OPTIONS = ".convert.json"  # in the output: hidden entries are not data
 _BATCH = 1000  # rows in memory at a time
 _BUFFER = 1 << 20  # bytes of a column read at a time; by default it is a full row group
+_KEPT = ("split_instruction", "skip_bad_rows", "gzip")  # the options that one output has
 _PREFIX = re.compile(r"\s*Instruct:\s*(.*?)\s*\n\s*Query:\s*(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConvertConfig:
-    """Parquet to training data."""
+    """Convert folders of Parquet files (query, pos, neg) into training data."""
 
     input: Annotated[Path, "Folder with Parquet files, in a sub-folder per task."]
     output: Annotated[Path, "Folder for the training data, with a sub-folder per task."]
     split_instruction: Annotated[
-        bool,
-        'Make a prefix "Instruct: ... Query: ..." of a query the instruction of its line; queries '
-        "without it, and rows with an instruction, stay as they are.",
+        bool, 'Make the prefix "Instruct: ... Query: ..." of a query the instruction of its line.'
     ] = False
     skip_bad_rows: Annotated[
-        bool,
-        "Leave out rows that are not training examples; otherwise their file is not converted.",
+        bool, "Leave out rows that are no training examples; otherwise their file is not converted."
     ] = False
-    gzip: Annotated[
-        bool, "Compress. Training unpacks the files again, so this saves space in transfer only."
-    ] = False
+    gzip: Annotated[bool, "Compress for transfer; training unpacks the files again."] = False
 
 
 def main(argv: list[str]) -> int:
     """The command; see `config.run` for the exit code."""
-    description = "Convert folders of Parquet files (query, pos, neg) into training data."
     return run(
-        ConvertConfig,
-        convert,
-        argv,
-        program="kalm_min.convert",
-        description=description,
-        positional="input",
-        resumable=True,
+        ConvertConfig, convert, argv, program="kalm_min.convert", positional="input", resumable=True
     )
 
 
@@ -68,66 +56,59 @@ def convert(config: ConvertConfig) -> int:
     Raises ValueError for an input without Parquet files and an output made with other options, and,
     after all other files, for the files that could not be converted.
     """
-    suffix = ".jsonl.gz" if config.gzip else ".jsonl"
-    sources = _parquet_files(config.input)
-    _claim(config)
-    todo: list[tuple[Path, Path]] = []
-    failures: list[str] = []
-    stored = total = written = 0
-    for source in sources:
-        target = (config.output / source.relative_to(config.input)).with_suffix(suffix)
-        if target.exists() and target.stat().st_mtime >= source.stat().st_mtime:
-            stored += 1
-            continue
-        try:
-            total += _open(source).metadata.num_rows
-            todo.append((source, target))
-        except ValueError as error:
-            failures.append(str(error))
-    with Progress(total, "rows", sys.stderr, title="convert") as progress:
-        for source, target in todo:
-            try:
-                written += _convert_file(source, target, config, progress)
-            except ValueError as error:
-                failures.append(str(error))
-    sys.stderr.write(
-        f"{written:,} rows of {len(sources) - stored - len(failures)} files -> {config.output}"
-        + (f"; {stored} files had been converted before\n" if stored else "\n")
-    )
-    if failures:
-        raise ValueError("\n".join(failures))
-    return 0
-
-
-def _parquet_files(hub: Path) -> list[Path]:
-    """The Parquet files of a folder and of its sub-folders, sorted; raises ValueError for none."""
-    files = sorted(
-        file
-        for file in hub.rglob("*.parquet")
-        if not any(part.startswith(".") for part in file.relative_to(hub).parts)
-    )
-    if not files:
-        raise ValueError(f"{hub}: expected Parquet files, in a sub-folder per task, found none")
-    for file in files:
-        if len(file.relative_to(hub).parts) > 2:  # its task would be ambiguous
-            raise ValueError(f"{file}: expected <task>/<file>.parquet in {hub}, found it deeper")
-    return files
-
-
-def _claim(config: ConvertConfig) -> None:
-    """Note the options in the output. Raises ValueError where it was made with others."""
-    options = {
-        name: getattr(config, name) for name in ("split_instruction", "skip_bad_rows", "gzip")
-    }
-    path = config.output / _OPTIONS
-    before = read_json(path) if path.exists() else None
-    if before is None:
-        write_json(path, options)
-    elif changed := [key for key in options if before.get(key) != options[key]]:
-        found = ", ".join(f"{key} {json.dumps(before.get(key))}" for key in changed)
+    targets = _targets(config)
+    # The options are noted in a hidden file, which is not data: one folder, one set of options.
+    stored, options = config.output / ".convert.json", {key: getattr(config, key) for key in _KEPT}
+    before = read_json(stored) if stored.exists() else options
+    if other := [f"{k} {json.dumps(before.get(k))}" for k in _KEPT if before.get(k) != options[k]]:
+        found = ", ".join(other)
         raise ValueError(
             f"{config.output}: converted before with {found}; give another --output, or delete it"
         )
+    write_json(stored, options)
+    todo = {
+        source: target
+        for source, target in targets.items()
+        if not target.exists() or target.stat().st_mtime < source.stat().st_mtime
+    }
+    failures, rows, written = dict[Path, str](), 0, 0
+    for source in todo:
+        try:
+            rows += _open(source).metadata.num_rows
+        except ValueError as error:
+            failures[source] = str(error)
+    with Progress(rows, "rows", sys.stderr, title="convert") as progress:
+        for source in [source for source in todo if source not in failures]:
+            try:
+                written += _convert_file(source, todo[source], config, progress)
+            except ValueError as error:
+                failures[source] = str(error)
+    kept = len(targets) - len(todo)
+    sys.stderr.write(
+        f"{written:,} rows of {len(todo) - len(failures)} files -> {config.output}"
+        + (f"; {kept} files had been converted before\n" if kept else "\n")
+    )
+    if failures:
+        raise ValueError("\n".join(failures.values()))
+    return 0
+
+
+def _targets(config: ConvertConfig) -> dict[Path, Path]:
+    """The output file of each Parquet file of the folder and of its sub-folders."""
+    targets: dict[Path, Path] = {}
+    for source in sorted(config.input.rglob("*.parquet")):
+        path = source.relative_to(config.input)
+        if any(part.startswith(".") for part in path.parts):
+            continue
+        if len(path.parts) > 2:  # its task would be ambiguous
+            expected = f"expected <task>/<file>.parquet in {config.input}"
+            raise ValueError(f"{source}: {expected}, found it deeper")
+        suffix = ".jsonl.gz" if config.gzip else ".jsonl"
+        targets[source] = (config.output / path).with_suffix(suffix)
+    if not targets:
+        expected = "expected Parquet files, in a sub-folder per task"
+        raise ValueError(f"{config.input}: {expected}, found none")
+    return targets
 
 
 def _convert_file(source: Path, target: Path, config: ConvertConfig, progress: Progress) -> int:
@@ -136,18 +117,15 @@ def _convert_file(source: Path, target: Path, config: ConvertConfig, progress: P
     Raises ValueError for a damaged file, one that lacks a column, and for bad rows. Rows are
     counted from 1.
     """
-    good = bad = 0
-    problems: list[str] = []
+    good, bad, problems = 0, 0, list[str]()
     with atomic_write(target) as plain, ExitStack() as stack:
         out = plain
-        if config.gzip:
-            # Without name and time, so that equal data is equal files.
-            zipped = gzip.GzipFile("", "wb", compresslevel=6, fileobj=plain, mtime=0)
-            out = stack.enter_context(zipped)
-        for rows in _batches(source):
+        if config.gzip:  # without name and time, so that equal data is equal files
+            out = stack.enter_context(gzip.GzipFile("", "wb", 6, plain, mtime=0))
+        for rows in _read(source):
             for row in rows:
                 # The keys in the usual order, without those that are empty.
-                record = {key: row[key] for key in LINE if row.get(key) not in (None, [])}
+                record: Row = {key: row[key] for key in LINE if row.get(key) not in (None, [])}
                 plain_query = config.split_instruction and "instruction" not in record
                 if plain_query and (match := _PREFIX.fullmatch(str(record.get("query")))):
                     record["instruction"], record["query"] = match.groups()
@@ -159,12 +137,13 @@ def _convert_file(source: Path, target: Path, config: ConvertConfig, progress: P
                     good += 1
                     out.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
             progress.update(len(rows), str(source.relative_to(config.input)))
+        listed = list_problems(bad, "bad row", problems)
         if bad and not config.skip_bad_rows:
-            raise ValueError(f"{source}: not converted, {list_problems(bad, 'bad row', problems)}")
+            raise ValueError(f"{source}: not converted, {listed}")
         if not good:
             raise ValueError(f"{source}: expected at least one training example, found none")
     if bad:
-        sys.stderr.write(f"{source}: left out {list_problems(bad, 'bad row', problems)}\n")
+        sys.stderr.write(f"{source}: left out {listed}\n")
     return good
 
 
@@ -172,28 +151,29 @@ def _open(path: Path) -> Any:
     """A pyarrow.parquet.ParquetFile."""
     try:
         from pyarrow.parquet import ParquetFile  # pyright: ignore -- it has no types
+
+        # Without pre_buffer, which keeps what it has read until the end of the file.
+        return ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False)
     except ModuleNotFoundError as error:
         raise ValueError(
             'converting Parquet needs pyarrow: pip install "kalm-min[data]"'
         ) from error
-    try:
-        # Without pre_buffer, which keeps what it has read until the end of the file.
-        return ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False)
     except (OSError, ValueError) as error:  # pyarrow's errors are of these classes
         found = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: expected a Parquet file, found: {found}") from error
+        raise ValueError(
+            f"{path}: expected a Parquet file, found: {str(error).splitlines()[0]}"
+        ) from error
 
 
-def _batches(path: Path) -> Iterator[list[dict[str, object]]]:
+def _read(path: Path) -> Iterator[list[Row]]:
     """The rows, some at a time, with the columns that training data knows."""
     file = _open(path)
     names: list[str] = file.schema_arrow.names
     if "query" not in names or not {"pos", "group"} & {*names}:
-        raise ValueError(
-            f"{path}: expected the columns 'query' and 'pos' (or 'group'), found {', '.join(names)}"
-        )
-    columns = [name for name in names if name in LINE]
+        expected = "expected the columns 'query' and 'pos' (or 'group')"
+        raise ValueError(f"{path}: {expected}, found {', '.join(names)}")
     try:
+        columns = [name for name in names if name in LINE]
         for batch in file.iter_batches(_BATCH, columns=columns, use_threads=False):
             yield batch.to_pylist()
     except (OSError, ValueError) as error:

@@ -4,10 +4,6 @@ Semi-homogeneous task batching (KaLM-Embedding V1, section on data batching): ea
 and cut into blocks of the global batch; the left-overs of all tasks are joined, shuffled and cut
 into mixed blocks. With homogeneous ratio r the last int(B(1-r)) positions of every block are pooled
 over all blocks, shuffled and distributed again. Then the order of the blocks is shuffled.
-
-The order of an epoch is a pure function of (sizes, draws, batch size, ratio, seed, epoch). Every
-rank computes all of it and takes its slice of each block, without communication. A plan is one
-array of indices (4 bytes each below 2^31 rows), made at a peak of about two such arrays.
 """
 
 import math
@@ -45,12 +41,12 @@ def task_draws(
     Returns (T,) numbers, at least 1 unless the size or the weight is 0.
     """
     assert 0 <= size_exponent <= 1, "the exponent is from 0 to 1"
-    assert all(weight >= 0 for weight in weights or ()), "weights are not negative"
+    factors = weights or [1.0] * len(task_sizes)
+    assert min(factors, default=0) >= 0, "weights are not negative"
     bounds = [math.inf if cap is None else cap for cap in caps or [None] * len(task_sizes)]
     sizes = [min(size, bound) for size, bound in zip(task_sizes, bounds, strict=True)]
     powers = [size**size_exponent if size else 0.0 for size in sizes]
     scale = sum(sizes) / sum(powers) if size_exponent != 1 and any(sizes) else 1.0
-    factors = weights or [1.0] * len(sizes)
     return [
         int(min(max(1, round(weight * power * scale)), bound)) if weight and power else 0
         for weight, power, bound in zip(factors, powers, bounds, strict=True)
@@ -62,26 +58,26 @@ class TaskBatchSampler:
     """Iterate over this rank's global example indices, one list per training step.
 
     Example i of task t has the global index sum(task_sizes[:t]) + i. Concatenating the lists of all
-    ranks in rank order gives the global batch, whatever the number of ranks. The examples that fill
-    no global batch are left out, different ones in each epoch. All arguments but `rank` must be the
-    same on every rank. Raises ValueError for arguments that contradict each other.
+    ranks in rank order gives the global batch, whatever the number of ranks: the order of an epoch
+    is a pure function of the other arguments and the epoch, every rank computes all of it (one
+    array of indices, 4 bytes each below 2^31 rows, at a peak of about two such arrays) and takes
+    its slice of each block. The examples that fill no global batch are left out, different ones in
+    each epoch. Raises ValueError for arguments that contradict each other.
     """
 
     task_sizes: Sequence[int]
-    batch_size: int
-    """The global batch, over all ranks; a multiple of `world_size`."""
+    batch_size: int  # the global batch, over all ranks; a multiple of `world_size`
     _: KW_ONLY
+    # The share of a block that stays with one task: 1 is one task per block, 0 random sampling.
     homogeneous_ratio: float = 1.0
-    """The share of a block that stays with one task: 1 is one task per block, 0 random sampling."""
     seed: int = 0
     rank: int = 0
     world_size: int = 1
-    drop_last: bool = True
-    """Only True is supported: all batches are equally large."""
+    drop_last: bool = True  # only True is supported: all batches are equally large
+    # The examples an epoch takes of each task; None takes each once. Below the size of the task
+    # they are a random subset; above it come rounds of all its examples, each shuffled by itself,
+    # and a subset as the remainder.
     task_draws: Sequence[int] | None = None
-    """The examples an epoch takes of each task; None takes each once. Below the size of the task
-    they are a random subset; above it come rounds of all its examples, each shuffled by itself, and
-    a subset as the remainder."""
 
     def __post_init__(self) -> None:
         self.task_sizes = sizes = [int(size) for size in self.task_sizes]
@@ -89,34 +85,31 @@ class TaskBatchSampler:
         self.epoch = 0
         self._first = 0  # where the next iteration starts; not 0 only after load_state_dict
         self._step = 0  # batches of this epoch handed out so far
-        batch, ranks, ratio = self.batch_size, self.world_size, self.homogeneous_ratio
+        batch, ranks, draws = self.batch_size, self.world_size, self.draws
         if batch < 1:
             raise ValueError(f"batch_size must be at least 1, found {batch}")
         if not 0 <= self.rank < ranks:
             raise ValueError(f"rank must be from 0 to world_size - 1, found {self.rank} of {ranks}")
         if batch % ranks:
+            raise ValueError(f"batch_size {batch} must be a multiple of world_size, found {ranks}")
+        if not 0.0 <= self.homogeneous_ratio <= 1.0:
             raise ValueError(
-                "batch_size is the batch over all ranks and must be a multiple of world_size, "
-                f"found batch_size {batch} with world_size {ranks}"
+                f"homogeneous_ratio must be from 0 to 1, found {self.homogeneous_ratio}"
             )
-        if not 0.0 <= ratio <= 1.0:
-            raise ValueError(f"homogeneous_ratio must be from 0 to 1, found {ratio}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, found {self.seed}")
         if not self.drop_last:
             raise ValueError("drop_last must be True, found False: all batches are equally large")
-        if len(self.draws) != len(sizes):
-            raise ValueError(
-                f"task_draws must hold one number for each of the {len(sizes)} tasks, "
-                f"found {len(self.draws)}"
-            )
-        for number, (size, count) in enumerate(zip(sizes, self.draws, strict=True)):
+        if len(draws) != len(sizes):
+            expected = f"task_draws must hold one number for each of the {len(sizes)} tasks"
+            raise ValueError(f"{expected}, found {len(draws)}")
+        for task, (size, count) in enumerate(zip(sizes, draws, strict=True)):
             if count < 0 or (count and not size):
-                raise ValueError(f"cannot draw {count} examples of task {number}, which has {size}")
+                raise ValueError(f"cannot draw {count} examples of task {task}, which has {size}")
         if len(self) == 0:
             raise ValueError(
-                f"an epoch has no batch: the data holds {sum(self.draws)} examples and a batch "
-                f"takes {batch}; lower the batch size"
+                f"an epoch has no batch: the data holds {sum(draws)} examples and a batch takes "
+                f"{batch}; lower the batch size"
             )
 
     def __len__(self) -> int:
@@ -131,8 +124,7 @@ class TaskBatchSampler:
         if epoch < 0:
             raise ValueError(f"epoch must not be negative, found {epoch}")
         if epoch != self.epoch:
-            self.epoch = epoch
-            self._first = self._step = 0
+            self.epoch, self._first, self._step = epoch, 0, 0
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield one list of global indices per step, from the loaded step or from the start."""
@@ -187,19 +179,19 @@ class TaskBatchSampler:
         epoch, step = state["epoch"], state["step"]
         if epoch < 0 or not 0 <= step <= len(self):
             raise ValueError(f"cannot resume at step {step} of {len(self)} in epoch {epoch}")
-        self.epoch = epoch
-        self._first = self._step = step
+        self.epoch, self._first, self._step = epoch, step, step
 
     def _fingerprint(self) -> dict[str, object]:
         """What the order depends on, besides the epoch."""
+        draws_all = self.draws == self.task_sizes
         return {
             "task_sizes": self.task_sizes,
-            "task_draws": None if self.draws == self.task_sizes else self.draws,
+            "task_draws": None if draws_all else self.draws,
             "batch_size": self.batch_size,
             "homogeneous_ratio": self.homogeneous_ratio,
             "seed": self.seed,
             # Versions before the second drew other subsets, and knew drop_last = False.
-            "order_version": None if self.draws == self.task_sizes else 2,
+            "order_version": None if draws_all else 2,
             "drop_last": True,
         }
 
@@ -210,12 +202,10 @@ def _draw_tasks(
     """Draw and shuffle each task; return the full blocks of all tasks, then the left-overs."""
     dtype = np.int32 if sum(sizes) < 2**31 else np.int64
     order: Indices = np.empty(sum(draws), dtype)
-    full: list[Indices] = []
-    rest: list[Indices] = []
+    full, rest = list[Indices](), list[Indices]()
     first = end = 0  # of the task's rows; of the task's draws in `order`
     for size, count in zip(sizes, draws, strict=True):
         drawn = order[end : end + count]
-        end += count
         for start in range(0, count, size or 1):
             part = drawn[start : start + size]
             if len(part) == size:  # a round of all rows
@@ -223,7 +213,7 @@ def _draw_tasks(
                 rng.shuffle(part)
             else:  # numpy takes at most 8 bytes per row of the task for this
                 part[:] = rng.choice(size, len(part), replace=False) + first
-        first += size
+        first, end = first + size, end + count
         full.append(drawn[: count - count % batch_size])
         rest.append(drawn[count - count % batch_size :])
     left_over = np.concatenate(rest)
@@ -254,14 +244,13 @@ def token_budget_batches(lengths: Sequence[int], max_tokens: int) -> list[npt.ND
 
     def cuts_of(budget: int) -> list[int]:
         """The (exclusive) end of each batch when every batch is filled up to the budget."""
-        cuts: list[int] = []
-        start = used = 0
-        while start < len(ends):
+        cuts = [0]
+        while cuts[-1] < len(ends):
+            used = int(ends[cuts[-1] - 1]) if cuts[-1] else 0
             # At least one text: one that is longer than the budget is alone.
-            start = max(start + 1, int(np.searchsorted(ends, used + budget, side="right")))
-            used = int(ends[start - 1])
-            cuts.append(start)
-        return cuts
+            fits = int(np.searchsorted(ends, used + budget, side="right"))
+            cuts.append(max(cuts[-1] + 1, fits))
+        return cuts[1:]
 
     fewest = len(cuts_of(max_tokens))
     # The smallest budget that needs no more batches.
