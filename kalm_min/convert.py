@@ -160,9 +160,7 @@ def _open(path: Path) -> Any:
         ) from error
     except (OSError, ValueError) as error:  # pyarrow's errors are of these classes
         found = str(error).partition("\n")[0]
-        raise ValueError(
-            f"{path}: expected a Parquet file, found: {str(error).splitlines()[0]}"
-        ) from error
+        raise ValueError(f"{path}: expected a Parquet file, found: {found}") from error
 
 
 def _read(path: Path) -> Iterator[list[Row]]:

@@ -3,8 +3,7 @@
 Each file or sub-folder of a folder is a task. The "task" of a line takes precedence over the name
 of its file, so a single file may hold many tasks. `<task>.toml` beside the data holds the settings
 of a task. Every line is checked once; the outcome is cached with the index of its file, so opening
-again reads no line. Not here: the check (checking.py), and prompts and what is drawn (batches.py,
-labels.py).
+again reads no line. Not here: the check (checking.py), and prompts and batches (batches.py).
 """
 
 import os
@@ -20,9 +19,10 @@ import numpy as np
 
 from kalm_min.data.checking import Counts, check_all, load_array, load_summary
 from kalm_min.data.index import Ints, JsonlFile
-from kalm_min.data.labels import LabelIndex
 from kalm_min.data.records import SETTINGS, Row, TaskSettings, read_settings
-from kalm_min.files import did_you_mean
+from kalm_min.files import did_you_mean, text_hash
+
+_TRIES = 8  # draws of a positive before one with the text of the query is taken
 
 Segment = tuple[JsonlFile, Ints | range, Counts]  # rows of one file that belong to one task
 
@@ -88,23 +88,18 @@ class TrainingData:
         self._segments = [segment for name in self.task_names for segment in tasks[name]]
         self._ends = list(accumulate(len(rows) for _, rows, _ in self._segments))
         self._task_ends = list(accumulate(self.task_sizes))
-        self._labels = list[LabelIndex | None]()
-        for name, settings, end in zip(
-            self.task_names, self.settings, self._task_ends, strict=True
-        ):
+        self._by_group: dict[int, tuple[Ints, Ints]] = {}
+        for task, (name, settings) in enumerate(zip(self.task_names, self.settings, strict=True)):
             if settings.label_based:
-                wanted = "expected 'group' in every line of a label-based task"
-                _require("group", tasks[name], wanted)
-                groups = [load_array(f, "groups")[np.asarray(rows)] for f, rows, _ in tasks[name]]
-                hashes = np.concatenate(groups)
-                self._labels.append(LabelIndex(hashes, end - len(hashes), name, self.location))
+                expected = "expected 'group' in every line of a label-based task"
+                _require("group", tasks[name], expected)
+                self._by_group[task] = self._group(task, tasks[name])
             else:
-                wanted = (
+                expected = (
                     "expected 'pos' to be a list of at least one non-empty string, or label_based "
                     f"= true in {name}.toml to draw positives from the line's group"
                 )
-                _require("pos", tasks[name], wanted)
-                self._labels.append(None)
+                _require("pos", tasks[name], expected)
 
     def __reduce__(self) -> tuple[Callable[[], "TrainingData"], tuple[()]]:
         return self._reopen, ()
@@ -126,10 +121,10 @@ class TrainingData:
         i = range(len(self))[i]
         task, record, negative_groups = bisect_right(self._task_ends, i), self.record(i), None
         settings, group = self.settings[task], record.get("group")
-        if labels := self._labels[task]:
+        if task in self._by_group:
             # The last number tells the generator from that of batches.py.
             rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(epoch, i, 1)))
-            positive, negatives = labels.draw(i, self.record, num_negatives, rng)
+            positive, negatives = self._draw(i, record, self._by_group[task], num_negatives, rng)
             negative_groups = tuple(str(other["group"]) for other in negatives)
             record["pos"] = [positive["query"]]
             record["neg"] = [other["query"] for other in negatives]
@@ -151,6 +146,51 @@ class TrainingData:
             symmetric=settings.symmetric,
             in_batch_negatives=settings.in_batch_negatives,
         )
+
+    def _group(self, task: int, segments: list[Segment]) -> tuple[Ints, Ints]:
+        """The examples of a label-based task, sorted by group, and the hash of each one's group.
+
+        Raises ValueError for a single group, and for a group of one row: it has no positive.
+        """
+        some = [load_array(file, "groups")[np.asarray(rows)] for file, rows, _ in segments]
+        hashes, first = np.concatenate(some), self._task_ends[task] - self.task_sizes[task]
+        order = np.argsort(hashes, kind="stable")
+        _, starts, sizes = np.unique(hashes[order], return_index=True, return_counts=True)
+        name = f"the label-based task {self.task_names[task]!r}"
+        if len(starts) < 2:
+            expected = f"expected texts of at least two groups in {name}, found one group"
+            raise ValueError(f"{self.location(first)}: {expected}")
+        if len(single := starts[sizes == 1]):
+            raise ValueError(
+                f"{self.location(first + int(order[single[0]]))}: expected every group of {name} to "
+                f"have two rows or more, found {len(single)} group{'s'[: len(single) - 1]} of a "
+                "single one; remove or merge"
+            )
+        return first + order, hashes[order]
+
+    def _draw(
+        self, i: int, record: Row, by_group: tuple[Ints, Ints], count: int, rng: np.random.Generator
+    ) -> tuple[Row, list[Row]]:
+        """A positive of the group of example i, and at most `count` negatives of other groups.
+
+        Example-based labelling (KaLM-Embedding V2, data curation): a class is learned from its
+        texts, not from its name. A positive with the text of the query (data has duplicates) is
+        drawn again a few times.
+        """
+        numbers, hashes = by_group
+        key = text_hash(str(record["group"]))
+        start, end = (int(np.searchsorted(hashes, key, side)) for side in ("left", "right"))
+        group, positive = numbers[start:end], record
+        position = int(np.searchsorted(group, i))
+        for _ in range(_TRIES):
+            drawn = int(rng.integers(len(group) - 1))
+            positive = self.record(int(group[drawn + (drawn >= position)]))
+            if positive["query"] != record["query"]:
+                break
+        others = len(numbers) - len(group)
+        chosen = rng.choice(others, min(count, others), replace=False)
+        chosen[chosen >= start] += len(group)
+        return positive, [self.record(number) for number in numbers[chosen].tolist()]
 
     def record(self, i: int) -> Row:
         """The line of example i as it stands in the file."""

@@ -80,7 +80,7 @@ class TaskSettings:
     symmetric: Annotated[bool, _FLAG] = False
     # False: the candidates of a query are the documents of its line only.
     in_batch_negatives: Annotated[bool, _FLAG] = True
-    # Positives are other texts of the line's group, negatives texts of other groups (labels.py);
+    # Positives are other texts of the line's group, negatives texts of other groups;
     # what the lines hold as "pos" and "neg" is not trained on, and "pos" may be absent.
     label_based: Annotated[bool, _FLAG] = False
     # How often an epoch takes each example; 0.5 is half of them, a new half in each epoch.
