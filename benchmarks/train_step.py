@@ -158,7 +158,7 @@ def ours(folder: str, autocast: Autocast) -> Step:
         tokens = tokenize(batch, embedder.tokenizer, max_length=embedder.max_length)
         return contrastive_step(
             tokens, embed, _LOSS, device=device(), tokens_per_batch=16_384, no_sync=nullcontext
-        ).loss
+        )[0]
 
     return step
 

@@ -24,10 +24,10 @@ from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVa
 # In place of the cosine of a masked document: exp(MASKED_LOGIT / t) is exactly 0, and unlike -inf it
 # can be differentiated where a query has no other negative.
 MASKED_LOGIT = -1e4
-_SMALLEST = 1e-12  # a norm below this counts as this: a zero vector has cosine 0 and gradient 0
+_SMALLEST = 1e-12  # a norm below this counts as this: the cosine of a zero vector is 0, not nan
 _CACHED = 1 << 20  # pairs per tile on a CPU: the 4 MiB of scores per slice stay in its cache
 
-# For each of K leading slices, the (n, d) coordinates that it adds to the one before, and (n,) one
+# For each of K leading slices, the (n, d) coordinates that it adds to the one before, and (n, 1) one
 # over its length.
 _Prefixes = list[tuple[Tensor, Tensor]]
 
@@ -46,7 +46,7 @@ def info_nce(
     document_negatives: Tensor | None = None,
     memory_gib: float = 1.0,
 ) -> Tensor:
-    """The mean loss over the B queries given.
+    """The mean loss over the B queries given, a scalar in the dtype of the inputs.
 
     In distributed training each process scores its own queries against the documents of all; the
     mean over processes, which data-parallel averaging takes, is then the mean over all queries.
@@ -68,11 +68,9 @@ def info_nce(
         document_negatives: (N,) bool, the documents that, where they are a query's negatives, are
             negatives of its positive too. Not in the reports; the public code, GTE and Qwen3 have it.
         memory_gib: GiB for scores, beside the vectors and their gradients.
-
-    Returns:
-        A scalar in the dtype of the inputs.
     """
-    cuts = sorted(set(dims)) or [queries.shape[1]]
+    slices = sorted(zip(dims, weights, strict=True)) or [(queries.shape[1], 1.0)]
+    cuts = [dim for dim, _ in slices]
     # Measured (benchmarks/loss_memory.py): about 12 float32 numbers per pair and slice in backward.
     sides = 1 if document_negatives is None else 2
     pairs = max(1, int(memory_gib * 2**30 / (sides * (48 * len(cuts) + 16))))
@@ -81,8 +79,9 @@ def info_nce(
     tile_rows = min(len(queries), math.isqrt(pairs))
     tile_columns = pairs // tile_rows
     both = (torch.split(vectors, tile_rows) for vectors in (queries, documents[labels]))
-    blocks = [tuple(_prefixes(part, cuts) for part in parts) for parts in zip(*both, strict=True)]
-    positives = torch.cat([_paired_cosines(*block) for block in blocks], dim=1)  # (K, B)
+    blocks = [[_prefixes(part, cuts) for part in parts] for parts in zip(*both, strict=True)]
+    paired = [torch.stack(_cosines(*block, paired=True)) for block in blocks]  # (K, b, 1) each
+    positives = torch.cat(paired, dim=1)  # (K, B, 1)
     indices = torch.arange(len(documents), device=labels.device)
 
     def negatives_of(block: int, columns: slice, candidates: _Prefixes) -> Tensor:
@@ -92,7 +91,7 @@ def info_nce(
         cosines = _cosines(query, candidates)  # K of (b, n)
         masked = labels[rows, None] == indices[columns]  # (b, n)
         if callable(mask):
-            masked |= mask(rows, columns, cosines[-1].detach(), positives[-1, rows, None].detach())
+            masked |= mask(rows, columns, cosines[-1].detach(), positives[-1, rows].detach())
         elif mask is not None:
             masked |= mask[rows, columns]
         sums = _masked_log_sum_exp(cosines, masked, temperature)
@@ -108,38 +107,36 @@ def info_nce(
             "Callable[[int, slice, _Prefixes], Tensor]",
             partial(checkpoint, negatives_of, use_reentrant=False, preserve_rng_state=False),
         )
-    sums: list[list[Tensor]] = [[] for _ in blocks]  # (K, b) of each tile
+    tiles: list[Tensor] = []  # (K, B) of the documents of each
     # Documents outside, so that backward is done with those of a tile before it begins the next.
     for i, part in enumerate(torch.split(documents, tile_columns)):
         columns = slice(i * tile_columns, (i + 1) * tile_columns)
         candidates = _prefixes(part, cuts)
-        for block, found in enumerate(sums):
-            found.append(compute(block, columns, candidates))
-    negatives = torch.cat([torch.stack(parts).logsumexp(0) for parts in sums], dim=1)  # (K, B)
+        sums = [compute(block, columns, candidates) for block in range(len(blocks))]
+        tiles.append(torch.cat(sums, dim=1))
+    negatives = torch.stack(tiles).logsumexp(0)  # (K, B)
     if extra_negatives is not None:
         extra = [extra_negatives(queries[:, :dim], documents[:, :dim]) for dim in cuts]
         further = (torch.stack(extra) / temperature).logsumexp(2)  # (K, B, S) -> (K, B)
         negatives = torch.logaddexp(negatives, further)
-    x = negatives - positives / temperature  # in their difference neither p nor 1 - p cancels
+    x = negatives - positives[:, :, 0] / temperature  # in it neither p nor 1 - p cancels
     zero = torch.zeros_like(x)
     nll = torch.logaddexp(zero, x)  # (K, B)
     if gamma:
         nll = (-gamma * torch.logaddexp(zero, -x)).exp() * nll  # log(1 - p) = -log(1 + e^-x)
-    weighted = [*zip(dims, weights, strict=True)] or [(cuts[0], 1.0)]
-    scale = [sum(weight for dim, weight in weighted if dim == cut) for cut in cuts]
-    return (nll.new_tensor(scale) @ nll).mean()
+    return (nll.new_tensor([weight for _, weight in slices]) @ nll).mean()
 
 
 def _prefixes(vectors: Tensor, cuts: list[int]) -> _Prefixes:
     # Split, not sliced: the gradient of a slice is as wide as the vectors.
     sizes = [end - start for start, end in pairwise([0, *cuts, vectors.shape[1]])]
     parts = torch.split(vectors, sizes, dim=1)[:-1]
-    squares = torch.stack([part.square().sum(1) for part in parts]).cumsum(0)  # (K, n)
+    squares = torch.stack([part.square().sum(1, keepdim=True) for part in parts]).cumsum(0)
     return [*zip(parts, squares.clamp_min(_SMALLEST**2).rsqrt(), strict=True)]
 
 
-def _cosines(queries: _Prefixes, documents: _Prefixes) -> list[Tensor]:
-    """K of (b, n), of every query with every document.
+def _cosines(queries: _Prefixes, documents: _Prefixes, paired: bool = False) -> list[Tensor]:
+    """K of (b, n), of every query with every document; of (b, 1), with the one beside it, if paired.
 
     The product of the first 128 coordinates is that of the first 64 plus that of the next 64, so
     all slices cost one product of the full dimension.
@@ -147,16 +144,9 @@ def _cosines(queries: _Prefixes, documents: _Prefixes) -> list[Tensor]:
     found: list[Tensor] = []
     products = queries[0][0].new_zeros(())
     for (q, left), (d, right) in zip(queries, documents, strict=True):
-        products = products + q @ d.T  # (b, n)
-        found.append(products * left[:, None] * right)
+        products = products + ((q * d).sum(1, keepdim=True) if paired else q @ d.T)
+        found.append(products * left * (right if paired else right.T))
     return found
-
-
-def _paired_cosines(queries: _Prefixes, documents: _Prefixes) -> Tensor:
-    """(K, b), of each query with the document beside it."""
-    pairs = [*zip(queries, documents, strict=True)]
-    products = torch.stack([(q * d).sum(1) for (q, _), (d, _) in pairs]).cumsum(0)
-    return products * torch.stack([left * right for (_, left), (_, right) in pairs])
 
 
 def _masked_log_sum_exp(cosines: list[Tensor], masked: Tensor, temperature: float) -> Tensor:

@@ -18,15 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kalm_min import losses
 from kalm_min.data import TextBatch
-from kalm_min.losses import (
-    ContrastiveBatch,
-    count_pairs,
-    distillation,
-    matryoshka,
-    mixed_cosines,
-    non_candidates,
-)
+from kalm_min.losses import ContrastiveBatch
 from kalm_min.model import Packed
 from kalm_min.sampling import token_budget_batches
 from kalm_min.tokenizer import Tokenizer
@@ -40,49 +34,40 @@ class LossConfig:
 
     temperature: Annotated[float, "Divides the cosine similarity."] = 0.01
     gamma: Annotated[float, "Exponent of the focal weight (1 - p)^gamma; V2 uses 0.5."] = 0.0
-    matryoshka_dims: Annotated[
-        tuple[int, ...], "Leading dimensions that can be used alone; none: the full dimension only."
-    ] = ()
-    matryoshka_weights: Annotated[
-        tuple[float, ...], "One weight per dimension; the reports use 1, 0.3, 0.2, 0.1, 0.1."
-    ] = ()
+    matryoshka_dims: Annotated[tuple[int, ...], "Leading dimensions that can be used alone."] = ()
+    matryoshka_weights: Annotated[tuple[float, ...], "One weight per dimension."] = ()
     mixing: Annotated[bool, "Add two negatives per query, mixed from its own (V2)."] = False
     distillation_weight: Annotated[
         float, "Share of the KL term against the teacher scores in the data; V2.5 uses 0.7."
     ] = 0.0
     distillation_temperature: Annotated[float, "Divides both scores in the KL term."] = 0.05
-    memory_gib: Annotated[
-        float, "GiB for scores, beside the vectors; what exceeds it is computed again in backward."
-    ] = 1.0
+    memory_gib: Annotated[float, "GiB for scores; beyond it they are computed twice."] = 1.0
     mask_false_negatives: Annotated[
         bool, "Known positives of the query, its own text and its class are not its negatives."
     ] = True
     false_negative_margin: Annotated[
-        float | None,
-        "Documents whose cosine exceeds the positive's by this are not negatives; Qwen3 uses 0.1.",
+        float | None, "Maximum by which a negative's cosine exceeds the positive's; Qwen3 uses 0.1."
     ] = None
     query_negatives: Annotated[bool, "The other queries of a batch are negatives too."] = False
-    document_negatives: Annotated[
-        bool, "A query's negatives are negatives of its positive too."
-    ] = False
+    document_negatives: Annotated[bool, "A query's negatives are its positive's too."] = False
 
     def __post_init__(self) -> None:
         """Validate values and their combinations."""
-        for name in ("temperature", "distillation_temperature", "memory_gib"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: expected more than 0, found {getattr(self, name)}")
-        share, dims = self.distillation_weight, self.matryoshka_dims
-        if self.gamma < 0:
-            raise ValueError(f"gamma: expected 0 or more, found {self.gamma}")
-        if not 0 <= share <= 1:
-            raise ValueError(f"distillation_weight: expected 0 to 1, found {share}")
-        if self.false_negative_margin is not None and not self.mask_false_negatives:
-            raise ValueError("false_negative_margin: expected mask_false_negatives to be true")
-        if len(set(dims)) != len(dims):
-            raise ValueError("matryoshka_dims: expected each dimension once")
-        if len(dims) != (found := len(self.matryoshka_weights)):
-            expected = f"one for each of the {len(dims)} matryoshka_dims"
-            raise ValueError(f"matryoshka_weights: expected {expected}, found {found}")
+        dims, weights = self.matryoshka_dims, self.matryoshka_weights
+        one_each = f"one for each of the {len(dims)} matryoshka_dims"
+        margin_works = self.false_negative_margin is None or self.mask_false_negatives
+        for name, valid, expected in (
+            ("temperature", self.temperature > 0, "more than 0"),
+            ("distillation_temperature", self.distillation_temperature > 0, "more than 0"),
+            ("memory_gib", self.memory_gib > 0, "more than 0"),
+            ("gamma", self.gamma >= 0, "0 or more"),
+            ("distillation_weight", 0 <= self.distillation_weight <= 1, "0 to 1"),
+            ("matryoshka_dims", len({*dims}) == len(dims), "each dimension once"),
+            ("matryoshka_weights", len(weights) == len(dims), one_each),
+            ("false_negative_margin", margin_works, "mask_false_negatives to be true"),
+        ):
+            if not valid:
+                raise ValueError(f"{name}: expected {expected}, found {getattr(self, name)}")
 
 
 class TokenBatch(NamedTuple):
@@ -91,14 +76,6 @@ class TokenBatch(NamedTuple):
     sequences: list[list[int]]  # n token lists
     indices: Tensor  # (B + documents,) int64: the sequence of each query, then of each document
     text: TextBatch
-
-
-class StepResult(NamedTuple):
-    """The outcome of one step on this process."""
-
-    loss: Tensor  # mean over this process's queries, detached
-    counts: dict[str, float]  # those of `contrastive_loss`, and "tokens"
-    finite: Tensor  # (B + documents,) bool, whether the vector is finite
 
 
 def tokenize(batch: TextBatch, tokenizer: Tokenizer, *, max_length: int) -> TokenBatch:
@@ -118,17 +95,19 @@ def contrastive_step(
     tokens_per_batch: int,
     no_sync: Callable[[], AbstractContextManager[None]],
     sharded: bool = False,
-) -> StepResult:
+) -> tuple[Tensor, dict[str, float], Tensor]:
     """Add the gradient of the global batch's mean loss to the parameters.
 
     Args:
         batch: this process's share of the global batch, as many queries on every process.
-        embed: (b, D) vectors of a packed chunk.
+        embed: (b, D) vectors of a packed chunk, which is on `device`.
         config: the loss.
-        device: of the chunks that `embed` is given.
         tokens_per_batch: tokens of one chunk; bounds the memory, changes no result.
-        no_sync: see `cached_backward`.
-        sharded: every call of `embed` is collective.
+        device, no_sync, sharded: see `embed` and `cached_backward`.
+
+    Returns:
+        The mean loss over this process's queries, detached; the counts of `contrastive_loss` and
+        "tokens"; (B + documents,) bool, which vectors are finite.
     """
     lengths = [len(ids) for ids in batch.sequences]
     rows = token_budget_batches(lengths, tokens_per_batch)
@@ -146,7 +125,7 @@ def contrastive_step(
 
     rounds = distributed.max_over_ranks(len(chunks), device)
     value = cached_backward(embed, chunks, rows, loss, no_sync, rounds=rounds, sharded=sharded)
-    return StepResult(value, counts, finite[0])
+    return value, counts, finite[0]
 
 
 def contrastive_batch(
@@ -169,11 +148,10 @@ def contrastive_batch(
     queries = np.stack([text.query_hashes, text.query_groups, numbers])  # (3, B)
     documents = [text.document_hashes, text.document_groups, numbers[text.document_owner]]
     meta = np.vstack([np.hstack([queries, documents]), np.arange(len(vectors)) < size])
-    per_query = np.bincount(text.document_owner, minlength=size)  # (B,)
-    present = np.arange(max(2, per_query.max())) < per_query[:, None]  # (B, M)
-    rows = text.labels[:, None] + np.arange(present.shape[1]) * present  # (B, M)
-    longest = max(map(len, text.positive_hashes))
-    positives = np.stack([np.resize(hashes, longest) for hashes in text.positive_hashes])  # (B, P)
+    per_query = np.bincount(text.document_owner)  # (B,)
+    offsets = np.arange(max(2, per_query.max()))  # (M,)
+    rows = np.where(offsets < per_query[:, None], text.labels[:, None] + offsets, -1)  # (B, M)
+    known = max(map(len, text.positive_hashes))
     start = 0 if query_negatives else size
     candidates, candidate_meta = vectors[start:], tensor(meta.T[start:].copy())
     first = size - start  # the row of this process's first document
@@ -185,13 +163,11 @@ def contrastive_batch(
     return ContrastiveBatch(
         queries=vectors[:size],
         documents=candidates,
-        labels=tensor(text.labels) + first,
+        rows=tensor(np.where(rows < 0, -1, rows + first)),
         query_meta=tensor(queries),
         document_meta=candidate_meta.T.contiguous(),
-        positives=tensor(positives),
+        positives=tensor(np.stack([np.resize(one, known) for one in text.positive_hashes])),
         in_batch=tensor(text.in_batch),
-        rows=tensor(rows) + first,
-        present=tensor(present),
         teacher=tensor(text.teacher_scores[rows]),
         mix_pair=tensor(text.mix_pair),
         mix_share=tensor(text.mix_share),
@@ -205,28 +181,28 @@ def contrastive_loss(
 
     Beside the counts of `count_pairs`: "document_document", negatives of the positives; "mixed".
     """
-    dims = config.matryoshka_dims or (batch.queries.shape[1],)
-    weights = config.matryoshka_weights or (1.0,)
     margin = config.false_negative_margin
     counts: dict[str, Tensor] = {}
 
     def mask(rows: slice, columns: slice, cosines: Tensor, positives: Tensor) -> Tensor:
         too_similar = None if margin is None else cosines > positives + margin
-        masks = non_candidates(batch, rows, columns, too_similar)
+        masks = losses.non_candidates(batch, rows, columns, too_similar)
         if not config.mask_false_negatives:
             masks = {reason: m & (reason in {"self", "foreign"}) for reason, m in masks.items()}
-        for name, count in count_pairs(batch, masks, rows, columns).items():
+        for name, count in losses.count_pairs(batch, masks, rows, columns).items():
             counts[name] = counts.get(name, 0) + count
         return reduce(torch.logical_or, masks.values())
 
-    over = partial(matryoshka, batch.queries, batch.documents, dims=dims, weights=weights)
-    mixes = {"present": batch.present, "pair": batch.mix_pair, "share": batch.mix_share}
+    dims = config.matryoshka_dims or (batch.queries.shape[1],)
+    weights = config.matryoshka_weights or (1.0,)
+    over = partial(losses.matryoshka, batch.queries, batch.documents, dims=dims, weights=weights)
+    mixes = {"rows": batch.rows, "pair": batch.mix_pair, "share": batch.mix_share}
     loss = over(
-        batch.labels,
+        batch.rows[:, 0],
         temperature=config.temperature,
         mask=mask,
         gamma=config.gamma,
-        extra_negatives=partial(mixed_cosines, rows=batch.rows, **mixes) if config.mixing else None,
+        extra_negatives=partial(losses.mixed_cosines, **mixes) if config.mixing else None,
         document_negatives=batch.document_meta[3] == 0 if config.document_negatives else None,
         memory_gib=config.memory_gib,
     )
@@ -235,9 +211,9 @@ def contrastive_loss(
     found: dict[str, float] = dict(zip(counts, numbers, strict=True))
     documents = found["hard"] + found["in_batch"] + found["cross_device"]
     found["document_document"] = documents if config.document_negatives else 0
-    found["mixed"] = 2 * int((batch.present.sum(1) > 2).sum()) if config.mixing else 0
+    found["mixed"] = 2 * int((batch.rows[:, 2:3] >= 0).sum()) if config.mixing else 0
     if share := config.distillation_weight:
-        student = {"present": batch.present, "temperature": config.distillation_temperature}
-        kl = over(batch.rows, loss=distillation, teacher=batch.teacher, **student)
+        student = {"teacher": batch.teacher, "temperature": config.distillation_temperature}
+        kl = over(batch.rows, loss=losses.distillation, **student)
         loss = (1 - share) * loss + share * kl
     return loss, found

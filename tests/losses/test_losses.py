@@ -180,13 +180,11 @@ def batch_of(query_meta, document_meta, positives, in_batch, labels):
     return ContrastiveBatch(
         queries=none,
         documents=none,
-        labels=t(labels),
+        rows=t(labels)[:, None],
         query_meta=t(query_meta),
         document_meta=t(document_meta),
         positives=t(positives),
         in_batch=t(in_batch),
-        rows=none,
-        present=none,
         teacher=none,
         mix_pair=none,
         mix_share=none,
@@ -232,7 +230,7 @@ def test_masks_find_each_kind_of_false_negative_and_nothing_else():
         "masked_group": 1,
         "masked_margin": 1,
     }
-    one_process = batch._replace(query_meta=batch.query_meta[:, 1:2], labels=batch.labels[1:2])
+    one_process = batch._replace(query_meta=batch.query_meta[:, 1:2], rows=batch.rows[1:2])
     one_process = one_process._replace(positives=batch.positives[1:2], in_batch=batch.in_batch[1:2])
     counts = count_pairs(one_process, non_candidates(one_process), *everything)
     assert [int(counts[name]) for name in ("hard", "in_batch", "cross_device")] == [2, 0, 3]

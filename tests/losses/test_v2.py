@@ -33,8 +33,7 @@ def case(seed, negatives=(3, 2, 1, 0), dimension=5):
     offsets = torch.arange(1 + max(negatives))
     present = offsets < counts[:, None]
     mixes = {
-        "rows": labels[:, None] + offsets * present,
-        "present": present,
+        "rows": torch.where(present, labels[:, None] + offsets, -1),
         "pair": torch.tensor([[0, count - 1] if count > 1 else [0, 0] for count in negatives]),
         "share": torch.rand(b, generator=generator, dtype=torch.float64),
     }
@@ -61,7 +60,8 @@ def mixes_by_hand(query, negatives, pair, share):
 
 def documents_of(d, mixes, i):
     """The positive and the negatives of query i."""
-    return d[mixes["rows"][i][mixes["present"][i]]].tolist()
+    rows = mixes["rows"][i]
+    return d[rows[rows >= 0]].tolist()
 
 
 def mixes_of(q, d, mixes, i):
@@ -99,7 +99,7 @@ def test_mixes_join_the_denominator_of_their_own_query(seed):
 def test_distillation_is_the_formula(seed):
     """Mean KL(P_t || P_s) over each query's own documents at one temperature, to 1e-10."""
     q, d, _, mixes = case(seed)
-    rows, present = mixes["rows"], mixes["present"]
+    rows = mixes["rows"]
     generator = torch.Generator().manual_seed(seed)
     teacher = torch.rand(rows.shape, generator=generator, dtype=torch.float64)
     expected = 0.0
@@ -111,18 +111,18 @@ def test_distillation_is_the_formula(seed):
             a / math.fsum(z) * (math.log(a / math.fsum(z)) - math.log(b / math.fsum(s)))
             for a, b in zip(z, s, strict=True)
         ) / len(q)
-    found = distillation(q, d, rows, teacher=teacher, present=present, temperature=0.05)
+    found = distillation(q, d, rows, teacher=teacher, temperature=0.05)
     assert found.item() == pytest.approx(expected, rel=1e-10, abs=TIGHT)
 
 
 def test_a_student_that_agrees_learns_nothing():
     """KL is 0 with zero gradient where the scores differ by a constant only, or are of one document."""
     q, d, _, mixes = case(2)
-    rows, present = mixes["rows"], mixes["present"]
+    rows = mixes["rows"]
     similarity = torch.cosine_similarity(q[:, None], d[rows], dim=2)
-    teacher = (similarity + 0.3).masked_fill(~present, 7.0)
+    teacher = (similarity + 0.3).masked_fill(rows < 0, 7.0)
     q.requires_grad_()
-    loss = distillation(q, d, rows, teacher=teacher, present=present, temperature=0.05)
+    loss = distillation(q, d, rows, teacher=teacher, temperature=0.05)
     loss.backward()
     assert loss.abs() < 1e-12
     assert q.grad.abs().max() < 1e-10
@@ -132,7 +132,7 @@ def test_gradcheck():
     """Analytic gradients of mixing, distillation and both under Matryoshka, float64."""
     q, d, labels, mixes = case(4)
     teacher = torch.rand(mixes["rows"].shape, dtype=torch.float64)
-    options = {"teacher": teacher, "present": mixes["present"], "temperature": 0.3}
+    options = {"teacher": teacher, "temperature": 0.3}
 
     def loss(q, d):
         slices = partial(matryoshka, q, d, dims=(5, 2), weights=(1.0, 0.3))
