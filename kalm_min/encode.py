@@ -14,8 +14,11 @@ from typing import Annotated, Literal
 import numpy as np
 
 from kalm_min.config import run
+from kalm_min.data.records import Field, is_string, problem_with
 from kalm_min.embedder import Embedder
 from kalm_min.files import atomic_write, parse_utf8, read_jsonl
+
+_LINE = {"text": Field("a string", is_string, required=True)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,13 +46,12 @@ class EncodeConfig:
 
 def read_texts(path: Path) -> list[str]:
     """Read the texts of a file. Raises ValueError with file:line for a line without a text."""
+    texts: list[str] = []
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        records = list(read_jsonl(path))
-        for number, record in records:
-            if not isinstance(record.get("text"), str):
-                wanted = f'{path}:{number}: expected the key "text" with a string'
-                raise ValueError(f"{wanted}, found {', '.join(record) or 'no keys'}")
-        texts = [record["text"] for _, record in records]
+        for number, record in read_jsonl(path):
+            if problem := problem_with(record, _LINE, extra=True):
+                raise ValueError(f"{path}:{number}: {problem}")
+            texts.append(record["text"])
     else:
         lines = enumerate(path.read_bytes().splitlines(), start=1)
         texts = [parse_utf8(line, f"{path}:{number}", str, "text") for number, line in lines]
@@ -61,9 +63,8 @@ def read_texts(path: Path) -> list[str]:
 def encode(config: EncodeConfig) -> int:
     """Encode the texts and write their vectors."""
     texts = read_texts(config.input)
-    model = Embedder.from_pretrained(
-        config.model, config.device, config.dtype, max_length=config.max_length
-    )
+    length = config.max_length
+    model = Embedder.from_pretrained(config.model, config.device, config.dtype, max_length=length)
     prompt = model.prompts[config.prompt_name] if config.prompt_name else config.prompt or ""
     vectors = model.encode(
         texts,
@@ -74,9 +75,9 @@ def encode(config: EncodeConfig) -> int:
     )
     with atomic_write(config.output) as file:
         np.save(file, vectors, allow_pickle=False)
-    shape = f"{len(texts):,} texts, {vectors.shape[1]} dimensions"
     blank = 0 if prompt else texts.count("")
     note = f" ({blank} blank lines are zero vectors)" if blank else ""
+    shape = f"{len(texts):,} texts, {vectors.shape[1]} dimensions"
     sys.stderr.write(f"{shape}, {model.dtype} on {model.device} -> {config.output}{note}\n")
     return 0
 

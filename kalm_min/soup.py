@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -29,23 +30,19 @@ _BLOCK = 2**22  # parameters averaged at a time: 32 MiB per model in float64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SoupConfig:
-    """Average checkpoints of one ancestor."""
+    """Average checkpoints of one ancestor into a new model folder."""
 
-    checkpoints: Annotated[
-        tuple[str, ...], "Model folders or hub ids; may also stand first, without a flag."
-    ]
+    checkpoints: Annotated[tuple[str, ...], "Model folders or hub ids; may come first, unflagged."]
     output: Annotated[Path, "Folder to write."]
-    weights: Annotated[
-        tuple[float, ...], "One weight per checkpoint, adding up to 1; none weighs all alike."
-    ] = ()
+    weights: Annotated[tuple[float, ...], "One per checkpoint, adding up to 1; none: equal."] = ()
 
     def __post_init__(self) -> None:
         count, total = len(self.checkpoints), math.fsum(self.weights)
         if count < 2:
             raise ValueError(f"checkpoints: expected at least 2, found {count}")
-        if self.weights and len(self.weights) != count:
+        if self.weights and (found := len(self.weights)) != count:
             raise ValueError(
-                f"weights: expected one for each of the {count} checkpoints, found {len(self.weights)}"
+                f"weights: expected one for each of {count} checkpoints, found {found}"
             )
         if self.weights and not math.isclose(total, 1, abs_tol=1e-6):
             raise ValueError(f"weights: expected them to add up to 1, found {total:g}")
@@ -88,28 +85,17 @@ def soup(config: SoupConfig) -> int:
         if not first.tokenizer.encodes_like(other.tokenizer):
             differences.append("tokenizer.json is not that of the first")
         if differences:
-            raise ValueError(
-                f"{name}: cannot be averaged with {config.checkpoints[0]}: {'; '.join(differences)}"
-            )
+            where = f"{name}: cannot be averaged with {config.checkpoints[0]}"
+            raise ValueError(f"{where}: {'; '.join(differences)}")
     count = len(config.checkpoints)
     models = [embedder.model for embedder in (first, *others)]
-    average(models, config.weights or (1 / count,) * count)
+    average(models, config.weights or [1 / count] * count)
     first.save_pretrained(config.output)
     sys.stderr.write(f"{count} checkpoints averaged -> {config.output}\n")
     return 0
 
 
-def main(argv: list[str]) -> int:
-    """Average; 0 when the folder is written, 2 for what the user can mend."""
-    return run(
-        SoupConfig,
-        soup,
-        argv,
-        program="kalm_min.soup",
-        description="Average checkpoints of one ancestor into a new model folder.",
-        positional="checkpoints",
-    )
-
+main = partial(run, SoupConfig, soup, program="kalm_min.soup", positional="checkpoints")
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -44,7 +44,11 @@ def test_options_reach_the_model(tiny_model_dir, tmp_path):
     [
         (b"", "texts.txt", "expected at least one text, found none"),
         (b"fine\n\xff\n", "texts.txt", "texts.txt:2: expected UTF-8"),
-        (b'{"text": "a"}\n{"body": "b"}\n', "t.jsonl", 't.jsonl:2: expected the key "text"'),
+        (
+            b'{"text": "a"}\n{"body": "b"}\n',
+            "t.jsonl",
+            "t.jsonl:2: expected 'text' to be a string, found nothing",
+        ),
         (b'{"text": "a"}\n{"te', "t.jsonl", "t.jsonl:2: expected a JSON object"),
     ],
 )

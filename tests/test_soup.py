@@ -137,7 +137,7 @@ def test_other_shapes_are_named(checkpoints, make_model, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["a"], "expected at least 2, found 1"),
-        (["a", "b", "--weights", "0.5"], "expected one for each of the 2 checkpoints, found 1"),
+        (["a", "b", "--weights", "0.5"], "expected one for each of 2 checkpoints, found 1"),
         (["a", "b", "--weights", "0.5", "0.6"], "expected them to add up to 1, found 1.1"),
         (["a", "b", "--weights", "nan", "1"], "--weights: expected a list, each a number"),
     ],
