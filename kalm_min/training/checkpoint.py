@@ -1,13 +1,11 @@
 """The folder of a run: it explains itself, and the same command resumes it.
 
-    <output>/config.toml, environment.json    the resolved settings; versions, machine, processes
-    <output>/log.jsonl                        one object per step
-    <output>/checkpoints/step_00001000/       and so on, complete ones only
-    <output>/final/, with LoRA adapter/       the finished model; what was trained, by itself
+    <output>/config.toml, environment.json, log.jsonl    the settings, the machine, every step
+    <output>/checkpoints/step_00001000/ and so on        complete ones only
+    <output>/final/, with LoRA also adapter/             the finished model
 
-A folder belongs to one configuration; a run resumed under other settings would be neither. There is
-no random state to save: order, draws and learning rate are pure functions of the seed, the epoch and
-the step. Nothing is pickled.
+A folder belongs to one configuration. There is no random state to save: order, draws and learning
+rate are pure functions of the seed, the epoch and the step. Nothing is pickled.
 """
 
 import json
@@ -45,10 +43,10 @@ def save(
 ) -> None:
     """Write the checkpoint of `state["step"]` below `root`; every process calls it, rank 0 writes.
 
-    It is a folder that `Embedder.from_pretrained` opens (a model, or with LoRA an adapter, whose
-    frozen base stays where it is), plus `optimizer.safetensors` ("step/", "exp_avg/" and
-    "exp_avg_sq/" followed by a parameter's name) and `state.json`: "step", "sampler" (its position
-    and fingerprint), "validation" (the score at this step, or null). It appears in one rename.
+    A folder that `Embedder.from_pretrained` opens (a model, or with LoRA an adapter, whose base stays
+    where it is), plus `optimizer.safetensors` ("step/", "exp_avg/" and "exp_avg_sq/" before each
+    parameter's name) and `state.json`: "step", "sampler" (position and fingerprint), "validation"
+    (the score at this step, or null). It appears in one rename.
     """
     weights = cast("dict[str, Tensor]", get_model_state_dict(embedder.model, options=_TRAINABLE))
     moments: dict[str, Tensor] = {}
@@ -113,8 +111,7 @@ def newest(root: Path) -> Path | None:
 def best(root: Path) -> Path | None:
     """The checkpoint with the highest validation score, the first of equals; None without scores."""
     scores = {path: read_state(path).get("validation") for path in sorted(root.glob("step_*"))}
-    scored = {path: score for path, score in scores.items() if score is not None}
-    return max(scored, key=scored.__getitem__, default=None)
+    return max((p for p in scores if scores[p] is not None), key=scores.__getitem__, default=None)
 
 
 def prune(root: Path, keep: int) -> None:

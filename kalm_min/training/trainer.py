@@ -1,12 +1,10 @@
 """The training loop.
 
-    for every batch of the sampler:
-        tokenize                        (ahead of time, in a thread)
-        gradient of the global batch    (step.py)
-        clip, update, log, now and then validate and save
+    for every batch of the sampler, tokenized ahead of time in a thread:
+        gradient of the global batch (step.py), clip, update, log, now and then validate and save
 
-Everything a step does is a pure function of the configuration, the data and the step's number, so
-a run that is killed resumes bit for bit (on a CPU; a GPU's sums may reorder).
+A step is a pure function of the configuration, the data and the step's number, so a run that is
+killed resumes bit for bit (on a CPU; a GPU's sums may reorder).
 """
 
 import ctypes
@@ -222,13 +220,9 @@ class Trainer:
             """The score to keep checkpoints by; every process takes part."""
             if self.validation is None:
                 return None
+            size, limit = self.recipe.sampling.batch_size, loop.validation_limit
             scores = validate(
-                self.validation,
-                self.embedder,
-                self.autocast,
-                batch_size=self.recipe.sampling.batch_size,
-                limit=loop.validation_limit,
-                together=self.sharded,
+                self.validation, self.embedder, self.autocast, size, limit, together=self.sharded
             )
             write({"step": self.step, "validation": scores})
             return scores["mrr"]

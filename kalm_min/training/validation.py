@@ -19,9 +19,9 @@ def validate(
     data: TrainingData,
     embedder: Embedder,
     autocast: Callable[[], AbstractContextManager[object]],
-    *,
     batch_size: int,
     limit: int,
+    *,
     together: bool,
 ) -> dict[str, float]:
     """Accuracy@1 and mean reciprocal rank over the first `limit` pairs of each held-out task.
