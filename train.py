@@ -33,7 +33,9 @@ class DataConfig:
 
     path: Annotated[Path, "JSONL(.gz) file, or folder in which every file or sub-folder is a task."]
     validation: Annotated[Path | None, "Held-out pairs, measured during training."] = None
-    instruction: Annotated[str | None, "For queries of tasks and lines without an own one."] = None
+    instruction: Annotated[str | None, "Instruction for queries that have none of their own."] = (
+        None
+    )
     cache_dir: Annotated[Path | None, "Where line indices are kept; none: beside the data."] = None
 
     def open(self) -> tuple[TrainingData, TrainingData | None]:

@@ -35,7 +35,7 @@ class ModelSource:
     pooling: Annotated[Pooling | None, "none: the checkpoint's, mean for a fresh model."] = None
     max_length: Annotated[int, "Maximum number of tokens per text, instruction included."] = 512
     instruction_template: Annotated[
-        str | None, "Prompt made of an {instruction}; none: the checkpoint's."
+        str | None, "Turns an {instruction} into a prompt; none: the checkpoint's."
     ] = None
 
     def __post_init__(self) -> None:

@@ -60,7 +60,7 @@ class SamplingConfig:
     batch_size: Annotated[int, "Queries per optimizer step, over all processes."] = 512
     homogeneous_ratio: Annotated[float, "Share of a batch that is of one task; 0 mixes all."] = 1.0
     num_negatives: Annotated[int, "Maximum number of hard negatives drawn per query."] = 7
-    size_exponent: Annotated[float, "A task gets a share of size^this; 0: equal shares."] = 1.0
+    size_exponent: Annotated[float, "A task's share is size^this; 0: equal shares."] = 1.0
     seed: Annotated[int, "Seed of the order of examples and of the texts drawn from them."] = 0
 
     def __post_init__(self) -> None:
@@ -82,8 +82,9 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_range(self, 0, 1, "warmup_ratio")
-        if min(self.learning_rate, self.max_grad_norm) <= 0:
-            raise ValueError("learning_rate and max_grad_norm: expected more than 0")
+        for name in ("learning_rate", "max_grad_norm"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: expected more than 0, found {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,15 +92,15 @@ class LoopConfig:
     """How long to train, and what to do on the way."""
 
     epochs: Annotated[int, "Passes over the data."] = 1
-    max_steps: Annotated[int | None, "Last step; the learning rate reaches 0 there."] = None
-    tokens_per_batch: Annotated[int, "Tokens per forward; bounds memory, not results."] = 16_384
+    max_steps: Annotated[int | None, "Stop after so many steps, with a learning rate of 0."] = None
+    tokens_per_batch: Annotated[int, "Tokens per forward; bounds the memory alone."] = 16_384
     precision: Annotated[
-        Literal["auto", "float32", "bfloat16"], "Of products; auto: bfloat16 where it is native."
+        Literal["auto", "float32", "bfloat16"], "Of matrix products; auto: bfloat16 where native."
     ] = "auto"
     save_every: Annotated[int, "Steps between checkpoints."] = 500
     keep_checkpoints: Annotated[int, "Newest checkpoints to keep, besides the best validated."] = 3
     non_finite: Annotated[
-        Literal["stop", "skip"], "At a step whose loss or gradient is not finite: stop, or skip it."
+        Literal["stop", "skip"], "Stop at a step whose loss or gradient is not finite, or skip it."
     ] = "stop"
     validate_every: Annotated[int, "Steps between validations."] = 500
     validation_limit: Annotated[int, "Pairs per held-out task that a validation looks at."] = 500
