@@ -15,14 +15,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 from kalm_min.config import run
-from kalm_min.evaluation import plan as planning
 from kalm_min.evaluation import report
-from kalm_min.evaluation.plan import EvaluationConfig, Plan, find_tasks, make_plan
+from kalm_min.evaluation.plan import EvaluationConfig, Plan, find_tasks, make_plan, prefetch
 from kalm_min.evaluation.runner import Failure, Runner
 from kalm_min.files import write_text
 
@@ -34,8 +32,7 @@ def evaluate(config: EvaluationConfig) -> int:
         print(report.comparison(config.compare, config.dims))
         return 0
     if config.prefetch:
-        assert config.datasets is not None
-        failures = planning.prefetch(config.datasets, find_tasks(config), sys.stdout)
+        failures = prefetch(find_tasks(config), sys.stdout)
         for failure in failures:
             sys.stderr.write(f"evaluate.py: could not fetch {failure}\n")
         print(f"{'incomplete' if failures else 'complete'}: {config.datasets}")
@@ -62,10 +59,7 @@ def tabulate(config: EvaluationConfig) -> int:
 def score(config: EvaluationConfig) -> int:
     """Run the plan and report; 1 if a task failed."""
     plan = make_plan(config)
-    environment = dict(os.environ)
-    if config.datasets:
-        plan = replace(plan, tasks=planning.mirrored(config.datasets, plan.tasks))
-        environment["HF_HUB_OFFLINE"] = "1"
+    environment = dict(os.environ) | ({"HF_HUB_OFFLINE": "1"} if config.datasets else {})
     print(report.plan_table(plan), end="\n\n", flush=True)
     if config.dry_run:
         return 0
@@ -85,11 +79,9 @@ def score(config: EvaluationConfig) -> int:
 
 def visible_devices() -> list[str]:
     """Every visible GPU, else one CPU worker; another process counts, so that this one holds none."""
-    code = "import torch; print(torch.cuda.device_count())"
-    answer = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    return [f"cuda:{i}" for i in range(int(answer.stdout))] or ["cpu"]
+    command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    count = int(subprocess.run(command, capture_output=True, check=True).stdout)
+    return [f"cuda:{i}" for i in range(count)] or ["cpu"]
 
 
 def write_report(plan: Plan, failures: Mapping[str, Failure], folder: Path) -> None:

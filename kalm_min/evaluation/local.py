@@ -15,20 +15,17 @@ checked while planning, before a model is loaded; mteb is imported only to build
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
 
 from kalm_min.data import records
 from kalm_min.data.records import Field, is_number, is_string
 from kalm_min.files import hash_files, read_jsonl
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from mteb import AbsTask
 
 Rows = list[dict[str, Any]]
@@ -102,7 +99,7 @@ class LocalDataset:
     main_score: str
     instruction: str | None = None
     symmetric: bool = False  # the instruction belongs on the documents too (retrieval, reranking)
-    languages: tuple[str, ...] = ("und-Zyyy",)  # ISO 639-3 and 15924: undetermined
+    languages: Sequence[str] = ("und-Zyyy",)  # ISO 639-3 and 15924: undetermined
 
 
 def find_datasets(path: Path) -> list[LocalDataset]:
@@ -133,8 +130,6 @@ def read_dataset(folder: Path, problems: list[str]) -> tuple[LocalDataset, dict[
     """
     toml = folder / "task.toml"
     settings = records.read_settings(toml, _SETTINGS) if toml.is_file() else {}
-    if "languages" in settings:
-        settings["languages"] = tuple(settings["languages"])
     kind, files = _find_files(folder, settings.pop("type", None))
     main_score = settings.pop("main_metric", KINDS[kind].main_score)
     if not re.fullmatch(KINDS[kind].scores, main_score):
@@ -256,17 +251,16 @@ def build_task(folder: Path) -> "AbsTask":
     positive class), and reranking candidates carry mteb's own ids (ties are broken by id). One is
     not: clustering reads every text, where mteb's default samples 4 % of them.
     """
-    from datasets import DatasetDict
+    from datasets import Dataset
     from mteb import TaskMetadata, abstasks
 
     problems: list[str] = []
     dataset, rows = read_dataset(folder, problems)
     if problems:
         raise ValueError(problems[0])
-    kind = KINDS[dataset.kind]
-    attributes: dict[str, object] = {}
-    languages: list[str] | dict[str, list[str]] = list(dataset.languages)
-    if kind.scores == _RANKED:
+    kind, languages = KINDS[dataset.kind], list(dataset.languages)
+    is_ranked = kind.scores == _RANKED
+    if is_ranked:
         data = {"default": {"test": _search_data(rows)}}
     else:
         labelled = [row for row in chain.from_iterable(rows.values()) if "label" in row]
@@ -275,62 +269,61 @@ def build_task(folder: Path) -> "AbsTask":
         numbers = {label: number for number, label in enumerate(ordered)}
         for row in labelled:
             row["label"] = numbers[row["label"]]
-        if column := {"sts": "score", "summarization": "relevance"}.get(dataset.kind):
-            scores = np.concatenate([np.ravel(row[column]) for row in rows["test"]]).tolist()
-            attributes = {"min_score": min(scores), "max_score": max(scores)}
-        names = {column: column for column in kind.columns}
-        if dataset.kind == "pair":
-            names["label"] = "labels"
-        elif dataset.kind == "clustering":
-            names = {"text": "sentences", "label": "labels"}
-            attributes = {"max_fraction_of_documents_to_embed": None}
-        data = DatasetDict({part: _columns(rows[part], names) for part in rows})
-        if dataset.kind == "bitext" and list(rows) != ["test"]:  # one subset per language pair
-            data = {part: {"test": pairs} for part, pairs in data.items()}
-            languages = {part: list(dataset.languages) for part in rows}
-    attributes["metadata"] = TaskMetadata(
-        name=dataset.name,
-        description=f"a {dataset.kind} dataset in a folder",
-        type=kind.type,  # pyright: ignore[reportArgumentType] -- one of its literals
-        main_score=dataset.main_score,
-        dataset={"path": f"local/{dataset.name}", "revision": dataset.revision},
-        eval_splits=["test"],
-        eval_langs=languages,
-    )
-    name = "Retrieval" if kind.scores == _RANKED else kind.type
-    task = type(dataset.name, (getattr(abstasks, f"AbsTask{name}"),), attributes)()
+        parts = {
+            part: Dataset.from_dict({name: [row[name] for row in group] for name in kind.columns})
+            for part, group in rows.items()
+        }
+        data = {"default": parts}
+        if "test" not in parts:  # of bitext, one subset per language pair
+            data = {part: {"test": pairs} for part, pairs in parts.items()}
+    attributes = {
+        "input_column_name": "text",
+        "label_column_name": "label",
+        "max_fraction_of_documents_to_embed": None,
+        "min_score": 0,
+        "max_score": 5,  # of a scale that correlations do not depend on
+        "metadata": TaskMetadata(
+            name=dataset.name,
+            description=f"a {dataset.kind} dataset in a folder",
+            type=kind.type,  # pyright: ignore[reportArgumentType] -- one of its literals
+            main_score=dataset.main_score,
+            dataset={"path": f"local/{dataset.name}", "revision": dataset.revision},
+            eval_splits=["test"],
+            eval_langs=languages if "default" in data else dict.fromkeys(data, languages),
+        ),
+    }
+    base = getattr(abstasks, f"AbsTask{'Retrieval' if is_ranked else kind.type}")
+    task = type(dataset.name, (base,), attributes)()
     task.dataset, task.data_loaded = data, True
     return task
 
 
-def _columns(rows: Rows, names: Mapping[str, str]) -> "Dataset":
-    """The named columns (name in the rows -> name in the Dataset)."""
-    from datasets import Dataset
-
-    return Dataset.from_dict({new: [row[old] for row in rows] for old, new in names.items()})
-
-
 def _search_data(rows: dict[str, Rows]) -> dict[str, object]:
     """Retrieval as it is; reranking as retrieval among each query's own candidates."""
-    corpus, queries = rows.get("corpus", []), rows.get("queries", [])
+    from datasets import Dataset
+
+    corpus = {str(row["_id"]): row for row in rows.get("corpus", ())}
+    queries = {str(row["_id"]): row["text"] for row in rows.get("queries", ())}
     relevant: dict[str, dict[str, int]] = {}
     for row in rows.get("qrels", ()):
         relevant.setdefault(row["query-id"], {})[row["corpus-id"]] = row["score"]
     for number, row in enumerate(rows.get("test", ())):
         query = f"test_query{number}"
-        queries.append({"_id": query, "text": row["query"]})
+        queries[query] = row["query"]
         relevant[query] = {}
         for column, prefix in (("positive", "apositive"), ("negative", "negative")):
             for index, text in enumerate(row[column]):
                 document = f"{prefix}_{query}_{index:05}"
-                corpus.append({"_id": document, "text": text})
+                corpus[document] = {"text": text}
                 relevant[query][document] = int(column == "positive")
-    for row in corpus + queries:  # mteb takes neither numbers nor None
-        row |= {"_id": str(row["_id"]), "title": row.get("title") or ""}
-    candidates = {query: list(documents) for query, documents in relevant.items()}
+    documents = {
+        "id": list(corpus),
+        "title": [row.get("title") or "" for row in corpus.values()],  # None is not for mteb
+        "text": [row["text"] for row in corpus.values()],
+    }
     return {
-        "corpus": _columns(corpus, {"_id": "id", "title": "title", "text": "text"}),
-        "queries": _columns(queries, {"_id": "id", "text": "text"}),
+        "corpus": Dataset.from_dict(documents),
+        "queries": Dataset.from_dict({"id": list(queries), "text": list(queries.values())}),
         "relevant_docs": relevant,
-        "top_ranked": candidates if "test" in rows else None,
+        "top_ranked": {q: list(d) for q, d in relevant.items()} if "test" in rows else None,
     }

@@ -110,7 +110,7 @@ class PlannedTask:
     instruction: Instruction
     folder: Path | None = None  # of a local dataset
     repository: str = ""  # on the hub, of a task of mteb
-    mirror: Path | None = None  # the local copy to read instead of the repository
+    mirror: Path | None = None  # the copy of the repository, by revision, to read instead
     splits: tuple[str, ...] = ("test",)
     subsets: tuple[str, ...] = ()
     corpus_characters: int = 0  # those of documents to search, which several workers may encode
@@ -170,6 +170,13 @@ def make_plan(config: EvaluationConfig) -> Plan:
     checkpoint = hash_checkpoint(*folders)
     settings = {name: getattr(config, name) for name in SETTINGS}
     settings["instructions"] = Path(config.instructions).stem
+    missing = [str(task.mirror) for task in tasks if task.mirror and not task.mirror.is_dir()]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ValueError(
+            f"--datasets: expected {', '.join(missing[:5])}{more}, found none; the same command with "
+            "--prefetch, on a machine with network access, copies them"
+        )
     full = read_json(folders[-1] / "config.json").get("hidden_size")
     if not isinstance(full, int):
         raise ValueError(f"{folders[-1] / 'config.json'}: expected hidden_size, found none")
@@ -255,8 +262,11 @@ def _mteb_tasks(config: EvaluationConfig, table: Mapping[str, Instruction]) -> l
     for leaf, parent in ((leaf, task) for task in requested for leaf in _leaves(task)):
         metadata = leaf.metadata
         if list(metadata.modalities) != ["text"]:
-            kinds = ", ".join(metadata.modalities)
-            raise ValueError(f"{metadata.name} is about {kinds}, not only text")
+            raise ValueError(
+                f"{metadata.name} is about {', '.join(metadata.modalities)}, not only text"
+            )
+        repository = metadata.dataset["path"]
+        mirror = config.datasets and config.datasets.absolute() / repository / metadata.revision
         characters, corpus_characters, documents = task_size(leaf, config.max_length)
         new = PlannedTask(
             name=metadata.name,
@@ -265,7 +275,8 @@ def _mteb_tasks(config: EvaluationConfig, table: Mapping[str, Instruction]) -> l
             revision=metadata.revision,
             characters=characters,
             instruction=resolve_instruction(table, metadata.name, metadata.type),
-            repository=metadata.dataset["path"],
+            repository=repository,
+            mirror=mirror,
             splits=tuple(leaf.eval_splits),
             subsets=tuple(leaf.hf_subsets),
             corpus_characters=corpus_characters,
@@ -275,9 +286,8 @@ def _mteb_tasks(config: EvaluationConfig, table: Mapping[str, Instruction]) -> l
         old = tasks.get(new.name, new)
         if (old.splits, old.subsets) != (new.splits, new.subsets):
             raise ValueError(
-                f"{new.name} is requested twice with different parts ({old.splits} {old.subsets} and "
-                f"{new.splits} {new.subsets}); evaluate the benchmarks one after the other, in "
-                "separate --output folders"
+                f"{new.name} is requested twice with different splits or subsets; evaluate the "
+                "benchmarks one after the other, in separate --output folders"
             )
         tasks[new.name] = old if old.aggregate else new
     return list(tasks.values())
@@ -323,20 +333,17 @@ def instruction_table(style: str) -> dict[str, Instruction]:
     there). The v2 defaults of bitext mining, classification and clustering are what mteb's loader
     falls back on for these models.
     """
-    if style.endswith(".json"):
-        if not Path(style).is_file():
-            raise ValueError(f"--instructions: {style}: expected a file, found none")
-        entries = read_json(style)
-        if not isinstance(entries, dict):
-            raise ValueError(f"{style}: expected an object, found {type(entries).__name__}")
-    else:
-        tables = read_json(_TABLES)
-        if style not in tables:
-            found = f"found {style!r}{did_you_mean(style, tables)}"
-            raise ValueError(
-                f"--instructions: expected {', '.join(tables)} or a .json file, {found}"
-            )
-        entries = tables[style]
+    is_file = style.endswith(".json")
+    if is_file and not Path(style).is_file():
+        raise ValueError(f"--instructions: {style}: expected a file, found none")
+    tables = {style: read_json(style)} if is_file else read_json(_TABLES)
+    if style not in tables:
+        expected = f"expected {', '.join(tables)} or a .json file"
+        near = did_you_mean(style, tables)
+        raise ValueError(f"--instructions: {expected}, found {style!r}{near}")
+    entries = tables[style]
+    if not isinstance(entries, dict):
+        raise ValueError(f"{style}: expected an object, found {type(entries).__name__}")
     table: dict[str, Instruction] = {}
     for name, entry in entries.items():
         texts = entry if isinstance(entry, dict) else {"query": entry}
@@ -379,37 +386,17 @@ def official_means(benchmark: str, results: Mapping[str, dict]) -> dict[str, flo
     return full.get_score(BenchmarkResults(model_results=[model]), raise_error=True)["a/model"]
 
 
-# A mirror of the hub's datasets: <mirror>/<owner>/<name>/<revision>/ is a repository, complete or
-# absent. The revision is in the path because `datasets` reads whatever a folder holds, and the result
-# would name the revision that was meant. Scripts are not copied, so none can run.
+def prefetch(tasks: Iterable[PlannedTask], stream: TextIO) -> list[str]:
+    """Copy the repositories of tasks from the hub to their mirror, each at its task's revision.
 
-
-def mirrored(mirror: Path, tasks: Iterable[PlannedTask]) -> tuple[PlannedTask, ...]:
-    """The tasks, reading the mirror. Raises ValueError naming the first repositories it lacks."""
-    found = tuple(replace(t, mirror=_copy_of(mirror, t)) if t.repository else t for t in tasks)
-    missing = [str(task.mirror) for task in found if task.mirror and not task.mirror.is_dir()]
-    if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise ValueError(
-            f"--datasets: expected {', '.join(missing[:5])}{more}, found none; the same command with "
-            "--prefetch, on a machine with network access, copies them"
-        )
-    return found
-
-
-def _copy_of(mirror: Path, task: PlannedTask) -> Path:
-    return mirror.absolute() / task.repository / task.revision
-
-
-def prefetch(mirror: Path, tasks: Iterable[PlannedTask], stream: TextIO) -> list[str]:
-    """Copy the repositories of tasks from the hub, each at its task's revision.
-
-    Returns one sentence per repository that could not be copied; the same call again resumes it.
+    Returns one sentence per repository that could not be copied; the same call again resumes it. A
+    copy is complete or absent. Its revision is in the path because `datasets` reads whatever a folder
+    holds, and the result would name the revision that was meant. Scripts are not copied.
     """
     from huggingface_hub import snapshot_download
 
     failures: list[str] = []
-    wanted = {_copy_of(mirror, task): task for task in tasks if task.repository}
+    wanted = {task.mirror: task for task in tasks if task.mirror}
     for number, (folder, task) in enumerate(wanted.items(), start=1):
         what = f"{task.repository} at {task.revision[:12]} ({task.name})"
         stream.write(f"[{number}/{len(wanted)}] {what}\n")

@@ -10,6 +10,7 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from math import isnan, nan
@@ -243,46 +244,27 @@ def read_plans(
         found: list[set[int]] = []
         checkpoint, settings = "", {}
         for path in sorted(results.glob("*.json")):
-            try:
-                record = read_json(path)["kalm_min"]
+            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+                record = read_json(path)["kalm_min"]  # unless torn, or another program's
                 key = record["key"]
-                task = PlannedTask(
-                    path.stem,
-                    record["type"],
-                    key["main_score"],
-                    key["revision"],
-                    0,
-                    Instruction(key["query_instruction"], key["document_instruction"]),
-                    splits=tuple(key["splits"]),
-                    subsets=tuple(key["subsets"]),
-                )
+                instruction = Instruction(key["query_instruction"], key["document_instruction"])
+                splits, subsets = tuple(key["splits"]), tuple(key["subsets"])
+                basics = (path.stem, record["type"], key["main_score"], key["revision"], 0)
+                task = PlannedTask(*basics, instruction, splits=splits, subsets=subsets)
                 task = replace(task, aggregate=tasks.get(task.name, task).aggregate)
                 checkpoint, settings = key["checkpoint"], {n: key[n] for n in key if n in SETTINGS}
                 found.append(set(map(int, record["dims"])))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                continue  # torn, or another program's
-            tasks[task.name] = task
+                tasks[task.name] = task
         if not found:
             continue
-        common = sorted(dims or set.intersection(*found), reverse=True)
+        common = tuple(sorted(dims or set.intersection(*found), reverse=True))
         if not common:
-            raise ValueError(
-                f"{results}: its tasks have no dimension in common, choose with --dims"
-            )
-        plan = Plan(
-            model=results.absolute().parent.name.replace("__", "/"),
-            checkpoint=checkpoint,
-            dims=tuple(common),
-            settings=settings,
-            tasks=tuple(tasks.values()),
-            results=results,
-            benchmarks=benchmarks,
-        )
-        plans.append(plan)
+            raise ValueError(f"{results}: no dimension in common, choose with --dims")
+        model = results.absolute().parent.name.replace("__", "/")
+        parts = tuple(tasks.values())
+        plans.append(Plan(model, checkpoint, common, settings, parts, results, benchmarks))
     if not plans:
-        raise ValueError(
-            f"{folder}: expected a folder that evaluate.py wrote, found no result in it"
-        )
+        raise ValueError(f"{folder}: expected a folder that evaluate.py wrote, found no result")
     return plans
 
 

@@ -131,7 +131,7 @@ def test_task_toml_overrides(datasets):
         "Group these",
     )
     assert dataset.symmetric
-    assert dataset.languages == ("eng-Latn",)
+    assert dataset.languages == ["eng-Latn"]
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,13 @@
 """The mirror of the hub's datasets, against a server that answers as the hub does."""
 
 import os
-import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from kalm_min.evaluation.plan import Instruction, PlannedTask, mirrored
+from kalm_min.evaluation.plan import EvaluationConfig, make_plan
 from tests.evaluation.hub import serve, write_repository
 
 ROOT = Path(__file__).parents[2]
@@ -86,13 +84,16 @@ def test_a_repository_that_cannot_be_had(evaluate, repositories, tmp_path):
     assert len(list((tmp_path / "mirror").glob("*/*/*/README.md"))) == 2
 
 
-def test_another_revision_is_not_used(tmp_path):
+def test_another_revision_is_not_used(mteb, tiny_model_dir, eight, tmp_path):
     """Bug to avoid: `datasets` reads whatever a folder holds and calls it the revision asked for."""
-    task = PlannedTask("a", "STS", "s", "new", 1, Instruction(), repository="mteb/a")
-    own = replace(task, name="own", repository="", folder=tmp_path)
-    (tmp_path / "mteb" / "a" / "old").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"mteb/a/new, found none"):
-        mirrored(tmp_path, [task])
-    shutil.move(tmp_path / "mteb" / "a" / "old", tmp_path / "mteb" / "a" / "new")
-    copy = replace(task, mirror=tmp_path / "mteb" / "a" / "new")
-    assert mirrored(tmp_path, [task, own]) == (copy, own)
+    config = EvaluationConfig(
+        model=str(tiny_model_dir), tasks=("STS12",), data=(eight / "sts",), datasets=tmp_path
+    )
+    dataset = mteb.get_task("STS12").metadata.dataset
+    copy = tmp_path / dataset["path"] / dataset["revision"]
+    copy.with_name("old").mkdir(parents=True)
+    with pytest.raises(ValueError, match=rf"{dataset['path']}/{dataset['revision']}, found none"):
+        make_plan(config)
+    copy.with_name("old").rename(copy)
+    found = {task.name: task.mirror for task in make_plan(config).tasks}
+    assert found == {"STS12": copy, "sts": None}
