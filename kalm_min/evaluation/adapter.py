@@ -29,10 +29,6 @@ Report = Callable[[int, int, bool], None]
 """Called with the texts and characters done since the last call, and whether more are encoded next."""
 
 
-def no_report(texts: int, characters: int, is_encoding: bool) -> None:
-    """Report nothing."""
-
-
 @dataclass(eq=False)
 class Adapter:
     """mteb's EncoderProtocol and SearchProtocol over an Embedder, at the dimension `dim`."""
@@ -41,7 +37,7 @@ class Adapter:
     query_prompt: str = ""  # put before queries, and before every text of tasks without documents
     document_prompt: str = ""  # put before the documents of retrieval and reranking
     store: Path | None = None  # of the vectors of this model with these settings; None: in memory
-    report: Report = no_report
+    report: Report = lambda *_: None
 
     def __post_init__(self) -> None:
         """Begin with no text encoded, at the full dimension."""

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from kalm_min.embedder import Embedder
-from kalm_min.evaluation.adapter import Adapter, Report, no_report
+from kalm_min.evaluation.adapter import Adapter, Report
 from kalm_min.evaluation.local import build_task
 from kalm_min.files import digest, write_json
 from kalm_min.vectors import check_manifest, describe
@@ -134,7 +134,7 @@ def _sentence(error: BaseException) -> str:
 
 
 def evaluate_task(
-    embedder: Embedder, order: Order, dims: list[int], report: Report = no_report
+    embedder: Embedder, order: Order, dims: list[int], report: Report = lambda *_: None
 ) -> dict[str, Any]:
     """Run one task at every dimension and return the content of its result file.
 

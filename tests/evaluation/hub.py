@@ -36,7 +36,7 @@ SUMMARIES = [
     {
         "text": text(i),
         "human_summaries": [text(i + 1), text(i + 2)],
-        "machine_summaries": [text(5 * i + j) for j in range(4)],
+        "machine_summaries": [text(17 * i + 29 * j) for j in range(4)],  # no ties between cosines
         "relevance": [1.0, 2.5, 3.0, 4.0 + i],
         "id": f"s{i}",
     }

@@ -198,20 +198,42 @@ def test_a_device_that_does_not_come_up(plan, tmp_path, devices, failed):
         assert failure.reason.startswith("no worker could start: ")
 
 
-def test_a_large_corpus_is_encoded_by_all_before_it_is_scored(plan, tmp_path):
-    """Promise: slices first, then the task that finds them; the scratch store goes when it is done."""
-    every = plan("cut-1", "ok-2", "ok-3")
-    size = {"characters": 10**9, "corpus_characters": 10**9, "documents": 10**6}
-    wide = replace(every.tasks[0], type="Retrieval", **size)
-    every = replace(every, tasks=(wide, *every.tasks[1:]))
-    stream = io.StringIO()
+@pytest.fixture
+def wide(plan):
+    """wide("cut-1", ...): a plan whose first task has a corpus large enough for slices."""
+
+    def make(*names):
+        every = plan(*names)
+        size = {"characters": 10**9, "corpus_characters": 10**9, "documents": 10**6}
+        first = replace(every.tasks[0], type="Retrieval", **size)
+        return replace(every, tasks=(first, *every.tasks[1:]))
+
+    return make
+
+
+def test_a_large_corpus_is_encoded_by_all_before_it_is_scored(wide, tmp_path):
+    """Promise: slices first, then the task that finds them."""
+    every, stream = wide("cut-1", "ok-2", "ok-3"), io.StringIO()
     assert runner(every, tmp_path, stream=stream).run() == {}
-    result = json.loads(every.result_path(wide).read_text())
-    assert (
-        result["kalm_min"]["dims"]["32"]["main_score"] == 20
-    )  # slices, all before the task itself
-    assert not list(tmp_path.glob(".vectors*"))
+    result = json.loads(every.result_path(every.tasks[0]).read_text())
+    # The score is the number of slices: all before the task itself.
+    assert result["kalm_min"]["dims"]["32"]["main_score"] == 20
     assert len(stream.getvalue().splitlines()) == 4  # slices make no lines of their own
+
+
+def test_vectors_are_kept_until_a_run_succeeds(wide, tmp_path):
+    """Promise: what was encoded is there for the next attempt, and no disk space is lost for good."""
+    every = wide("cut-1", "error-2")
+    failed = every.tasks[1]
+    assert list(runner(every, tmp_path).run()) == [failed.name]
+    (vectors,) = tmp_path.glob(".vectors-*")
+    beside = replace(every, tasks=(replace(failed, name="ok-3"),))
+    assert runner(beside, tmp_path).run() == {}
+    assert vectors.exists()  # of other tasks, which may be running
+    record = {"key": every.key(failed), "dims": {"32": {}, "8": {}}}
+    every.result_path(failed).write_text(json.dumps({"kalm_min": record}))
+    assert runner(every, tmp_path).run() == {}
+    assert not vectors.exists()
 
 
 def test_another_machines_tasks_are_left_to_it(plan, tmp_path):
