@@ -152,16 +152,16 @@ class Runner:
 
     def __post_init__(self) -> None:
         """Prepare a run with no more workers than jobs."""
-        here = [task for task in self.plan.tasks if task.name not in self.plan.elsewhere]
-        self.tasks = [task for task in here if self.plan.result(task) is None]
+        selected = [task for task in self.plan.tasks if task.name not in self.plan.elsewhere]
+        self.tasks = [task for task in selected if self.plan.result(task) is None]
         self.jobs = make_jobs(self.tasks, len(self.devices))
         self.slots: list[_Slot] = []
         for i, device in enumerate(self.devices[: len(self.jobs)]):
             name = f"{device}#{i}" if self.devices.count(device) > 1 else device
             self.slots.append(_Slot(name, device, self.logs / f"worker{i}.log"))
         self.environment = worker_environment(self.environment, len(self.slots))
-        # A run beside this one, of another model or other tasks, must not lose its vectors.
-        run = f"{self.plan.results.name}-{digest(*sorted(task.name for task in here))[:8]}"
+        # Of this model and these tasks: another run at the same time must not lose its vectors.
+        run = f"{self.plan.results.name}-{digest(*sorted(task.name for task in selected))[:8]}"
         self.scratch = (self.logs.parent / f".vectors-{run}").absolute()
         self.failures: dict[str, Failure] = {}
         self.start_failure = Failure("no worker could start", "")

@@ -56,7 +56,7 @@ class Pipe:
             self.stream.flush()
 
     def progress(self, texts: int, characters: int, is_encoding: bool) -> None:
-        """Count what is done; the parent hears of it once per second."""
+        """Count what is done, and report it at most once per second."""
         self.texts += texts
         self.characters += characters
         self.is_encoding = is_encoding
@@ -65,10 +65,10 @@ class Pipe:
             self.send("progress", texts=self.texts, characters=self.characters)
 
     def heartbeat(self) -> None:
-        """Say for ever that the process is alive, and that it makes progress where nothing else does.
+        """Report that the process is alive, and outside encoding that it computes.
 
-        Libraries load data and compute scores without reporting; a second of CPU time stands for
-        progress there. Not while texts are encoded: waiting for a GPU that hangs takes CPU time too.
+        Libraries that load data and compute scores report no progress; a second of CPU time stands
+        for it. Not while texts are encoded: waiting for a GPU that hangs takes CPU time too.
         """
         used = time.process_time()
         while True:
@@ -90,7 +90,7 @@ def main() -> None:
     def listen() -> None:
         for line in sys.stdin:
             orders.put(json.loads(line))
-        os._exit(0)  # An orphan must not go on using the device.
+        os._exit(0)  # An orphan must not keep the device busy.
 
     threading.Thread(target=listen, daemon=True).start()
     threading.Thread(target=pipe.heartbeat, daemon=True).start()

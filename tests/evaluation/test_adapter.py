@@ -33,7 +33,7 @@ def embedder(tiny_model_dir):
 
 
 def numbers(result):
-    """Every score of a TaskResult that is a number, by its place."""
+    """Every score of a TaskResult that is a number, by split, subset and name."""
     return {
         (split, part["hf_subset"], name): value
         for split, parts in result.scores.items()
@@ -62,10 +62,10 @@ def test_mock_tasks_score_as_with_sentence_transformers(mteb, embedder, tiny_mod
 
 def search(adapter, corpus, queries, top_k, top_ranked=None, split="test"):
     metadata = SimpleNamespace(get_modalities=lambda prompt_type: ["text"], modalities=["text"])
-    places = {"hf_split": split, "hf_subset": "default", "encode_kwargs": {}}
-    adapter.index(corpus, task_metadata=metadata, **places)
+    part = {"hf_split": split, "hf_subset": "default", "encode_kwargs": {}}
+    adapter.index(corpus, task_metadata=metadata, **part)
     options = {"task_metadata": metadata, "top_k": top_k, "top_ranked": top_ranked}
-    return adapter.search(queries, **options, **places)
+    return adapter.search(queries, **options, **part)
 
 
 @pytest.fixture(scope="module")

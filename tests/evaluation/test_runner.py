@@ -1,4 +1,4 @@
-"""Jobs in order, and workers that die, hang and lie: every other result is there, failures are named."""
+"""Jobs in order, and workers that die, hang and lie: no other result is lost, failures are named."""
 
 import heapq
 import io
@@ -218,7 +218,7 @@ def test_a_large_corpus_is_encoded_by_all_before_it_is_scored(wide, tmp_path):
     result = json.loads(every.result_path(every.tasks[0]).read_text())
     # The score is the number of slices: all before the task itself.
     assert result["kalm_min"]["dims"]["32"]["main_score"] == 20
-    assert len(stream.getvalue().splitlines()) == 4  # slices make no lines of their own
+    assert len(stream.getvalue().splitlines()) == 4  # slices print no lines
 
 
 def test_vectors_are_kept_until_a_run_succeeds(wide, tmp_path):
@@ -263,12 +263,12 @@ def test_progress_is_shown(plan, tmp_path):
     assert stream.getvalue() == line
 
 
-def test_the_timeline_tells_every_attempt(plan, tmp_path):
+def test_the_timeline_lists_every_attempt(plan, tmp_path):
     """What was worked at where and when, of failures too, in the order it ended."""
     runner(plan("once-1", "error-2"), tmp_path, devices=("cpu",)).run()
     spans = [span for _, span in read_jsonl(tmp_path / "logs" / "timeline.jsonl")]
-    told = [(span["task"], span["type"], span["device"], span["outcome"]) for span in spans]
-    assert told == [
+    listed = [(span["task"], span["type"], span["device"], span["outcome"]) for span in spans]
+    assert listed == [
         ("once-1", "STS", "cpu", "again"),
         ("once-1", "STS", "cpu", "done"),
         ("error-2", "STS", "cpu", "failed"),
