@@ -24,7 +24,7 @@ from kalm_min.files import atomic_write, read_json, write_json
 
 _BATCH = 1000  # rows in memory at a time
 _BUFFER = 1 << 20  # bytes of a column read at a time; by default it is a full row group
-_KEPT = ("split_instruction", "skip_bad_rows", "gzip")  # the options that one output has
+_NOTED = ("split_instruction", "skip_bad_rows", "gzip")  # the options that one output has
 _PREFIX = re.compile(r"\s*Instruct:\s*(.*?)\s*\n\s*Query:\s*(.*)", re.DOTALL)
 
 
@@ -57,15 +57,15 @@ def convert(config: ConvertConfig) -> int:
     after all other files, for the files that could not be converted.
     """
     targets = _targets(config)
-    # The options are noted in a hidden file, which is not data: one folder, one set of options.
-    stored, options = config.output / ".convert.json", {key: getattr(config, key) for key in _KEPT}
-    before = read_json(stored) if stored.exists() else options
-    if other := [f"{k} {json.dumps(before.get(k))}" for k in _KEPT if before.get(k) != options[k]]:
-        found = ", ".join(other)
+    # One output has one set of options, noted in a hidden file, which is not data.
+    noted, options = config.output / ".convert.json", {key: getattr(config, key) for key in _NOTED}
+    before = read_json(noted) if noted.exists() else options
+    if changed := [key for key in _NOTED if before.get(key) != options[key]]:
+        found = ", ".join(f"{key} {json.dumps(before.get(key))}" for key in changed)
         raise ValueError(
             f"{config.output}: converted before with {found}; give another --output, or delete it"
         )
-    write_json(stored, options)
+    write_json(noted, options)
     todo = {
         source: target
         for source, target in targets.items()
@@ -83,11 +83,10 @@ def convert(config: ConvertConfig) -> int:
                 written += _convert_file(source, todo[source], config, progress)
             except ValueError as error:
                 failures[source] = str(error)
-    kept = len(targets) - len(todo)
-    sys.stderr.write(
-        f"{written:,} rows of {len(todo) - len(failures)} files -> {config.output}"
-        + (f"; {kept} files had been converted before\n" if kept else "\n")
-    )
+    report = f"{written:,} rows of {len(todo) - len(failures)} files -> {config.output}"
+    if kept := len(targets) - len(todo):
+        report += f"; {kept} files had been converted before"
+    sys.stderr.write(report + "\n")
     if failures:
         raise ValueError("\n".join(failures.values()))
     return 0
@@ -95,20 +94,15 @@ def convert(config: ConvertConfig) -> int:
 
 def _targets(config: ConvertConfig) -> dict[Path, Path]:
     """The output file of each Parquet file of the folder and of its sub-folders."""
-    targets: dict[Path, Path] = {}
-    for source in sorted(config.input.rglob("*.parquet")):
-        path = source.relative_to(config.input)
-        if any(part.startswith(".") for part in path.parts):
-            continue
-        if len(path.parts) > 2:  # its task would be ambiguous
-            expected = f"expected <task>/<file>.parquet in {config.input}"
-            raise ValueError(f"{source}: {expected}, found it deeper")
-        suffix = ".jsonl.gz" if config.gzip else ".jsonl"
-        targets[source] = (config.output / path).with_suffix(suffix)
-    if not targets:
-        expected = "expected Parquet files, in a sub-folder per task"
-        raise ValueError(f"{config.input}: {expected}, found none")
-    return targets
+    paths = sorted(path.relative_to(config.input) for path in config.input.rglob("*.parquet"))
+    paths = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
+    expected = f"{config.input}: expected Parquet files, in a sub-folder per task"
+    if not paths:
+        raise ValueError(f"{expected}, found none")
+    if deep := [path for path in paths if len(path.parts) > 2]:  # its task would be ambiguous
+        raise ValueError(f"{expected}, found {deep[0]}")
+    suffix = ".jsonl.gz" if config.gzip else ".jsonl"
+    return {config.input / path: (config.output / path).with_suffix(suffix) for path in paths}
 
 
 def _convert_file(source: Path, target: Path, config: ConvertConfig, progress: Progress) -> int:

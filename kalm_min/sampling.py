@@ -7,9 +7,10 @@ over all blocks, shuffled and distributed again. Then the order of the blocks is
 """
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -27,16 +28,14 @@ def task_draws(
 ) -> list[int]:
     """How many examples an epoch takes of each task: in proportion to weight * size^exponent.
 
-    At exponent 1 that is every example `weight` times; at 0 equally many of each task; between them
-    small tasks gain and large ones lose, at temperature 1 / exponent. Weights change the length of
-    the epoch, the exponent does not.
-
     Args:
         task_sizes: (T,) the number of examples of each task.
-        weights: (T,) not negative; 0 leaves the task out. 1 by default.
+        weights: (T,) not negative; 0 leaves the task out. 1 by default. They change the length of
+            the epoch, the exponent does not.
         caps: (T,) the maximum number of examples per epoch; None for no maximum. A capped task also
             counts as one of that size, so that it does not enlarge the others.
-        size_exponent: from 0 to 1.
+        size_exponent: 1 takes every example `weight` times, 0 equally many of each task; between
+            them small tasks gain and large ones lose, at temperature 1 / exponent.
 
     Returns (T,) numbers, at least 1 unless the size or the weight is 0.
     """
@@ -58,11 +57,10 @@ class TaskBatchSampler:
     """Iterate over this rank's global example indices, one list per training step.
 
     Example i of task t has the global index sum(task_sizes[:t]) + i. Concatenating the lists of all
-    ranks in rank order gives the global batch, whatever the number of ranks: the order of an epoch
-    is a pure function of the other arguments and the epoch, every rank computes all of it (one
-    array of indices, 4 bytes each below 2^31 rows, at a peak of about two such arrays) and takes
-    its slice of each block. The examples that fill no global batch are left out, different ones in
-    each epoch. Raises ValueError for arguments that contradict each other.
+    ranks in rank order gives the global batch, whatever the number of ranks: every rank computes the
+    order of the epoch (4 bytes per index below 2^31 rows, at a peak of about two such arrays) and
+    takes its slice of each block. Examples that fill no global batch are left out, different ones
+    in each epoch. Raises ValueError for arguments that contradict each other.
     """
 
     task_sizes: Sequence[int]
@@ -163,37 +161,35 @@ class TaskBatchSampler:
         A consumer that prefetches is behind this position and should overwrite "step" with its own
         count. The number of ranks is not part of it: a run may resume on more or fewer.
         """
-        return {"epoch": self.epoch, "step": self._step, **self._fingerprint()}
+        takes_all = self.draws == self.task_sizes
+        return {
+            "epoch": self.epoch,
+            "step": self._step,
+            "task_sizes": self.task_sizes,
+            "task_draws": None if takes_all else self.draws,
+            "batch_size": self.batch_size,
+            "homogeneous_ratio": self.homogeneous_ratio,
+            "seed": self.seed,
+            # Versions before the second drew other subsets, and knew drop_last = False.
+            "order_version": None if takes_all else 2,
+            "drop_last": True,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Make the next iteration continue from `state`.
 
         Raises ValueError when the state belongs to other data or settings: the order would differ.
         """
-        for key, current in self._fingerprint().items():
-            if state.get(key) != current:
+        epoch, step = state["epoch"], state["step"]
+        for key, current in self.state_dict().items():
+            if key not in ("epoch", "step") and state.get(key) != current:
                 raise ValueError(
                     f"cannot resume: the checkpoint was made with {key} {state.get(key)}, "
                     f"this run has {current}; the order of the data would differ"
                 )
-        epoch, step = state["epoch"], state["step"]
         if epoch < 0 or not 0 <= step <= len(self):
             raise ValueError(f"cannot resume at step {step} of {len(self)} in epoch {epoch}")
         self.epoch, self._first, self._step = epoch, step, step
-
-    def _fingerprint(self) -> dict[str, object]:
-        """What the order depends on, besides the epoch."""
-        draws_all = self.draws == self.task_sizes
-        return {
-            "task_sizes": self.task_sizes,
-            "task_draws": None if draws_all else self.draws,
-            "batch_size": self.batch_size,
-            "homogeneous_ratio": self.homogeneous_ratio,
-            "seed": self.seed,
-            # Versions before the second drew other subsets, and knew drop_last = False.
-            "order_version": None if draws_all else 2,
-            "drop_last": True,
-        }
 
 
 def _draw_tasks(
@@ -235,24 +231,23 @@ def token_budget_batches(lengths: Sequence[int], max_tokens: int) -> list[npt.ND
     as few batches as the order allows, and the fullest is as small as their number allows.
     """
     sizes = np.asarray(lengths, dtype=np.int64)  # (n,)
-    assert sizes.ndim == 1 and (sizes > 0).all(), "every text needs at least one token"
+    assert (sizes > 0).all(), "every text needs at least one token"
     assert max_tokens > 0, "the token budget must be positive"
+    order = np.argsort(-sizes, kind="stable")  # (n,)
+    ends = [0, *accumulate(sizes[order].tolist())]  # tokens before each text, and of all
+
+    def cut(budget: int) -> list[int]:
+        """The (exclusive) end of each batch when every batch is filled up to the budget."""
+        cuts, end = list[int](), 0
+        while end < len(order):
+            # At least one text: one that is longer than the budget is alone.
+            end = max(end + 1, bisect_right(ends, ends[end] + budget) - 1)
+            cuts.append(end)
+        return cuts
+
     if len(sizes) == 0:
         return []
-    order = np.argsort(-sizes, kind="stable")  # (n,)
-    ends = np.cumsum(sizes[order])  # (n,) tokens up to and with each text
-
-    def cuts_of(budget: int) -> list[int]:
-        """The (exclusive) end of each batch when every batch is filled up to the budget."""
-        cuts = [0]
-        while cuts[-1] < len(ends):
-            used = int(ends[cuts[-1] - 1]) if cuts[-1] else 0
-            # At least one text: one that is longer than the budget is alone.
-            fits = int(np.searchsorted(ends, used + budget, side="right"))
-            cuts.append(max(cuts[-1] + 1, fits))
-        return cuts[1:]
-
-    fewest = len(cuts_of(max_tokens))
     # The smallest budget that needs no more batches.
-    budget = 1 + bisect_left(range(1, max_tokens), -fewest, key=lambda b: -len(cuts_of(b)))
-    return np.split(order, cuts_of(budget)[:-1])
+    fewest = len(cut(max_tokens))
+    budget = 1 + bisect_left(range(1, max_tokens), -fewest, key=lambda b: -len(cut(b)))
+    return np.split(order, cut(budget)[:-1])

@@ -188,7 +188,10 @@ def test_folders_that_are_no_tasks(tmp_path, capsys):
     write(tmp_path / "hub" / "data" / "a" / "x.parquet", [row("0")])
     for folder, problem in (
         (tmp_path / "none", "none: expected Parquet files, in a sub-folder per task, found none"),
-        (tmp_path / "hub", "data/a/x.parquet: expected <task>/<file>.parquet in "),
+        (
+            tmp_path / "hub",
+            "hub: expected Parquet files, in a sub-folder per task, found data/a/x.parquet",
+        ),
     ):
         assert convert(folder, tmp_path / "out") == 2
         assert problem in capsys.readouterr().err
