@@ -87,21 +87,16 @@ def load_summary(file: JsonlFile) -> list[tuple[str | None, Counts]] | None:
 def load_array(file: JsonlFile, name: str) -> Ints:
     """An array of the summary of a checked file, memory-mapped: (rows,).
 
-    "rows" has the row numbers sorted by task, if there are several tasks; "groups" the hash of the
-    group of each row, if a row has one.
+    "rows": row numbers sorted by task, if there are several; "groups": hashes, if a row has one.
     """
     return np.asarray(np.load(file.sidecar(f"{name}.npy"), mmap_mode="r"))
 
 
 def check_all(path: Path, files: Sequence[JsonlFile], progress: TextIO | None) -> None:
-    """Check and summarise all files that were not checked before.
-
-    Args:
-        path: what the user opened.
-        files: all of its files.
-        progress: where to show how far it is, if it takes a while.
+    """Check and summarise those of the `files` in `path` that were not checked before.
 
     Raises ValueError with the first malformed lines, in the order of the files, and their number.
+    Shows on `progress` how far it is, if it takes a while.
     """
     files = [file for file in files if load_summary(file) is None]
     jobs = [
@@ -169,21 +164,18 @@ def _summaries(jobs: Sequence[Job], total: int) -> Generator[Summary]:
             results = pool.map(summarise, *zip(*jobs, strict=True))
         yield from results
     except BrokenProcessPool as error:
-        raise RuntimeError(
-            f"{jobs[0][0].path}: a process that checked lines of this or a later file was killed "
-            "(is there enough memory?); run again"
-        ) from error
+        killed = "a process that checked lines of this or a later file was killed (out of memory?)"
+        raise RuntimeError(f"{jobs[0][0].path}: {killed}; run again") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _end_with_parent() -> None:
     """End this child process as soon as its parent ends, however that happens."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
 
     def wait() -> None:
-        parent.join()
-        os._exit(1)
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -95,11 +95,9 @@ class TrainingData:
                 _require("group", tasks[name], expected)
                 self._by_group[task] = self._group(task, tasks[name])
             else:
-                expected = (
-                    "expected 'pos' to be a list of at least one non-empty string, or label_based "
-                    f"= true in {name}.toml to draw positives from the line's group"
-                )
-                _require("pos", tasks[name], expected)
+                texts = "expected 'pos' to be a list of at least one non-empty string"
+                other = f"label_based = true in {name}.toml to draw positives from the line's group"
+                _require("pos", tasks[name], f"{texts}, or {other}")
 
     def __reduce__(self) -> tuple[Callable[[], "TrainingData"], tuple[()]]:
         return self._reopen, ()
@@ -213,10 +211,8 @@ class TrainingData:
         """Raise ValueError at the first line without a teacher's scores of all its texts."""
         for task, settings in zip(self.task_names, self.settings, strict=True):
             if settings.label_based:
-                raise ValueError(
-                    f"{task}.toml: expected label_based = false to distil, found true: what is "
-                    "drawn at load time has no teacher's scores"
-                )
+                expected = f"{task}.toml: expected label_based = false to distil, found true"
+                raise ValueError(f"{expected}: what is drawn has no teacher's scores")
         _require("scores", self._segments, "expected pos_scores and neg_scores to distil")
 
 
@@ -225,10 +221,8 @@ def _require(what: str, segments: Iterable[Segment], expected: str) -> None:
     for file, _, counts in segments:
         if what in counts:
             count, row = counts[what]
-            raise ValueError(
-                f"{file.location(row)}: {expected}, found none in {count} "
-                f"line{'s'[: count - 1]} of this file"
-            )
+            found = f"found none in {count} line{'s'[: count - 1]} of this file"
+            raise ValueError(f"{file.location(row)}: {expected}, {found}")
 
 
 def _find_files(path: Path) -> list[tuple[str, Path]]:

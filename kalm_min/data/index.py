@@ -35,12 +35,8 @@ class JsonlFile:
     """The records of a .jsonl or .jsonl.gz file, by number.
 
     Only newlines end a line (U+2028 in a string does not), blank lines are skipped, and a carriage
-    return at the end of a line is white space.
-
-    Args:
-        path: the file.
-        cache_dir: where the index is kept; by default `.kalm_min` beside the file or, failing that,
-            `~/.cache/kalm_min`.
+    return at the end of a line is white space. The index is kept in `cache_dir`, by default
+    `.kalm_min` beside the file or, failing that, `~/.cache/kalm_min`.
 
     Raises ValueError for an empty file, a broken .gz, or when no folder can take the index.
     """
@@ -53,10 +49,8 @@ class JsonlFile:
         parent = self.path.resolve().parent
         # Files of one name from different folders share a cache folder: keep them apart.
         apart = f"{parent.name}-{text_hash(str(parent)) & (2**64 - 1):016x}"
-        if cache_dir is None:
-            self._folders = [parent / ".kalm_min", Path.home() / ".cache" / "kalm_min" / apart]
-        else:
-            self._folders = [Path(cache_dir) / apart]
+        beside = [parent / ".kalm_min", Path.home() / ".cache" / "kalm_min" / apart]
+        self._folders = beside if cache_dir is None else [Path(cache_dir) / apart]
         if not any(map(self._load, self._folders)) and not self._load(self._build()):
             raise ValueError(f"{path}: its index was changed while it was opened; run again")
 
@@ -82,10 +76,7 @@ class JsonlFile:
         return f"{self.path}:{i + 1 + bisect_right(self._blanks, i)}"
 
     def sidecar(self, suffix: str) -> Path:
-        """A path in the cache for data derived from exactly this content of the file.
-
-        Where it exists already, in either folder, or else where it can be written.
-        """
+        """A path for data derived from exactly this content: where it exists, or can be written."""
         paths = [folder / f"{self._name}.{suffix}" for folder in self._folders]
         return next(filter(Path.exists, paths), None) or self._writable() / paths[0].name
 
@@ -103,15 +94,13 @@ class JsonlFile:
                 folder.mkdir(parents=True, exist_ok=True)
                 if os.access(folder, os.W_OK):
                     return folder
-        tried = " or ".join(map(str, self._folders))
-        raise ValueError(
-            f"{self.path}: its index cannot be written to {tried}; pass another cache folder"
-        )
+        tried = f"its index cannot be written to {' or '.join(map(str, self._folders))}"
+        raise ValueError(f"{self.path}: {tried}; pass another cache folder")
 
     def _map(self, folder: Path) -> mmap.mmap:
         """The uncompressed data: the file itself, or its copy in the cache."""
-        is_gzip = self.path.suffix == ".gz"
-        with (folder / f"{self._name}.jsonl" if is_gzip else self.path).open("rb") as file:
+        copy = folder / f"{self._name}.jsonl"
+        with (copy if self.path.suffix == ".gz" else self.path).open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def _load(self, folder: Path) -> bool:
@@ -136,7 +125,17 @@ class JsonlFile:
         """
         folder = self._writable()
         if self.path.suffix == ".gz":
-            self._decompress(folder / f"{self._name}.jsonl")
+            try:
+                with (
+                    gzip.open(self.path) as file,
+                    atomic_write(folder / f"{self._name}.jsonl") as out,
+                ):
+                    shutil.copyfileobj(file, out, _CHUNK)  # in pieces, for any size
+                    if not out.tell():
+                        raise ValueError(f"{self.path}: expected at least one record, found none")
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                expected = f"{self.path}: expected a complete gzip file"
+                raise ValueError(f"{expected}, found: {error}") from error
         data = self._map(folder)
         records, blanks = 0, list[Ints]()
         with atomic_write(folder / f"{self._name}.index") as file:
@@ -155,18 +154,6 @@ class JsonlFile:
             if outdated.fullmatch(entry.name) and not entry.name.startswith(f"{self._name}."):
                 entry.unlink(missing_ok=True)
         return folder
-
-    def _decompress(self, target: Path) -> None:
-        """Decompress in pieces, so that the file is never in memory as a whole."""
-        try:
-            with gzip.open(self.path, "rb") as file, atomic_write(target) as copy:
-                shutil.copyfileobj(file, copy, _CHUNK)
-                if not copy.tell():
-                    raise ValueError(f"{self.path}: expected at least one record, found nothing")
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(
-                f"{self.path}: expected a complete gzip file, found: {error}"
-            ) from error
 
 
 def _lines(data: mmap.mmap) -> Iterator[tuple[Ints, npt.NDArray[np.bool_]]]:
