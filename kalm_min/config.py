@@ -122,9 +122,8 @@ def parse(
         if rest:
             flags = [option.flag for option in options.values()]
             raise ValueError(_unknown("flag", rest[0].partition("=")[0], flags))
-        values |= {
-            name: options[name].read(one, options[name].flag) for name, one in vars(given).items()
-        }
+        for name, value in vars(given).items():
+            values[name] = options[name].read(value, options[name].flag)
         if missing := [option.flag for name, option in options.items() if name not in values]:
             raise ValueError(f"{' and '.join(missing)} must be given (--help tells more)")
         return _build(config_class, values)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 AnyPath = str | os.PathLike[str]
+Object = dict[str, Any]  # what JSON and TOML call an object and a table
 _CHECKPOINT = {".safetensors", ".json", ".txt"}  # the files of a model that change its vectors
 
 
@@ -125,23 +126,21 @@ def read_json(path: AnyPath) -> Any:
     return parse_utf8(Path(path).read_bytes(), path, json.loads, "JSON")
 
 
-def read_toml(path: AnyPath) -> dict[str, Any]:
+def read_toml(path: AnyPath) -> Object:
     """Read a TOML file. Raises ValueError with file and line for anything that is not TOML."""
     return parse_utf8(Path(path).read_bytes(), path, tomllib.loads, "TOML")
 
 
-def flatten(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+def flatten(table: Object, prefix: str = "") -> Iterator[tuple[str, object]]:
     """Every (dotted name, value) of a parsed TOML file."""
     for key, value in table.items():
         if isinstance(value, dict):
-            yield from flatten(cast("dict[str, Any]", value), f"{prefix}{key}.")
+            yield from flatten(cast("Object", value), f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
 
-def read_jsonl(
-    path: AnyPath, problems: list[str] | None = None
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(path: AnyPath, problems: list[str] | None = None) -> Iterator[tuple[int, Object]]:
     """Yield (line number from 1, object) of a .jsonl or .jsonl.gz file, one line at a time.
 
     Blank lines are skipped. Raises ValueError with file:line for a line that is not a JSON object,
@@ -163,12 +162,12 @@ def read_jsonl(
             raise ValueError(f"{path}: expected a complete gzip file, found: {error}") from error
 
 
-def parse_object(line: bytes, where: str) -> dict[str, Any]:
+def parse_object(line: bytes, where: str) -> Object:
     """Parse one line as a JSON object; `where` (file:line) opens the ValueError if it is not one."""
     value = parse_utf8(line.rstrip(b"\r\n"), where, json.loads, "a JSON object")
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(value).__name__}")
-    return cast("dict[str, Any]", value)
+    return cast("Object", value)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
