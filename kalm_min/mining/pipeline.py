@@ -1,13 +1,8 @@
 """From a training folder and a model to the same folder with mined negatives.
 
-    index every task's texts -> encode what the store lacks -> search
-         -> (score with another model) -> judge, choose, write task by task -> report
-
-    <output>/<task>.jsonl, <task>.toml         the mined data
-    <output>/README.md, .png, README.tasks/    the report
-    <output>/.mining/tasks/<task>.json         the record of a finished task
-    <store>/model/, <store>/scorer/            vectors (vectors.py)
-    <store>/model/neighbours/<key>/<depth>/    what a search found, by blocks of queries
+Index the texts of every task, encode what the store lacks, search, judge rows and choose negatives,
+write task by task, report. Beside the data, <output>/.mining/tasks/ holds a record per finished task;
+the store has vectors (vectors.py) and, in neighbours/<key>/<depth>/, what a search found.
 
 Each phase leaves files that are complete or absent and skips what exists, so the same command
 resumes after a kill, and another choice of negatives encodes nothing. Work is distributed to the

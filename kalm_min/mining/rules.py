@@ -1,17 +1,10 @@
-"""The rules: which rows are consistent, and which neighbours become their negatives. Numpy only.
+"""Which rows are consistent, and which neighbours become their negatives. Numpy only.
 
 KaLM V1 section 3 (ranking consistency filtering, k = 50; 7 hard negatives of ranks 50 to 100), with
-margins as in NV-Retriever. Every rule is a mask over stored neighbours.
-
-An unlabelled candidate is a document of the corpus that is not labelled as an answer to the query:
-not the query's text itself, not a positive of the query in any row, not a text of its class. Ranks
-count unlabelled candidates, from 1; a positive's rank is one more than the unlabelled candidates
-with a higher score.
-
-`official_rank` counts as the official code does: every document, a row fails when the score at the
-0-based position k is higher than its best positive's (so rank k + 1 still passes), and of a range only
-0-based positions are taken, first included, last not. (The official code also lets every row pass
-when its list is not longer than k. That is not repeated.)
+margins as in NV-Retriever. An unlabelled candidate is a document of the corpus that is not labelled
+as an answer to the query: not the query's text itself, not a positive of the query in any row, not a
+text of its class. Ranks count unlabelled candidates, from 1; a positive's rank is one more than the
+unlabelled candidates with a higher score.
 
 B rows of a block    K stored neighbours    n negatives per row    R, P rows and positives of a task
 """
@@ -46,12 +39,10 @@ class Rules:
     consistency_top_k: Annotated[
         int | None, "Drop a row whose best positive ranks lower than this; none keeps every row."
     ] = 50
-    official_rank: Annotated[
-        bool, "Count ranks as the official code does: off by one, positives included."
-    ] = False
-    choice: Annotated[
-        Literal["random", "top"], "Which candidates: any, or those with the highest scores."
-    ] = "random"
+    official_rank: Annotated[bool, "Ranks of the official code: positives count, off by one."] = (
+        False
+    )
+    choice: Annotated[Literal["random", "top"], "Any candidates, or the highest."] = "random"
     min_score: Annotated[float | None, "Lowest score (cosine) of a negative."] = None
     max_score: Annotated[float | None, "Highest score (cosine) of a negative."] = None
     absolute_margin: Annotated[
@@ -60,19 +51,16 @@ class Rules:
     relative_margin: Annotated[
         float | None, "The same as a share of the positive's score: 0.05 is NV-Retriever's 95 %."
     ] = None
-    short_rows: Annotated[
-        Literal["keep", "drop"], "What becomes of a row with fewer candidates than negatives."
-    ] = "keep"
+    short_rows: Annotated[Literal["keep", "drop"], "Rows with too few candidates."] = "keep"
     seed: Annotated[int, "Seed of the random choice."] = 0
 
     def __post_init__(self) -> None:
         """Validate the ranks and the number of negatives."""
-        first, last = self.rank_range
+        (first, last), top_k, count = self.rank_range, self.consistency_top_k, self.num_negatives
         if not 0 <= first <= last or last < 1:
             raise ValueError(f"rank_range: expected two ranks, first <= last, found {first} {last}")
-        if self.num_negatives < 0:
-            raise ValueError(f"num_negatives: expected 0 or more, found {self.num_negatives}")
-        top_k = self.consistency_top_k
+        if count < 0:
+            raise ValueError(f"num_negatives: expected 0 or more, found {count}")
         if top_k is not None and top_k < 1:
             raise ValueError(f"consistency_top_k: expected a rank from 1, found {top_k}")
 
@@ -94,6 +82,11 @@ def choose(
     scores: Scores, is_unlabelled: Bools, is_listed: Bools, best: Scores, keys: Codes, rules: Rules
 ) -> Choice:
     """Judge rows and choose their negatives.
+
+    With `official_rank` every document counts, a row fails when the score at the 0-based position k
+    is higher than its best positive's (so rank k + 1 still passes), and of a range only 0-based
+    positions are taken, first included, last not. (The official code also lets every row pass when
+    its list is not longer than k. That is not repeated.)
 
     Args:
         scores: (B, K) of the neighbours, the highest first.
@@ -152,35 +145,24 @@ def random_keys(queries: Ints, candidates: Ints, seed: int) -> Codes:
     return state ^ (state >> np.uint64(31))
 
 
-class Labels:
-    """Which documents are labelled as answers to which queries of a task, in all its rows.
+def labelled_pairs(index: TextIndex) -> Codes:
+    """The codes of a task's labelled pairs, sorted: queries, and classes, with their texts."""
+    queries = index.queries["hash"][index.row_query]  # (R,)
+    positives = index.documents["hash"][index.positives]  # (P,)
+    count, groups = np.diff(index.starts), index.groups
+    of_positives = np.repeat(groups, count)  # (P,)
+    pairs = [
+        _pairs(queries, queries),
+        _pairs(np.repeat(queries, count), positives),
+        _pairs(groups, queries)[groups != 0],
+        _pairs(of_positives, positives)[of_positives != 0],
+    ]
+    return np.unique(np.concatenate(pairs))
 
-    A query is labelled with itself, with its positives, and with the texts of its class.
-    """
 
-    def __init__(self, index: TextIndex) -> None:
-        """Collect the pairs."""
-        queries = index.queries["hash"][index.row_query]  # (R,)
-        positives = index.documents["hash"][index.positives]  # (P,)
-        count, groups = np.diff(index.starts), index.groups
-        of_positives = np.repeat(groups, count)  # (P,)
-        pairs = [
-            _pairs(queries, queries),
-            _pairs(np.repeat(queries, count), positives),
-            _pairs(groups, queries)[groups != 0],
-            _pairs(of_positives, positives)[of_positives != 0],
-        ]
-        self._pairs = np.unique(np.concatenate(pairs))
-
-    def mask(self, queries: Ints, groups: Ints, candidates: Ints) -> Bools:
-        """(B, K) which candidate hashes are labelled, for rows of (B,) query and group hashes."""
-        return self._has(_pairs(queries[:, None], candidates)) | (
-            (groups != 0)[:, None] & self._has(_pairs(groups[:, None], candidates))
-        )
-
-    def _has(self, pairs: Codes) -> Bools:
-        positions = np.searchsorted(self._pairs, pairs)
-        return self._pairs[np.minimum(positions, len(self._pairs) - 1)] == pairs
+def _is_in(pairs: Codes, known: Codes) -> Bools:
+    """Which pairs are among sorted ones; np.isin would sort the known ones again for every block."""
+    return known[np.minimum(np.searchsorted(known, pairs), len(known) - 1)] == pairs
 
 
 def _pairs(left: Ints, right: Ints) -> Codes:
@@ -220,7 +202,7 @@ def select(
         neighbours: gives (B, K) ids in the corpus and scores for (B,) numbers of queries.
         rules: the settings.
     """
-    labels = Labels(index)
+    labelled = labelled_pairs(index)
     histogram = np.zeros(BINS, np.int64)
     parts: list[tuple[NDArray[Any], ...]] = []
     for start in range(0, len(index), _ROWS):
@@ -233,7 +215,10 @@ def select(
         ids, scores = neighbours(numbers)
         is_listed = ids >= 0
         hashes, candidates = index.queries["hash"][numbers], corpus[ids]
-        is_unlabelled = is_listed & ~labels.mask(hashes, index.groups[rows], candidates)
+        groups = index.groups[rows, None]
+        is_labelled = _is_in(_pairs(hashes[:, None], candidates), labelled)
+        is_labelled |= (groups != 0) & _is_in(_pairs(groups, candidates), labelled)
+        is_unlabelled = is_listed & ~is_labelled
         keys = random_keys(hashes, candidates, rules.seed)
         status, ahead, columns = choose(scores, is_unlabelled, is_listed, best, keys, rules)
         beyond = best < np.where(is_listed, scores, np.inf).min(1, initial=np.inf)

@@ -71,8 +71,7 @@ class _UniqueTexts:
 
     def __init__(self, instructions: dict[str, int]) -> None:
         self._numbers: dict[int, int] = {}
-        self._instructions = instructions
-        self._table = array("q")
+        self._instructions, self._table = instructions, array("q")
 
     def add(self, text: str, instruction: str, row: int, slot: int, *, apart: bool = False) -> int:
         """The text's number; `apart` distinguishes equal texts with different instructions."""
@@ -88,13 +87,7 @@ class _UniqueTexts:
 
 
 def index_task(data: TrainingData, task: int, *, with_negatives: bool) -> TextIndex:
-    """Read a task once.
-
-    Args:
-        data: the opened data.
-        task: its number in data.task_names.
-        with_negatives: whether the negatives of the rows are documents too, as where a task is its
-            own corpus; with a pool only the positives are.
+    """Read task number `task` once; its negatives are documents too where it is its own corpus.
 
     A document that several rows of a symmetric task hold under different instructions is encoded
     with the first one's.
@@ -102,8 +95,8 @@ def index_task(data: TrainingData, task: int, *, with_negatives: bool) -> TextIn
     first = sum(data.task_sizes[:task])
     instructions: dict[str, int] = {}
     queries, documents = _UniqueTexts(instructions), _UniqueTexts(instructions)
-    row_query, positives, groups, starts = array("q"), array("q"), array("q"), array("q", [0])
-    hashes = array("q")
+    row_query, positives, groups, starts, hashes = (array("q") for _ in range(5))
+    starts.append(0)
     for row in range(first, first + data.task_sizes[task]):
         example = data[row]
         instruction = example.instruction or ""
@@ -120,10 +113,10 @@ def index_task(data: TrainingData, task: int, *, with_negatives: bool) -> TextIn
         instructions=tuple(instructions),
         queries=queries.table(),
         documents=documents.table(),
-        row_query=np.array(row_query, np.int64),
-        starts=np.array(starts, np.int64),
-        positives=np.array(positives, np.int64),
-        groups=np.array(groups, np.int64),
+        row_query=np.array(row_query),
+        starts=np.array(starts),
+        positives=np.array(positives),
+        groups=np.array(groups),
         fingerprint=digest(hashes.tobytes()),
     )
 
@@ -143,10 +136,7 @@ def text_sets(data: TrainingData, index: TextIndex) -> list[TextSet]:
 
 
 def open_pool(path: Path, cache_dir: Path | None = None) -> TextSet:
-    """The unique texts of a JSONL(.gz) file with the key "text".
-
-    Raises ValueError with file:line for a line without a text in it.
-    """
+    """The unique texts of a JSONL(.gz) file of {"text"}; ValueError with file:line for other lines."""
     file, unique = JsonlFile(path, cache_dir), _UniqueTexts({})
     for row in range(len(file)):
         record = file[row]
