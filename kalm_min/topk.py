@@ -60,6 +60,7 @@ def top_k(
     backend: Literal["torch", "faiss"] = "torch",
     span: Span | None = None,
     exact: bool = True,
+    index: Any = None,
 ) -> Neighbours:
     """The k documents with the highest inner product, for each query.
 
@@ -72,6 +73,8 @@ def top_k(
         span: search documents span[0] to span[1] only; ids stay those of the full set.
         exact: False leaves the scores float32 products and near-ties in any order, which is all
             that evaluation needs, and reads the documents once.
+        index: an `approximate_index` of the same span. It draws up the shortlists, and some
+            neighbours are missed: measure how many with `recall`.
 
     Raises ValueError for vectors longer than 1, and for a torch that was told to multiply less
     exactly than float32.
@@ -85,8 +88,14 @@ def top_k(
     result = Neighbours(np.empty((len(queries), k), np.int64), np.empty((len(queries), k)))
     for start, block in _blocks(queries, (0, len(queries) if k else 0), _HELD):
         block = block.to(device)  # (q, D)
-        ids, scores = _shortlist(block, documents, span, size, backend)  # (q, S)
-        if exact:
+        if index is not None:
+            ids = torch.from_numpy(index.search(block.cpu().numpy(), min(2 * k, total))[1])
+            ids, is_found = (ids + span[0]).to(device), (ids >= 0).to(device)
+            ids, scores = _rescore(block, documents, ids, is_found, k)
+            ids[scores == -torch.inf] = -1
+        else:
+            ids, scores = _shortlist(block, documents, span, size, backend)  # (q, S)
+        if exact and index is None:
             # The most by which a float32 product of unit vectors is off, however it was summed.
             error = 1.01 * (block.shape[1] + 2) * 2.0**-24
             # At least k documents reach scores[k - 1] - error exactly, and no document exceeds its
@@ -214,54 +223,34 @@ def _exhaustive(queries: Tensor, documents: Rows, k: int, span: Span) -> _Pairs:
     return ids, scores
 
 
-class ApproximateIndex:
-    """A faiss index made from a factory string, for corpora too large to multiply with.
+def approximate_index(documents: Rows, factory: str, span: Span | None = None) -> Any:
+    """A faiss index of the documents of `span`, or all, for corpora too large to multiply with.
 
-    Its neighbours are scored exactly and ordered as always, but some are missed: measure how many
-    with `recall`. On several processes each indexes its part, so that their number changes what is
-    missed.
+    `factory` is for example "IVF4096,Flat;nprobe=64": after the semicolon, search parameters. Each
+    of several processes indexes its span, so that their number changes what is missed.
     """
-
-    def __init__(self, documents: Rows, factory: str, span: Span | None = None) -> None:
-        """Train on a sample and add the documents of `span`, or all.
-
-        `factory` is for example "IVF4096,Flat;nprobe=64": after the semicolon, search parameters.
-        """
-        faiss = _import_faiss()
-        name, _, parameters = factory.partition(";")
-        self.documents, self.span = documents, span or (0, len(documents))
-        metric, dim = faiss.METRIC_INNER_PRODUCT, documents[:1].shape[1]
-        try:
-            self.index = faiss.index_factory(dim, name, metric)
-            if not self.index.is_trained:
-                step = max(1, -(-(self.span[1] - self.span[0]) // _SAMPLE))
-                self.index.train(documents[np.arange(*self.span, step)])
-            for _, block in _blocks(documents, self.span, _INDEXED):
-                self.index.add(block.numpy())
-            if parameters:
-                faiss.ParameterSpace().set_index_parameters(self.index, parameters)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"index {factory!r}: faiss refused it ({reason})") from error
-
-    def top_k(self, queries: Rows, k: int) -> Neighbours:
-        """About the k nearest of each query."""
-        total = self.span[1] - self.span[0]
-        k = min(k, total)
-        result = Neighbours(np.empty((len(queries), k), np.int64), np.empty((len(queries), k)))
-        for start, block in _blocks(queries, (0, len(queries)), _HELD):
-            ids = torch.from_numpy(self.index.search(block.numpy(), min(2 * k, total))[1])
-            ids, scores = _rescore(block, self.documents, ids + self.span[0], ids >= 0, k)
-            ids[scores == -torch.inf] = -1
-            result.ids[start : start + len(block)] = ids
-            result.scores[start : start + len(block)] = scores
-        return result
+    faiss = _import_faiss()
+    name, _, parameters = factory.partition(";")
+    span = span or (0, len(documents))
+    try:
+        index = faiss.index_factory(documents[:1].shape[1], name, faiss.METRIC_INNER_PRODUCT)
+        if not index.is_trained:
+            step = max(1, -(-(span[1] - span[0]) // _SAMPLE))
+            index.train(documents[np.arange(*span, step)])
+        for _, block in _blocks(documents, span, _INDEXED):
+            index.add(block.numpy())
+        if parameters:
+            faiss.ParameterSpace().set_index_parameters(index, parameters)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"index {factory!r}: faiss refused it ({reason})") from error
+    return index
 
 
-def recall(found: Neighbours, exact: Neighbours) -> float:
-    """The share of the exact neighbours that were found, over all queries."""
-    hits = sum(len(np.intersect1d(a[a >= 0], b)) for a, b in zip(found.ids, exact.ids, strict=True))
-    return hits / max(1, int((exact.ids >= 0).sum()))
+def recall(found: Ints, exact: Ints) -> float:
+    """The share of the (Q, k) ids of exact neighbours that are among the (Q, any) found ones."""
+    hits = sum(len(np.intersect1d(a[a >= 0], b)) for a, b in zip(found, exact, strict=True))
+    return hits / max(1, int((exact >= 0).sum()))
 
 
 def _import_faiss() -> Any:

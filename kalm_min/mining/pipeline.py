@@ -30,7 +30,7 @@ from kalm_min.files import atomic_write, digest, read_json, write_json, write_te
 from kalm_min.mining import report
 from kalm_min.mining.rules import KEPT, Bools, Rules, Scores, Selection, pair_scores, select
 from kalm_min.mining.texts import TextIndex, index_task, open_pool, text_sets
-from kalm_min.topk import ApproximateIndex, Ints, Neighbours, merge, recall, top_k
+from kalm_min.topk import Ints, Neighbours, approximate_index, merge, recall, top_k
 from kalm_min.training import distributed
 from kalm_min.vectors import (
     StoredVectors,
@@ -130,6 +130,7 @@ class Miner:
         self.rank, self.world = distributed.rank(), distributed.world_size()
         self.stream = stream if self.rank == 0 else io.StringIO()
         self.work = config.output / ".mining"
+        self.store = config.store or self.work
         self.data, self.pool = distributed.rank_zero_first(self._open_data)
         self.names = [_file_name(task) for task in self.data.task_names]
         self.made_with: dict[str, object] = {
@@ -226,7 +227,7 @@ class Miner:
         folders = files.checkpoint_folders(model)
         checkpoint = files.hash_checkpoint(*folders) if self.rank == 0 else ""
         manifest = describe(embedder, distributed.gather_objects(checkpoint)[0])
-        check = partial(check_manifest, self._store(name), manifest, begin=not config.dry_run)
+        check = partial(check_manifest, self.store / name, manifest, begin=not config.dry_run)
         distributed.rank_zero_first(check)
         self.manifests[name] = manifest
         return embedder
@@ -262,22 +263,16 @@ class Miner:
                 stored, n = self._neighbours(number), len(corpus)
                 measured = stored.folder / "recall.json"
                 span = n * self.rank // self.world, n * (self.rank + 1) // self.world
-                find = partial(
-                    top_k, documents=corpus, device=device, backend=config.search, span=span
-                )
-                if config.index is not None:
-                    find = ApproximateIndex(corpus, config.index, span).top_k
+                find = partial(top_k, documents=corpus, k=stored.depth, device=device)
+                index = config.index and approximate_index(corpus, config.index, span)
                 for block in work[number]:
                     queries = all_queries[block]
-                    parts = distributed.gather_objects(find(queries, k=stored.depth))
-                    found = merge(parts, stored.depth)
+                    part = find(queries, backend=config.search, span=span, index=index)
+                    found = merge(distributed.gather_objects(part), stored.depth)
                     if self.rank == 0 and config.index is not None and not measured.exists():
-                        exact = top_k(
-                            queries[:_RECALL_QUERIES], corpus, stored.depth, device=device
-                        )
-                        sample = Neighbours(*(one[:_RECALL_QUERIES] for one in found))
-                        value = {"recall": recall(sample, exact), "queries": len(exact.ids)}
-                        write_json(measured, value)
+                        exact = find(queries[:_RECALL_QUERIES]).ids
+                        share = recall(found.ids[: len(exact)], exact)
+                        write_json(measured, {"recall": share, "queries": len(exact)})
                     if self.rank == 0:
                         stored.write(block, found)
                     progress.update(1, self.data.task_names[number])
@@ -342,15 +337,12 @@ class Miner:
         texts = [queries, documents, corpus]
         return _Task(index, texts, [self._vectors(one) for one in texts])
 
-    def _store(self, name: str) -> Path:
-        return (self.config.store or self.work) / name
-
     def _vectors(self, texts: TextSet, name: str = "model") -> StoredVectors:
         """The vectors of texts by the model or the scorer, instructions put in its template."""
         template = str(self.manifests[name]["instruction_template"])
         dimension = int(str(self.manifests[name]["dimension"]))
         prompts = tuple(template.format(instruction=x) if x else "" for x in texts.prompts)
-        return StoredVectors(self._store(name), replace(texts, prompts=prompts), dimension)
+        return StoredVectors(self.store / name, replace(texts, prompts=prompts), dimension)
 
     def _neighbours(self, number: int) -> StoredNeighbours:
         """The stored lists of a task, long enough for the rules.
@@ -364,7 +356,7 @@ class Miner:
         labelled = int(np.unique(asked, return_counts=True)[1].max()) + 1
         depth = min(config.depth + min(labelled, config.depth + 100), len(corpus))
         key = digest(queries.key, corpus.key, str(config.index))[:32]
-        folder = self._store("model") / "neighbours" / key
+        folder = self.store / "model" / "neighbours" / key
         stored = sorted(int(entry.name) for entry in folder.glob("*") if entry.name.isdigit())
         for longer in stored if config.index is None else ():
             found = StoredNeighbours(folder / str(longer), len(queries), depth)
