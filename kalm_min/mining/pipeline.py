@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kalm_min import files
+from kalm_min import files, vectors
 from kalm_min.console import Progress, table
 from kalm_min.data import TrainingData
 from kalm_min.embedder import Embedder
@@ -32,15 +32,7 @@ from kalm_min.mining.rules import KEPT, Bools, Rules, Scores, Selection, pair_sc
 from kalm_min.mining.texts import TextIndex, index_task, open_pool, text_sets
 from kalm_min.topk import Ints, Neighbours, approximate_index, merge, recall, top_k
 from kalm_min.training import distributed
-from kalm_min.vectors import (
-    StoredVectors,
-    TextSet,
-    check_manifest,
-    describe,
-    read_array,
-    unreadable,
-    write_array,
-)
+from kalm_min.vectors import StoredVectors, TextSet
 
 _LAYOUT = 2  # raised when the same settings give another output
 _RECALL_QUERIES = 256
@@ -87,14 +79,14 @@ class StoredNeighbours(NamedTuple):
 
     def missing(self) -> list[slice]:
         """The queries of each file that does not exist, or cannot be read."""
-        starts = unreadable(range(0, self.size, _QUERIES), self._load)
+        starts = vectors.unreadable(range(0, self.size, _QUERIES), self._load)
         return [slice(start, min(start + _QUERIES, self.size)) for start in starts]
 
     def write(self, queries: slice, found: Neighbours) -> None:
         """Write one file."""
         pairs = np.empty(found.ids.shape, _NEIGHBOUR)
         pairs["id"], pairs["score"] = found
-        write_array(self._path(queries.start), pairs)
+        vectors.write_array(self._path(queries.start), pairs)
 
     def read(self, numbers: Ints) -> tuple[Ints, Scores]:
         """(len(numbers), depth) ids, -1 for none, and scores of some queries."""
@@ -107,7 +99,7 @@ class StoredNeighbours(NamedTuple):
 
     def _load(self, start: int) -> NDArray[np.void]:
         shape = (min(_QUERIES, self.size - start), int(self.folder.name))
-        return read_array(self._path(start), shape, _NEIGHBOUR)
+        return vectors.read_array(self._path(start), shape, _NEIGHBOUR)
 
     def _path(self, start: int) -> Path:
         return self.folder / f"{start // _QUERIES:06d}.npy"
@@ -193,11 +185,11 @@ class Miner:
                 rows.append([name, f"{self.data.task_sizes[number]:,}", *["copied"] * 6])
                 continue
             task, kept = self._task(number), ""
-            characters: dict[str, int] = {}
-            for one in task.vectors:
-                for i in one.missing():
-                    part = slice(*one.cuts[i : i + 2])
-                    characters[one.names[i]] = int(one.texts.sizes[part].sum())
+            characters = {
+                one.names[i]: int(one.texts.sizes[slice(*one.cuts[i : i + 2])].sum())
+                for one in task.vectors
+                for i in one.missing()
+            }
             blocks = len(self._neighbours(number).missing())
             if not characters and not blocks:
                 kept = f"{(self._choose(number).status == KEPT).sum():,}"
@@ -226,9 +218,9 @@ class Miner:
         embedder = distributed.rank_zero_first(partial(load, max_length=config.max_length))
         folders = files.checkpoint_folders(model)
         checkpoint = files.hash_checkpoint(*folders) if self.rank == 0 else ""
-        manifest = describe(embedder, distributed.gather_objects(checkpoint)[0])
-        check = partial(check_manifest, self.store / name, manifest, begin=not config.dry_run)
-        distributed.rank_zero_first(check)
+        manifest = vectors.describe(embedder, distributed.gather_objects(checkpoint)[0])
+        check = partial(vectors.check_manifest, self.store / name, manifest)
+        distributed.rank_zero_first(partial(check, begin=not config.dry_run))
         self.manifests[name] = manifest
         return embedder
 
@@ -242,9 +234,9 @@ class Miner:
         """Encode the shards that are missing; each process takes some."""
         wanted: dict[str, tuple[int, int, int]] = {}
         for number in todo:
-            for part, vectors in enumerate(vectors_of(number)):
-                for shard in vectors.missing():
-                    wanted.setdefault(vectors.names[shard], (number, part, shard))
+            for part, stored in enumerate(vectors_of(number)):
+                for shard in stored.missing():
+                    wanted.setdefault(stored.names[shard], (number, part, shard))
         distributed.barrier()  # nobody encodes before everybody has looked
         opened = lru_cache(maxsize=1)(vectors_of)
         for number, part, shard in self._share(wanted.values(), title, "shards"):
@@ -264,12 +256,14 @@ class Miner:
                 measured = stored.folder / "recall.json"
                 span = n * self.rank // self.world, n * (self.rank + 1) // self.world
                 find = partial(top_k, documents=corpus, k=stored.depth, device=device)
-                index = config.index and approximate_index(corpus, config.index, span)
+                index = None
+                if config.index is not None:
+                    index = approximate_index(corpus, config.index, span)
                 for block in work[number]:
                     queries = all_queries[block]
                     part = find(queries, backend=config.search, span=span, index=index)
                     found = merge(distributed.gather_objects(part), stored.depth)
-                    if self.rank == 0 and config.index is not None and not measured.exists():
+                    if self.rank == 0 and index is not None and not measured.exists():
                         exact = find(queries[:_RECALL_QUERIES]).ids
                         share = recall(found.ids[: len(exact)], exact)
                         write_json(measured, {"recall": share, "queries": len(exact)})

@@ -16,16 +16,8 @@ import numpy as np
 from kalm_min import console
 from kalm_min.data import TrainingData
 from kalm_min.files import atomic_write, write_text
-from kalm_min.mining.rules import (
-    BINS,
-    INCONSISTENT,
-    KEPT,
-    SHORT,
-    Bools,
-    Selection,
-    random_keys,
-    score_histogram,
-)
+from kalm_min.mining import rules
+from kalm_min.mining.rules import BINS, INCONSISTENT, KEPT, SHORT, Bools, Selection
 from kalm_min.mining.texts import TextIndex
 from kalm_min.topk import Ints
 from kalm_min.vectors import TextSet
@@ -43,11 +35,6 @@ _KINDS = {
 _SHOWN = 20  # dropped rows, and suspected negatives, per task
 _SUSPECT = 0.95  # of the positive's score: what NV-Retriever would not take
 _CUT = 240  # characters of a text
-_WORDS = (
-    "An unlabelled candidate is a document that is not labelled as an answer to the query. A row "
-    "fails the consistency filter when more unlabelled candidates than allowed score higher than "
-    "its best positive."
-)
 _COUNTS = ("rows", "kept", "inconsistent", "short", "kept_with_fewer", "negatives", "suspects")
 
 Summary = dict[str, Any]  # counts and histograms of a task, as its record holds them
@@ -63,11 +50,11 @@ def summarise(index: TextIndex, selection: Selection, corpus: int) -> Summary:
     listed = np.histogram(ranks[ranks > 0], bins=[*_RANKS, np.iinfo(np.int64).max])[0]
     of_kept = np.repeat(kept, np.diff(index.starts))
     scores = {
-        "kept": score_histogram(selection.positive_scores[of_kept]),
-        "dropped": score_histogram(selection.positive_scores[~of_kept]),
-        "negatives": score_histogram(selection.negative_scores[kept][chosen]),
-        "unlabelled": selection.histogram,
+        "kept": selection.positive_scores[of_kept],
+        "dropped": selection.positive_scores[~of_kept],
+        "negatives": selection.negative_scores[kept][chosen],
     }
+    histograms = {kind: rules.score_histogram(some).tolist() for kind, some in scores.items()}
     return {
         "rows": len(index),
         "kept": int(kept.sum()),
@@ -78,7 +65,7 @@ def summarise(index: TextIndex, selection: Selection, corpus: int) -> Summary:
         "suspects": int(_suspects(index, selection).sum()),
         "corpus": corpus,
         "ranks": [*listed.tolist(), int((ranks < 0).sum())],
-        "scores": {kind: histogram.tolist() for kind, histogram in scores.items()},
+        "scores": histograms | {"unlabelled": selection.histogram.tolist()},
     }
 
 
@@ -136,45 +123,47 @@ def examples(
 ) -> str:
     """A task's page, rows to read: dropped ones, suspected false negatives, kept ones."""
     ranks, suspects = _ranks(selection), _suspects(index, selection)
-
-    def item(score: float, kind: str, text: str) -> str:
-        return f"    - {score:.3f} {kind}: {_clip(text)}"
-
-    def lines(row: int, negatives: Bools | None) -> Iterable[str]:
-        """A row with its best positive and some negatives, or else the top unlabelled candidate."""
-        example = data[index.first + row]
-        scores = selection.positive_scores[index.starts[row] : index.starts[row + 1]]
-        best = int(scores.argmax())
-        below = f"below all {selection.ahead[row]} listed"
-        rank = below if ranks[row] < 0 else f"rank {ranks[row]}"
-        yield f"- {_clip(example.query)}"
-        yield item(scores[best], f"positive, {rank}", example.positives[best])
-        if negatives is None:
-            kind, others = "top unlabelled", [(selection.top[row], selection.top_scores[row])]
-        else:
-            columns = negatives[row]
-            pairs = selection.negatives[row, columns], selection.negative_scores[row, columns]
-            kind, others = "negative", zip(*pairs, strict=True)
-        for number, score in others:
-            if number >= 0:
-                yield item(score, kind, corpus.read(int(number), int(number) + 1)[0])
-
-    is_dropped, is_kept = selection.status == INCONSISTENT, selection.status == KEPT
+    failed = f"{summary['inconsistent']:,} rows failed the consistency filter"
+    suspected = f"{summary['suspects']:,} suspected false negatives"
+    top = selection.top[:, None], selection.top_scores[:, None]
+    negatives, scores = selection.negatives, selection.negative_scores
+    some = np.where(suspects, negatives, -1)
     parts = [
-        ("{inconsistent:,} rows failed the consistency filter", is_dropped, None, _SHOWN),
-        ("{suspects:,} suspected false negatives", suspects.any(1), suspects, _SHOWN),
-        ("{kept:,} rows kept", is_kept, selection.negatives >= 0, _SHOWN // 4),
+        (failed, selection.status == INCONSISTENT, "top unlabelled", *top, _SHOWN),
+        (suspected, suspects.any(1), "negative", some, scores, _SHOWN),
+        (
+            f"{summary['kept']:,} rows kept",
+            selection.status == KEPT,
+            "negative",
+            negatives,
+            scores,
+            5,
+        ),
     ]
-    sections: list[str] = []
-    for title, which, negatives, count in parts:
+    lines: list[str] = []
+    for title, which, kind, numbers, scores, count in parts:
         rows = np.flatnonzero(which)
         # At random, but always the same ones, in their order.
-        keys = random_keys(index.queries["hash"][index.row_query[rows]], rows[:, None], 0)[:, 0]
+        hashes = index.queries["hash"][index.row_query[rows]]
+        keys = rules.random_keys(hashes, rows[:, None], 0)[:, 0]
         sample = sorted(rows[np.argsort(keys, kind="stable")[:count]].tolist())
-        if sample:
-            shown = [line for row in sample for line in lines(row, negatives)]
-            sections.append("\n".join([f"## {title.format(**summary)}\n", *shown]))
-    return "\n\n".join(sections) + "\n"
+        lines += [f"## {title}", ""] if sample else []
+        for row in sample:
+            example = data[index.first + row]
+            positives = selection.positive_scores[index.starts[row] : index.starts[row + 1]]
+            best = int(positives.argmax())
+            below = f"below all {selection.ahead[row]} listed"
+            rank = below if ranks[row] < 0 else f"rank {ranks[row]}"
+            shown = [(positives[best], f"positive, {rank}", example.positives[best])]
+            shown += [
+                (scores[row, column], kind, corpus.read(number, number + 1)[0])
+                for column, number in enumerate(numbers[row].tolist())
+                if number >= 0
+            ]
+            lines.append(f"- {_clip(example.query)}")
+            lines += [f"    - {score:.3f} {what}: {_clip(text)}" for score, what, text in shown]
+        lines += [""] if sample else []
+    return "\n".join(lines)
 
 
 def _clip(text: str) -> str:
@@ -186,13 +175,9 @@ def _clip(text: str) -> str:
 def write(
     folder: Path, tasks: Tasks, model: Mapping[str, object], settings: Mapping[str, object]
 ) -> None:
-    """Write README.md, and README.png where matplotlib is installed.
+    """Write README.md and, where matplotlib is installed, README.png into `folder`.
 
-    Args:
-        folder: where to.
-        tasks: the summaries by name.
-        model: the manifest of its vectors.
-        settings: of the run, by name.
+    `tasks` holds the summaries by name, `model` the manifest of its vectors.
     """
     total = totals(tasks)
     counts = {name: [f"{one[name]:,}" for one in tasks.values()] for name in (*_COUNTS, "corpus")}
@@ -210,13 +195,14 @@ def write(
     sums = (
         f"{sentence(total)}. {total['kept_with_fewer']:,} kept rows have fewer negatives than "
         f"requested; {total['suspects']:,} of {total['negatives']:,} negatives are suspects: they "
-        f"score at least {_SUSPECT:.0%} of the row's best positive."
+        f"score at least {_SUSPECT:.0%} of the row's best positive.\n\nAn unlabelled candidate is a "
+        "document that is not labelled as an answer to the query. A row fails the consistency filter "
+        "when more unlabelled candidates than allowed score higher than its best positive."
     )
     parts = [
         "# Mined training data",
         model_line,
         sums,
-        _WORDS,
         "![ranks, one bar per task](README.png)" if _plot(folder, tasks) else "",
         "\n".join(f"- Look at {remark}." for remark in remarks(tasks)),
         _table(tasks, head, zip(*counts.values(), strict=True)),
