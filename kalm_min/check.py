@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -51,22 +51,13 @@ OPTIONS = {
     "all of them": _ALL,
     "all of them, in blocks": replace(_ALL, memory_gib=1e-5),
 }
-
-
-class Way(NamedTuple):
-    """One way to compute a step."""
-
-    budget: int  # tokens per chunk
-    strategy: Literal["ddp", "fsdp"] = "ddp"
-    others: int | None = None  # tokens per chunk on all processes but the first, where they differ
-
-
-WAYS = {
-    "1 chunk": Way(10**6),
-    "3 chunks": Way(110),
-    "n chunks": Way(1),
-    "3 chunks, sharded": Way(110, "fsdp"),
-    "1 or n chunks": Way(10**6, others=1),
+WAYS: dict[str, tuple[int, int, Literal["ddp", "fsdp"]]] = {
+    # Tokens per chunk on the first process, on the others, and how the model is distributed.
+    "1 chunk": (10**6, 10**6, "ddp"),
+    "3 chunks": (110, 110, "ddp"),
+    "n chunks": (1, 1, "ddp"),
+    "3 chunks, sharded": (110, 110, "fsdp"),
+    "1 or n chunks": (10**6, 1, "ddp"),
 }
 
 
@@ -83,9 +74,9 @@ def examples() -> list[Example]:
     made: list[Example] = []
     for i in range(_QUERIES):
         positives = (f"positive {i // 2}",) if i < 4 else (f"positive {i}", f"other {i}")
-        # Of query 7 another query's positive, of query 6 another query's text.
+        # Among the negatives of 7 is another query's positive, of 6 another query's text.
         first = {7: "positive 1", 6: "query 7"}.get(i, f"negative {i} 0")
-        negatives = (first, *(f"negative {i} {j}" for j in range(1, 4)))[: i % 5]
+        negatives = (first, *(f"negative {i} {j}" for j in (1, 2, 3)))[: i % 5]
         example = Example(
             query=f"query {i}",
             positives=positives,
@@ -106,10 +97,8 @@ def tokenized(some: list[Example], num_negatives: int) -> TokenBatch:
     text = collate(some, num_negatives=num_negatives, template="{instruction}", epoch=0, seed=0)
     texts = [*text.queries, *text.documents]
     unique = {t: i for i, t in enumerate(dict.fromkeys(texts))}
-    sequences = [
-        np.random.default_rng([*t.encode()]).integers(64, size=2 + sum(t.encode()) % 12).tolist()
-        for t in unique
-    ]
+    draws = [(np.random.default_rng([*t.encode()]), 2 + sum(t.encode()) % 12) for t in unique]
+    sequences = [rng.integers(64, size=size).tolist() for rng, size in draws]
     return TokenBatch(sequences, torch.tensor([unique[t] for t in texts]), text)
 
 
@@ -129,7 +118,9 @@ def decoder() -> Qwen2:
     return model.double()
 
 
-def step(option: str, way: Way) -> dict[str, Tensor]:
+def step(
+    option: str, first: int, others: int, strategy: Literal["ddp", "fsdp"]
+) -> dict[str, Tensor]:
     """The "loss" of one step, and every parameter's gradient, as data parallelism gives them.
 
     The step is taken twice: in the second one DDP exchanges more, having seen the first.
@@ -138,12 +129,12 @@ def step(option: str, way: Way) -> dict[str, Tensor]:
     num_negatives = 0 if option == "in-batch negatives" else 3
     batch = tokenized(examples()[rank * share : (rank + 1) * share], num_negatives)
     model = decoder()
-    wrapped = parallel.wrap(model, ParallelConfig(strategy=way.strategy))
+    wrapped = parallel.wrap(model, ParallelConfig(strategy=strategy))
 
     def embed(packed: Packed) -> Tensor:
         return pool(wrapped(packed, causal=False), packed.cu_seqlens, "mean")
 
-    found: dict[str, Tensor] = {}
+    loss = torch.zeros(())
     for _ in range(2):
         model.zero_grad()
         loss, *_ = contrastive_step(
@@ -151,13 +142,13 @@ def step(option: str, way: Way) -> dict[str, Tensor]:
             embed,
             OPTIONS[option],
             device=torch.device("cpu"),
-            tokens_per_batch=way.others if rank and way.others else way.budget,
+            tokens_per_batch=others if rank else first,
             no_sync=partial(parallel.no_sync, wrapped),
             sharded=parallel.is_sharded(model),
         )
-        found["loss"] = distributed.mean(loss)
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return found | {name: parallel.full_tensor(gradient) for name, gradient in gradients.items()}
+    gradients = ((name, p.grad) for name, p in model.named_parameters())
+    full = {name: parallel.full_tensor(grad) for name, grad in gradients if grad is not None}
+    return {"loss": distributed.mean(loss), **full}
 
 
 def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -181,13 +172,13 @@ def compare(count: int) -> list[list[float]]:
 
 def _worker(rank: int, count: int, port: int, path: Path) -> None:
     torch.set_num_threads(1)
-    plain = {option: step(option, WAYS["1 chunk"]) for option in OPTIONS}  # in no group yet
+    plain = {option: step(option, *WAYS["1 chunk"]) for option in OPTIONS}  # in no group yet
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= address | {"RANK": str(rank), "WORLD_SIZE": str(count)}
     distributed.start(dict(os.environ), torch.device("cpu"))
     try:
         found = [
-            [difference(one, step(option, way)) for way in WAYS.values()]
+            [difference(one, step(option, *way)) for way in WAYS.values()]
             for option, one in plain.items()
         ]
         if rank == 0:
@@ -202,11 +193,8 @@ def check(config: CheckConfig) -> int:
     """Print the table; 0 when every difference is within the limit."""
     found = [compare(count) for count in config.processes]
     head = [f"{count} x {way}" for count in config.processes for way in WAYS]
-    values = [[*chain.from_iterable(rows)] for rows in zip(*found, strict=True)]  # per option
-    cells = [
-        [option, *(f"{value:.0e}" for value in row)]
-        for option, row in zip(OPTIONS, values, strict=True)
-    ]
+    rows = [[*chain(*parts)] for parts in zip(*found, strict=True)]  # of each option
+    columns = [[f"{value:.0e}" for value in column] for column in zip(*rows, strict=True)]
     text = f"""# One process = several = gradient-cached
 
 Largest relative difference of loss and parameter gradients from one plain backward over
@@ -214,12 +202,12 @@ the whole batch, float64, CPU, gloo. Columns: processes x chunks (n: one text pe
 chunk; 1 or n: one chunk on the first process, n on the others; sharded: FSDP2).
 Made by `python -m kalm_min.check`; the limit is {LIMIT:.0e}.
 
-{table(["loss option", *head], cells)}
+{table(["loss option", *head], [*zip(OPTIONS, *columns, strict=True)])}
 """
     sys.stdout.write(text)
     if config.output is not None:
         write_text(config.output, text)
-    return int(max(map(max, values)) > LIMIT)
+    return int(max(map(max, rows)) > LIMIT)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def non_candidates(
     """One (b, n) mask per reason why a document is no negative; no pair has two reasons.
 
     Args:
-        batch: its texts are compared without instruction, by hash.
+        batch: its hashes are of the texts without instruction.
         rows, columns: the b queries and n documents looked at.
         too_similar: (b, n) bool, documents taken for positives that nobody labelled.
     """

@@ -37,16 +37,14 @@ class LossConfig:
     matryoshka_dims: Annotated[tuple[int, ...], "Leading dimensions that can be used alone."] = ()
     matryoshka_weights: Annotated[tuple[float, ...], "One weight per dimension."] = ()
     mixing: Annotated[bool, "Add two negatives per query, mixed from its own (V2)."] = False
-    distillation_weight: Annotated[
-        float, "Share of the KL term against the teacher scores in the data; V2.5 uses 0.7."
-    ] = 0.0
+    distillation_weight: Annotated[float, "Share of the KL to the teacher; V2.5 uses 0.7."] = 0.0
     distillation_temperature: Annotated[float, "Divides both scores in the KL term."] = 0.05
     memory_gib: Annotated[float, "GiB for scores; beyond it they are computed twice."] = 1.0
     mask_false_negatives: Annotated[
         bool, "Known positives of the query, its own text and its class are not its negatives."
     ] = True
     false_negative_margin: Annotated[
-        float | None, "Maximum by which a negative's cosine exceeds the positive's; Qwen3 uses 0.1."
+        float | None, "Maximum of a negative's cosine minus the positive's; Qwen3 uses 0.1."
     ] = None
     query_negatives: Annotated[bool, "The other queries of a batch are negatives too."] = False
     document_negatives: Annotated[bool, "A query's negatives are its positive's too."] = False
@@ -100,10 +98,9 @@ def contrastive_step(
 
     Args:
         batch: this process's share of the global batch, as many queries on every process.
-        embed: (b, D) vectors of a packed chunk, which is on `device`.
-        config: the loss.
+        embed: (b, D) vectors of a packed chunk on `device`.
         tokens_per_batch: tokens of one chunk; bounds the memory, changes no result.
-        device, no_sync, sharded: see `embed` and `cached_backward`.
+        no_sync, sharded: see `cached_backward`.
 
     Returns:
         The mean loss over this process's queries, detached; the counts of `contrastive_loss` and
@@ -134,10 +131,8 @@ def contrastive_batch(
     """The queries of this process and the candidates of all, or of this one without `gather`.
 
     Args:
-        vectors: (B + documents, D) of the queries, then of the documents.
-        text: as many queries on every process.
+        vectors: (B + documents, D) of queries, then documents; every process has as many queries.
         query_negatives: the queries are candidates too, before the documents of their process.
-        gather: exchange the candidates, with gradient.
     """
 
     def tensor(values: np.ndarray) -> Tensor:

@@ -16,7 +16,7 @@ from kalm_min.training.step import (
     contrastive_step,
 )
 
-PLAIN = {option: check.step(option, check.WAYS["1 chunk"]) for option in check.OPTIONS}
+PLAIN = {option: check.step(option, *check.WAYS["1 chunk"]) for option in check.OPTIONS}
 
 
 @pytest.mark.slow
@@ -31,7 +31,7 @@ def test_two_processes_and_chunks_equal_one_plain_backward():
 @pytest.mark.parametrize("budget", [150, 60, 1])
 def test_chunks_do_not_matter(option, budget):
     """Gradient caching in 2, 5 and n chunks equals plain backward, float64, to 1e-10."""
-    assert check.difference(PLAIN[option], check.step(option, check.Way(budget))) <= check.LIMIT
+    assert check.difference(PLAIN[option], check.step(option, budget, budget, "ddp")) <= check.LIMIT
 
 
 def test_the_check_can_fail():
@@ -63,7 +63,7 @@ def test_a_breakpoint_in_info_nce_stops_in_training():
     entered = set()
     sys.setprofile(lambda frame, event, _: entered.add(frame.f_code) if event == "call" else None)
     try:
-        check.step("Matryoshka", check.WAYS["1 chunk"])
+        check.step("Matryoshka", *check.WAYS["1 chunk"])
     finally:
         sys.setprofile(None)
     assert info_nce.__code__ in entered
