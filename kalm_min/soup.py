@@ -2,15 +2,14 @@
 
 Every parameter of the output is the weighted mean of the checkpoints'. Fine-tuned checkpoints of one
 ancestor lie in one basin, and their mean is often better than each of them (Wortsman et al. 2022;
-LM-Cocktail, Xiao et al. 2023; the first versions of the KaLM V2 report, which give neither number
-nor weights of the checkpoints). The output is a complete model folder; prompts, maximum length,
-template and dtype are those of the first checkpoint. Checkpoints that do not compute the same
-function of their weights are refused: other sizes or constants, tokenizer, attention or pooling.
+LM-Cocktail, Xiao et al. 2023; the first versions of the KaLM V2 report, which give no weights).
+Prompts, maximum length, template and dtype are those of the first checkpoint. Checkpoints that do
+not compute the same function of their weights are refused.
 """
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -37,23 +36,15 @@ class SoupConfig:
     weights: Annotated[tuple[float, ...], "One per checkpoint, adding up to 1; none: equal."] = ()
 
     def __post_init__(self) -> None:
-        count, total = len(self.checkpoints), math.fsum(self.weights)
+        count, given, total = len(self.checkpoints), len(self.weights), math.fsum(self.weights)
         if count < 2:
             raise ValueError(f"checkpoints: expected at least 2, found {count}")
-        if self.weights and (found := len(self.weights)) != count:
+        if given not in {0, count}:
             raise ValueError(
-                f"weights: expected one for each of {count} checkpoints, found {found}"
+                f"weights: expected one for each of {count} checkpoints, found {given}"
             )
-        if self.weights and not math.isclose(total, 1, abs_tol=1e-6):
+        if given and not math.isclose(total, 1, abs_tol=1e-6):
             raise ValueError(f"weights: expected them to add up to 1, found {total:g}")
-
-
-def comparable(embedder: Embedder) -> Mapping[str, object]:
-    """Every setting under which the same weights would compute something else."""
-    config = asdict(embedder.model.config)
-    mode = "causal" if embedder.causal else "bidirectional"
-    settings = {name: value for name, value in config.items() if name not in _INDIFFERENT}
-    return settings | {"attention": mode, "pooling": embedder.pooling}
 
 
 @torch.no_grad()
@@ -64,7 +55,6 @@ def average(models: Sequence[Qwen2], weights: Sequence[float]) -> None:
     whose weights are views of their files stay on the disk, except the first.
     """
     for parameters in zip(*(model.parameters() for model in models), strict=True):
-        assert all(parameter.shape == parameters[0].shape for parameter in parameters)
         for blocks in zip(*(p.view(-1).split(_BLOCK) for p in parameters), strict=True):
             mean = torch.zeros_like(blocks[0], dtype=torch.float64)
             for weight, block in zip(weights, blocks, strict=True):
@@ -74,22 +64,25 @@ def average(models: Sequence[Qwen2], weights: Sequence[float]) -> None:
 
 def soup(config: SoupConfig) -> int:
     """Read, compare, average and write; returns 0. Raises ValueError for what cannot be averaged."""
-    first, *others = (Embedder.from_pretrained(name, "cpu", "auto") for name in config.checkpoints)
-    for name, other in zip(config.checkpoints[1:], others, strict=True):
-        values = comparable(other)
+    embedders = [Embedder.from_pretrained(name, "cpu", "auto") for name in config.checkpoints]
+    first, count = embedders[0], len(embedders)
+    settings = [
+        {key: value for key, value in asdict(one.model.config).items() if key not in _INDIFFERENT}
+        | {"attention": "causal" if one.causal else "bidirectional", "pooling": one.pooling}
+        for one in embedders
+    ]  # under which the same weights would compute something else
+    for name, embedder, values in zip(config.checkpoints, embedders, settings, strict=True):
         differences = [
             f"{key} is {value} in the first and {values[key]} here"
-            for key, value in comparable(first).items()
+            for key, value in settings[0].items()
             if value != values[key]
         ]
-        if not first.tokenizer.encodes_like(other.tokenizer):
+        if not first.tokenizer.encodes_like(embedder.tokenizer):
             differences.append("tokenizer.json is not that of the first")
         if differences:
-            where = f"{name}: cannot be averaged with {config.checkpoints[0]}"
-            raise ValueError(f"{where}: {'; '.join(differences)}")
-    count = len(config.checkpoints)
-    models = [embedder.model for embedder in (first, *others)]
-    average(models, config.weights or [1 / count] * count)
+            found = "; ".join(differences)
+            raise ValueError(f"{name}: cannot be averaged with {config.checkpoints[0]}: {found}")
+    average([one.model for one in embedders], config.weights or (1 / count,) * count)
     first.save_pretrained(config.output)
     sys.stderr.write(f"{count} checkpoints averaged -> {config.output}\n")
     return 0

@@ -3,9 +3,8 @@
 Two silent choices lower scores without an error, so both are settled here, once, at load: whether
 an end-of-text token closes every text, and that truncation counts the prompt and that token. The
 rule is written into the tokenizer itself (its post-processor), so a saved folder carries it to
-every other library.
-
-Reads `tokenizer.json` (and `tokenizer_config.json` beside it). Not here: chat templates, padding.
+every other library. Reads `tokenizer.json` (and `tokenizer_config.json` beside it). Not here: chat
+templates, padding.
 """
 
 import json
@@ -23,7 +22,7 @@ from tokenizers.processors import TemplateProcessing
 from kalm_min.files import read_json, write_json, write_text
 
 _SIDE_FILE = "tokenizer_config.json"
-_GENERIC_CLASS = "PreTrainedTokenizerFast"
+_GENERIC_CLASS = {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -33,15 +32,28 @@ class Tokenizer:
     """A checkpoint's tokenizer: `encode` gives lists of ids, `save` writes it back."""
 
     def __init__(self, fast: FastTokenizer, settings: dict[str, Any] | None = None) -> None:
-        """Wrap a `tokenizers.Tokenizer`; `settings` is what `tokenizer_config.json` holds."""
-        self.settings = {"tokenizer_class": _GENERIC_CLASS} | (settings or {})
-        # A class of the checkpoint's own would need remote code; tokenizer.json says it all.
-        if self.settings.pop("auto_map", None):
-            self.settings["tokenizer_class"] = _GENERIC_CLASS
-        self._fast = fast
+        """Wrap a `tokenizers.Tokenizer`; `settings` is what `tokenizer_config.json` holds.
+
+        With `add_eos_token` the end-of-text token is appended to every text, unless the file's
+        post-processor does that. Raises ValueError where no such token is known.
+        """
+        self._fast, self.settings = fast, _GENERIC_CLASS | (settings or {})
         fast.no_padding()
-        if self.settings.pop("add_eos_token", False):
-            self._close_every_text()
+        # A class of the checkpoint's own would need remote code; tokenizer.json says it all.
+        self.settings |= _GENERIC_CLASS if self.settings.pop("auto_map", None) else {}
+        if not self.settings.pop("add_eos_token", False):
+            return
+        token = self.settings.get("eos_token")
+        token = token["content"] if isinstance(token, dict) else token
+        identity = fast.token_to_id(token) if token else None
+        if identity is None:
+            raise ValueError(f"add_eos_token is set and eos_token {token!r} is not a known token")
+        if fast.encode("a").ids[-1] != identity:
+            closing = TemplateProcessing(f"$A {token}", special_tokens=[(token, identity)])
+            present = [fast.post_processor] if fast.post_processor else []
+            fast.post_processor = ProcessorSequence([*present, closing])
+            # Libraries that build the class from its own rules would lose the new post-processor.
+            self.settings |= _GENERIC_CLASS
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str]) -> Self:
@@ -55,22 +67,6 @@ class Tokenizer:
             raise ValueError(f"{path}: expected a tokenizers file, found: {error}") from error
         side = path.with_name(_SIDE_FILE)
         return cls(fast, read_json(side) if side.is_file() else None)
-
-    def _close_every_text(self) -> None:
-        """Append the end-of-text token to every text, unless the file's post-processor does."""
-        token = self.settings.get("eos_token")
-        token = token["content"] if isinstance(token, dict) else token
-        identity = self._fast.token_to_id(token) if token else None
-        if identity is None:
-            raise ValueError(f"add_eos_token is set and eos_token {token!r} is not a known token")
-        if self._fast.encode("a").ids[-1] != identity:
-            template = TemplateProcessing(f"$A {token}", special_tokens=[(token, identity)])
-            present = self._fast.post_processor
-            self._fast.post_processor = ProcessorSequence(
-                [present, template] if present else [template]
-            )
-            # Libraries that build the class from its own rules would lose the new post-processor.
-            self.settings["tokenizer_class"] = _GENERIC_CLASS
 
     @property
     def vocab_size(self) -> int:
@@ -89,8 +85,8 @@ class Tokenizer:
 
     def encodes_like(self, other: "Tokenizer") -> bool:
         """Whether both follow the same rules from text to ids, whatever length they cut at."""
-        mine, theirs = (json.loads(one._fast.to_str()) for one in (self, other))
-        return mine | {"truncation": None} == theirs | {"truncation": None}
+        ours, theirs = (json.loads(one._fast.to_str()) for one in (self, other))
+        return ours | {"truncation": None} == theirs | {"truncation": None}
 
     def save(self, folder: str | os.PathLike[str], *, max_length: int) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, which states `max_length`, into `folder`."""

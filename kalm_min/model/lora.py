@@ -180,15 +180,15 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(LoRAConfig(rank=rank, alpha=float(alpha), target_modules=tuple(names)), base)
 
 
-def load_adapter(model: nn.Module, folder: Path) -> LoRAConfig:
+def load_adapter(model: nn.Module, folder: Path) -> Adapter:
     """Put the adapter of a folder on `model`, in place, every tensor accounted for.
 
     A and B keep the dtype of the file, so that merging into 16-bit weights rounds once. Raises
     ValueError, one sentence listing what is missing, unexpected or wrong-shaped.
     """
-    config = read_adapter(folder).config
+    adapter = read_adapter(folder)
     try:
-        _attach(model, config)
+        _attach(model, adapter.config)
     except ValueError as error:
         raise ValueError(f"{folder / ADAPTER_CONFIG}: {error}") from error
     if not (folder / _WEIGHTS).is_file():
@@ -199,4 +199,4 @@ def load_adapter(model: nn.Module, folder: Path) -> LoRAConfig:
     tensors = load_tensors(folder, [_WEIGHTS], wanted)
     state = {name: x.to(wanted[name].device) for name, x in tensors.items()}
     model.load_state_dict(state, strict=False, assign=True)
-    return config
+    return adapter
