@@ -4,15 +4,5 @@ from kalm_min.model.folder import load_config, load_model, save_model
 from kalm_min.model.packed import Packed, Pooling, pool, truncate
 from kalm_min.model.qwen2 import ModelConfig, Qwen2, initialise
 
-__all__ = [
-    "ModelConfig",
-    "Packed",
-    "Pooling",
-    "Qwen2",
-    "initialise",
-    "load_config",
-    "load_model",
-    "pool",
-    "save_model",
-    "truncate",
-]
+__all__ = ["ModelConfig", "Packed", "Pooling", "Qwen2", "initialise", "load_config"]
+__all__ += ["load_model", "pool", "save_model", "truncate"]

@@ -51,34 +51,32 @@ def load_config(folder: Path) -> ModelConfig:
         raise ValueError(f"{folder}: expected a model folder with config.json, found none")
     hf = read_object(path)
     hf |= hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5, 4
-    kind, causal, act = (hf.get(key) for key in ("model_type", "is_causal", "hidden_act"))
+    kind, mode, act = hf.get("model_type"), hf.get("is_causal"), hf.get("hidden_act", "silu")
     missing = [name for name in REQUIRED_SIZES if name not in hf]
-    rope = hf.get("rope_type", hf.get("type", "default"))
-    layers = hf.get("layer_types") or []
+    rope, layers = hf.get("rope_type", hf.get("type", "default")), hf.get("layer_types") or []
     if not layers and hf.get("use_sliding_window") and hf.get("sliding_window") is not None:
         layers = ["sliding"] * (hf.get("num_hidden_layers", 0) - hf.get("max_window_layers", 0))
-    problems = {
-        f"model_type: expected qwen2 or qwen3, found {kind!r}": kind not in {"qwen2", "qwen3"},
-        f"the keys {', '.join(missing)} are missing": missing,
-        f"is_causal: expected true or false, found {causal!r}": not isinstance(causal, bool | None),
-        f"hidden_act: expected silu, found {act!r}": act not in {None, "silu"},
-        f"rope_type: only unscaled rotary embeddings are built, found {rope!r}": rope != "default",
-        "quantization_config: quantised weights cannot be read, use the original": hf.get(
-            "quantization_config"
+    for refused, sentence in (
+        (kind not in ("qwen2", "qwen3"), f"model_type: expected qwen2 or qwen3, found {kind!r}"),
+        (missing, f"the keys {', '.join(missing)} are missing"),
+        (not isinstance(mode, bool | None), f"is_causal: expected true or false, found {mode!r}"),
+        (act != "silu", f"hidden_act: expected silu, found {act!r}"),
+        (
+            rope != "default",
+            f"rope_type: only unscaled rotary embeddings are built, found {rope!r}",
         ),
-        "attention_bias: Qwen3 with biases is not built": kind == "qwen3"
-        and hf.get("attention_bias"),
-        "sliding-window attention is in use and is not built": {*layers} - {"full_attention"},
-    }
+        (hf.get("quantization_config"), "quantised weights cannot be read, use the original"),
+        (kind == "qwen3" and hf.get("attention_bias"), "Qwen3 with biases is not built"),
+        ({*layers} - {"full_attention"}, "sliding-window attention is in use and is not built"),
+    ):
+        if refused:
+            raise ValueError(f"{path}: {sentence}")
+    # Where a file is silent, what transformers fills in.
+    silent = {"num_key_value_heads": hf["num_attention_heads"], "rope_theta": 10_000.0}
+    silent |= {"head_dim": 128 if kind == "qwen3" else 0, "tie_word_embeddings": False}
+    keys = [f.name for f in fields(ModelConfig)]
+    stated = {key: hf[key] for key in keys if hf.get(key) is not None or key in REQUIRED_SIZES}
     try:
-        for sentence, found in problems.items():
-            if found:
-                raise ValueError(sentence)
-        # Where a file is silent, what transformers fills in.
-        silent = {"num_key_value_heads": hf["num_attention_heads"], "rope_theta": 10_000.0}
-        silent |= {"head_dim": 128 if kind == "qwen3" else 0, "tie_word_embeddings": False}
-        keys = [f.name for f in fields(ModelConfig)]
-        stated = {key: hf[key] for key in keys if hf.get(key) is not None or key in REQUIRED_SIZES}
         return ModelConfig(**silent | stated)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -89,15 +87,9 @@ def load_model(
 ) -> Qwen2:
     """Build the decoder of a folder and fill it from its safetensors files.
 
-    A tensor already in the wanted dtype stays a private view of the mapped file, which costs no
-    copy, so do not rewrite a weights file in place while a model read from it lives (this package
-    renames a finished file over the old one, which is safe).
-
-    Args:
-        folder: with config.json and the weights.
-        dtype: of the parameters; None leaves each as it is stored.
-        device: where they go.
-
+    `dtype` None leaves each parameter as it is stored. A tensor already in the wanted dtype stays a
+    private view of the mapped file, which costs no copy: do not rewrite a weights file in place while
+    its model lives (this package renames a finished file over the old one, which is safe).
     Raises ValueError, one sentence, for everything that is wrong with config.json or the weights.
     """
     with torch.device("meta"):
@@ -123,16 +115,11 @@ def load_model(
 def load_tensors(
     folder: Path, files: Iterable[str], wanted: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors of safetensors files, as private views of the mapped files.
+    """The tensors of a folder's safetensors files, as private views of the mapped files.
 
-    Args:
-        folder: with the files.
-        files: their names.
-        wanted: a state dict, for its names and shapes; stored names may begin with `model.` (a
-            language model's) or `base_model.model.` (PEFT's) besides.
-
-    Raises ValueError, one sentence listing every missing, unexpected or wrong-shaped tensor and
-    every file that cannot be read.
+    `wanted` is a state dict, for its names and shapes; stored names may begin with `model.` (a
+    language model's) or `base_model.model.` (PEFT's) besides. Raises ValueError, one sentence that
+    lists every missing, unexpected or wrong-shaped tensor, or every file that cannot be read.
     """
     found: dict[str, Tensor] = {}
     problems: list[str] = []
@@ -213,13 +200,8 @@ def read_settings(
 ) -> Settings:
     """Resolve the settings of a folder from all its side files.
 
-    Args:
-        folder: with sentence-transformers' files, where there are any.
-        base: with config.json: the same folder, or that of an adapter's base.
-        name: hub id or path of the base.
-        config: what config.json says.
-        given: settings that replace the folder's, where not None.
-
+    `folder` may hold sentence-transformers' files; `base`, called `name` (a hub id or a path), holds
+    config.json, which says `config`. What is `given` and not None replaces the folder's settings.
     Raises ValueError for what this package does not compute, or nobody stated.
     """
     path = folder / "modules.json"
@@ -317,7 +299,7 @@ def write_settings(
         write_json(folder / name, value)
     (folder / "2_Normalize").mkdir()
     mode = "causal" if settings.causal else "bidirectional (transformers >= 5.2 only)"
-    adapter = f"\nA LoRA adapter on `{adapter_base}`.\n" if adapter_base else ""
+    adapter = f" A LoRA adapter on `{adapter_base}`." if adapter_base else ""
     card = f"""---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
@@ -325,8 +307,7 @@ tags: [sentence-transformers, feature-extraction, kalm-embedding]
 ---
 
 A text embedding model: {config.model_type}, {mode} attention, {settings.pooling} pooling,
-{config.hidden_size} dimensions, at most {settings.max_length} tokens. Vectors are to be L2-normalised
-(sentence-transformers does it from this folder). An instruction is put before a query as
-`{settings.instruction_template!r}`.
-{adapter}"""
+{config.hidden_size} dimensions, at most {settings.max_length} tokens, L2-normalised vectors.{adapter}
+An instruction is put before a query as `{settings.instruction_template!r}`.
+"""
     write_text(folder / "README.md", card)

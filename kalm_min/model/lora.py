@@ -45,13 +45,12 @@ class LoRAConfig:
     ] = _PROJECTIONS
 
     def __post_init__(self) -> None:
-        for fine, sentence in (
-            (self.rank >= 0, f"rank: expected 0 (off) or more, found {self.rank}"),
-            (self.alpha > 0, f"alpha: expected more than 0, found {self.alpha}"),
-            (self.target_modules, "target_modules: expected names of projections, found none"),
-        ):
-            if not fine:
-                raise ValueError(sentence)
+        if self.rank < 0:
+            raise ValueError(f"rank: expected 0 (off) or more, found {self.rank}")
+        if self.alpha <= 0:
+            raise ValueError(f"alpha: expected more than 0, found {self.alpha}")
+        if not self.target_modules:
+            raise ValueError("target_modules: expected names of projections, found none")
 
 
 class Adapter(NamedTuple):

@@ -9,8 +9,7 @@ H  query heads      K  key/value heads      E  head size
     h = norm(h)
 
 Parameter names are Hugging Face's, so the state dict is the checkpoint file. There is no output
-head, no cache and no dropout: an embedder reads every text once. Without dropout a second forward
-of the same tokens gives the same values, which is what gradient caching relies on.
+head, no cache and no dropout, so that a second forward gives the same values (gradient caching).
 """
 
 from dataclasses import dataclass, fields
@@ -76,20 +75,17 @@ REQUIRED_SIZES = [field.name for field in fields(ModelConfig)][:5]
 
 
 class Linear(nn.Linear):
-    """Left unfilled: the weights come from a file or from `initialise`.
-
-    torch's own draws, thrown away, would cost a second of imports on the meta device.
-    """
+    """Left unfilled: torch's own draws, thrown away, would cost a second on the meta device."""
 
     def reset_parameters(self) -> None:
-        """Do nothing."""
+        """Leave it to a file or to `initialise`."""
 
 
 class Embedding(nn.Embedding):
     """Left unfilled, like `Linear`."""
 
     def reset_parameters(self) -> None:
-        """Do nothing."""
+        """Leave it to a file or to `initialise`."""
 
 
 class RMSNorm(nn.Module):
@@ -148,10 +144,10 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Mix the tokens of each sequence: (T, D) to (T, D)."""
         heads = (-1, self.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, heads)), *rotary)  # (T, H, E)
-        k = rotate(self.k_norm(self.k_proj(x).unflatten(-1, heads)), *rotary)  # (T, K, E)
         v = self.v_proj(x).unflatten(-1, heads)  # (T, K, E)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast their norms give float32
+        # Back to the type of v: under autocast the norms give float32.
+        q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, heads)), *rotary).to(v)  # (T, H, E)
+        k = rotate(self.k_norm(self.k_proj(x).unflatten(-1, heads)), *rotary).to(v)  # (T, K, E)
         mixed = packed_attention(q, k, v, packed, causal=causal)  # (T, H, E)
         return self.o_proj(mixed.flatten(-2))  # (T, D)
 
@@ -227,10 +223,8 @@ def initialise(model: Qwen2, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            elif name.endswith("bias"):
-                parameter.zero_()
+            if parameter.dim() == 1:
+                parameter.fill_(name.endswith("norm.weight"))
             else:
                 # Drawn on the CPU in float32, so that a seed means the same on every device.
                 draw = torch.empty(parameter.shape).normal_(generator=generator)
