@@ -103,9 +103,9 @@ def check_texts(texts: Iterable[object]) -> None:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
+            found = f"U+{ord(text[error.start]):04X} at character {error.start}"
             raise ValueError(
-                f"texts[{index}]: expected valid Unicode, found the lone surrogate "
-                f"U+{ord(text[error.start]):04X} at character {error.start}; "
+                f"texts[{index}]: expected valid Unicode, found the lone surrogate {found}; "
                 'decode the source with errors="replace"'
             ) from error
 

@@ -22,14 +22,9 @@ def packed_attention(
 ) -> Tensor:
     """Softmax attention in which every token sees only its own text, scaled by E^-0.5.
 
-    Args:
-        query: (T, H, E).
-        key, value: (T, K, E); key head k serves query heads k*H/K to (k+1)*H/K - 1.
-        packed: where the sequences are; a shared prefix only with `causal`.
-        causal: True: a token sees itself and what precedes it. False: its full sequence.
-
-    Returns:
-        (T, H, E), the dtype of `query`.
+    query (T, H, E), key and value (T, K, E) to (T, H, E) in the dtype of `query`; key head k serves
+    query heads k*H/K to (k+1)*H/K - 1. `packed` says where the sequences are. A token sees itself
+    and what precedes it if `causal` (a shared prefix needs that), else its full sequence.
     """
     prefix, cu_queries, cu_keys = packed.prefix, packed.cu_seqlens, packed.cu_seqlens
     if packed.key_rows is not None:

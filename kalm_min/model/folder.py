@@ -162,8 +162,7 @@ def save_model(
 ) -> None:
     """Write `config.json` and `model.safetensors` into `folder` (not atomic: the caller's folder is).
 
-    transformers honours the attention mode, `causal`, from 5.2 on. `state` holds the weights, by
-    name, where the model's own are spread over processes.
+    `state` holds the weights, by name, where the model's own are spread over processes.
     """
     state = model.state_dict() if state is None else state
     config = {key: value for key, value in asdict(model.config).items() if value is not None}

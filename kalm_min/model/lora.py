@@ -185,15 +185,13 @@ def load_adapter(model: nn.Module, folder: Path) -> Adapter:
     A and B keep the dtype of the file, so that merging into 16-bit weights rounds once. Raises
     ValueError, one sentence listing what is missing, unexpected or wrong-shaped.
     """
+    if not (folder / _WEIGHTS).is_file():
+        raise ValueError(f"{folder}: expected {_WEIGHTS}, found none; pickled ones are not opened")
     adapter = read_adapter(folder)
     try:
         _attach(model, adapter.config)
     except ValueError as error:
         raise ValueError(f"{folder / ADAPTER_CONFIG}: {error}") from error
-    if not (folder / _WEIGHTS).is_file():
-        raise ValueError(
-            f"{folder}: expected {_WEIGHTS}, found none; pickled ones are never opened"
-        )
     wanted = {name: x for name, x in model.state_dict().items() if name.endswith((_A, _B))}
     tensors = load_tensors(folder, [_WEIGHTS], wanted)
     state = {name: x.to(wanted[name].device) for name, x in tensors.items()}

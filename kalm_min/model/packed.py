@@ -60,16 +60,11 @@ class Packed(NamedTuple):
 
 
 def pool(hidden: Tensor, cu_seqlens: Tensor, mode: Pooling, prefix: int = 0) -> Tensor:
-    """One vector per sequence.
+    """One vector per sequence: hidden (T, D) and boundaries (B + 1,) int32 to (B, D).
 
-    Args:
-        hidden: (T, D).
-        cu_seqlens: (B + 1,) int32 boundaries; no sequence is empty.
-        mode: "mean" over all tokens, prompt and end-of-text included (KaLM), or "lasttoken".
-        prefix: P, tokens before the first sequence that belong to all of them.
-
-    Returns:
-        (B, D), float32 at least: a bfloat16 sum over 512 tokens would lose the small ones.
+    "mean" is over all tokens, prompt and end-of-text included (KaLM). `prefix` tokens before the
+    first sequence belong to all of them. No sequence is empty. The result is float32 at least: a
+    bfloat16 sum over 512 tokens would lose the small ones.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     if mode == "lasttoken":
