@@ -13,13 +13,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.processors import Sequence as ProcessorSequence
 from tokenizers.processors import TemplateProcessing
 
-from kalm_min.files import read_json, write_json, write_text
+from kalm_min.files import Object, read_json, write_json, write_text
 
 _SIDE_FILE = "tokenizer_config.json"
 _GENERIC_CLASS = {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 class Tokenizer:
     """A checkpoint's tokenizer: `encode` gives lists of ids, `save` writes it back."""
 
-    def __init__(self, fast: FastTokenizer, settings: dict[str, Any] | None = None) -> None:
+    def __init__(self, fast: FastTokenizer, settings: Object | None = None) -> None:
         """Wrap a `tokenizers.Tokenizer`; `settings` is what `tokenizer_config.json` holds.
 
         With `add_eos_token` the end-of-text token is appended to every text, unless the file's

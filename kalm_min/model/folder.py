@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kalm_min.files import read_json, write_json, write_text
+from kalm_min.files import Object, parse_object, read_json, write_json, write_text
 from kalm_min.model.packed import Pooling
 from kalm_min.model.qwen2 import REQUIRED_SIZES, ModelConfig, Qwen2
 
@@ -36,12 +36,9 @@ _BIDIRECTIONAL = {
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> Object:
     """A JSON object; {} where the file is absent."""
-    value = read_json(path) if path.is_file() else {}
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+    return parse_object(path.read_bytes(), str(path)) if path.is_file() else {}
 
 
 def load_config(folder: Path) -> ModelConfig:

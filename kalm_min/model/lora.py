@@ -13,13 +13,13 @@ other saved modules and the like.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kalm_min.files import write_json
+from kalm_min.files import Object, write_json
 from kalm_min.model.folder import load_tensors, read_object, save_tensors
 from kalm_min.model.qwen2 import Linear, Qwen2
 
@@ -156,7 +156,7 @@ def read_adapter(folder: Path) -> Adapter:
     Raises ValueError for every setting under which the update is not alpha / r * B A and nothing else.
     """
     path = folder / ADAPTER_CONFIG
-    raw: dict[str, Any] = {"lora_alpha": 8} | read_object(path)  # PEFT's default
+    raw: Object = {"lora_alpha": 8} | read_object(path)  # PEFT's default
     rank, alpha, names = raw.get("r", 0), raw["lora_alpha"], raw.get("target_modules", "")
     start, base = raw.get("init_lora_weights"), raw.get("base_model_name_or_path", "")
     # PiSSA, OLoRA, CorDA and LoftQ start by changing the base, which is not in the file.
