@@ -6,6 +6,7 @@ task, and the group of each row. Not here: what a line must hold (records.py), a
 the summary (dataset.py).
 """
 
+import io
 import multiprocessing
 import os
 import signal
@@ -14,14 +15,13 @@ import threading
 from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from itertools import groupby, starmap
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple, TextIO
 
 import numpy as np
-import numpy.typing as npt
 
 from kalm_min.console import Progress
 from kalm_min.data.index import Ints, JsonlFile
@@ -38,21 +38,20 @@ Job = tuple[JsonlFile, int, int]  # a file, and its records from the first numbe
 
 
 class Summary(NamedTuple):
-    """What a range of lines holds."""
+    """What a range of lines holds, by task in order of appearance; None: the lines name none."""
 
-    tasks: dict[str | None, Counts]  # by name, in order of appearance; None: the lines give none
-    task_of: npt.NDArray[np.int32]  # (lines,) position in `tasks`
+    tasks: dict[str | None, Counts]
+    rows: dict[str | None, Ints | range]  # the numbers of the task's records
     groups: Ints  # (lines,) hash of the group; 0 is no group
     problems: list[str]  # `file:line: expected ..., found ...` of each malformed line
 
 
 def summarise(file: JsonlFile, start: int, stop: int) -> Summary:
     """Check records `start` to `stop` (exclusive)."""
-    task_of, groups = np.zeros(stop - start, np.int32), np.zeros(stop - start, np.int64)
-    summary = Summary({}, task_of, groups, [])
-    numbers: dict[str | None, int] = {}
-    hashes: dict[object, int] = {None: 0}
-    for i, line in enumerate(file.lines(start, stop)):
+    tasks: dict[str | None, Counts] = {}
+    rows: dict[str | None, list[int]] = {}
+    groups, problems = np.zeros(stop - start, np.int64), list[str]()
+    for i, line in enumerate(file.lines(start, stop), start):
         record: Row = {}
         try:
             record = parse_object(line, "")
@@ -60,22 +59,22 @@ def summarise(file: JsonlFile, start: int, stop: int) -> Summary:
         except ValueError as error:
             problem = str(error).removeprefix(": ")
         if problem:
-            summary.problems.append(f"{file.location(start + i)}: {problem}")
+            problems.append(f"{file.location(i)}: {problem}")
             continue
         task, group = record.get("task"), record.get("group")
-        if number := numbers.setdefault(task, len(numbers)):
-            task_of[i] = number
+        rows.setdefault(task, []).append(i)
         if group is not None:
-            if group not in hashes:
-                hashes[group] = text_hash(str(group))
-            groups[i] = hashes[group]
+            groups[i - start] = text_hash(str(group))
         counted = ["rows", *(key for key in ("pos", "group") if record.get(key) in (None, []))]
         if any(record.get(key) and record.get(f"{key}_scores") is None for key in ("pos", "neg")):
             counted.append("scores")
-        counts = summary.tasks.setdefault(task, {})
+        counts = tasks.setdefault(task, {})
         for what in counted:
-            counts.setdefault(what, [0, start + i])[0] += 1
-    return summary
+            counts.setdefault(what, [0, i])[0] += 1
+    # The usual file has one task: a range takes no memory.
+    one = len(rows) == 1
+    arrays = {task: range(start, stop) if one else np.array(some) for task, some in rows.items()}
+    return Summary(tasks, arrays, groups, problems)
 
 
 def load_summary(file: JsonlFile) -> list[tuple[str | None, Counts]] | None:
@@ -106,32 +105,29 @@ def check_all(path: Path, files: Sequence[JsonlFile], progress: TextIO | None) -
     ]
     total = sum(map(len, files))
     problems, malformed = list[str](), 0
-    shown = (
-        Progress(total, "lines", progress, title="check") if progress and total > _SMALL else None
-    )
-    with closing(_summaries(jobs, total)) as summaries, shown or nullcontext():
+    stream = progress if progress and total > _SMALL else io.StringIO()
+    bar = Progress(total, "lines", stream, title="check")
+    with closing(_summaries(jobs, total)) as summaries, bar:
         for file, parts in groupby(zip(jobs, summaries, strict=True), lambda part: part[0][0]):
             before = malformed
             tasks: dict[str | None, Counts] = {}
-            # Untouched pages of zeros cost nothing: the usual file of one task needs no memory.
-            task_of, groups = np.zeros(len(file), np.int32), np.zeros(len(file), np.int64)
+            rows: dict[str | None, list[Ints | range]] = {}
+            groups = np.zeros(len(file), np.int64)  # no memory as long as it is not written
             for (_, start, stop), part in parts:
                 malformed += len(part.problems)
                 problems += part.problems[: LISTED - len(problems)]
                 for task, more in part.tasks.items():
+                    rows.setdefault(task, []).append(part.rows[task])
                     counts = tasks.setdefault(task, {})
                     for what, (count, first) in more.items():
                         counts.setdefault(what, [0, first])[0] += count
-                number_of = {task: number for number, task in enumerate(tasks)}
-                numbers = np.array([number_of[task] for task in part.tasks], np.int32)
-                if numbers.any():
-                    task_of[start:stop] = numbers[part.task_of]
                 if part.groups.any():
                     groups[start:stop] = part.groups
-                if shown:
-                    shown.update(stop - start)
+                bar.update(stop - start)
             if malformed == before:  # the summary last, so that it never comes without the arrays
-                arrays = {"rows": np.argsort(task_of, kind="stable")} if len(tasks) > 1 else {}
+                arrays: dict[str, Ints] = {}
+                if len(tasks) > 1:
+                    arrays["rows"] = np.concatenate([some for one in rows.values() for some in one])
                 if groups.any():
                     arrays["groups"] = groups
                 for name, array in arrays.items():
