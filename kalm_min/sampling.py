@@ -84,16 +84,15 @@ class TaskBatchSampler:
         self._first = 0  # where the next iteration starts; not 0 only after load_state_dict
         self._step = 0  # batches of this epoch handed out so far
         batch, ranks, draws = self.batch_size, self.world_size, self.draws
+        ratio = self.homogeneous_ratio
         if batch < 1:
             raise ValueError(f"batch_size must be at least 1, found {batch}")
         if not 0 <= self.rank < ranks:
             raise ValueError(f"rank must be from 0 to world_size - 1, found {self.rank} of {ranks}")
         if batch % ranks:
             raise ValueError(f"batch_size {batch} must be a multiple of world_size, found {ranks}")
-        if not 0.0 <= self.homogeneous_ratio <= 1.0:
-            raise ValueError(
-                f"homogeneous_ratio must be from 0 to 1, found {self.homogeneous_ratio}"
-            )
+        if not 0.0 <= ratio <= 1.0:
+            raise ValueError(f"homogeneous_ratio must be from 0 to 1, found {ratio}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, found {self.seed}")
         if not self.drop_last:

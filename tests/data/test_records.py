@@ -1,4 +1,4 @@
-"""The check of declared fields, as datasets for evaluation use it; lines: test_examples.py."""
+"""The check of declared fields, as datasets for evaluation use it; lines: test_dataset.py."""
 
 import json
 
