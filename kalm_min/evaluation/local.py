@@ -156,17 +156,10 @@ def read_dataset(folder: Path, problems: list[str]) -> tuple[LocalDataset, dict[
         for text in (value if isinstance(value, list) else [value])
         if isinstance(text, str) and not column.endswith(("id", "label"))
     ]
-    dataset = LocalDataset(
-        name=folder.resolve().name,
-        path=folder.resolve(),
-        kind=kind,
-        revision=hash_files((p.name, p) for p in [*files.values(), toml] if p.is_file()),
-        texts=len(lengths),
-        characters=sum(lengths),
-        main_score=main_score,
-        **settings,
-    )
-    return dataset, rows
+    path, texts, characters = folder.resolve(), len(lengths), sum(lengths)
+    revision = hash_files((p.name, p) for p in [*files.values(), toml] if p.is_file())
+    required = (path.name, path, kind, revision, texts, characters, main_score)
+    return LocalDataset(*required, **settings), rows
 
 
 def _jsonl_files(folder: Path) -> dict[str, Path]:
@@ -264,9 +257,8 @@ def build_task(folder: Path) -> "AbsTask":
         data = {"default": {"test": _search_data(rows)}}
     else:
         labelled = [row for row in chain.from_iterable(rows.values()) if "label" in row]
-        labels = {row["label"] for row in labelled}
-        ordered = sorted(labels, key=lambda label: (isinstance(label, str), label))
-        numbers = {label: number for number, label in enumerate(ordered)}
+        labels = sorted({row["label"] for row in labelled}, key=lambda x: (isinstance(x, str), x))
+        numbers = {label: number for number, label in enumerate(labels)}
         for row in labelled:
             row["label"] = numbers[row["label"]]
         parts = {

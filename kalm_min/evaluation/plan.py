@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _TABLES = Path(__file__).with_name("instructions.json")
 # The settings of a run that decide a score.
 SETTINGS = ("instructions", "max_length", "dtype", "causal", "pooling")
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,16 +43,15 @@ class EvaluationConfig:
     data: Annotated[tuple[Path, ...], "Local dataset folders, or folders of dataset folders."] = ()
     output: Annotated[Path, "Folder of results; the same command again resumes."] = Path("results")
     dims: Annotated[tuple[int, ...], "Matryoshka dimensions to score; the full one if none."] = ()
-    devices: Annotated[tuple[str, ...], "One worker each; every GPU, or else cpu, if none."] = ()
+    devices: Annotated[tuple[str, ...], "Devices, one worker each; all GPUs, or cpu, if none."] = ()
     instructions: Annotated[
         str,
         'official-v1, v2, none, or a JSON file {task or "type:STS": text or {query, document}}.',
     ] = "v2"
-    max_length: Annotated[int | None, "Maximum tokens per text; the checkpoint's if none."] = None
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        "Type the model computes in; auto is bfloat16 where native, else float32.",
-    ] = "auto"
+    max_length: Annotated[
+        int | None, "Maximum tokens per text, prompt included; the checkpoint's limit if none."
+    ] = None
+    dtype: Annotated[Precision, "auto is bfloat16 where native, else float32."] = "auto"
     causal: Annotated[bool | None, "Causal attention; the checkpoint's mode if none."] = None
     pooling: Annotated[Literal["mean", "lasttoken"] | None, "The checkpoint's if none."] = None
     store: Annotated[Path | None, "Folder that keeps vectors for later runs."] = None
@@ -307,19 +307,20 @@ def task_size(task: "AbsTask", max_length: int | None) -> tuple[int, int, int]:
     longest = 4 * (max_length or 512)  # characters of that many tokens
     sampled = getattr(task, "max_document_to_embed", None)  # of a task that encodes a sample only
     characters = corpus_characters = documents = 0.0
-    for split, statistics in (task.metadata.descriptive_stats or {}).items():
+    for split in task.eval_splits:
+        statistics = (task.metadata.descriptive_stats or {}).get(split, {})
         subsets = statistics.get("hf_subset_descriptive_stats") or {}
         parts = [subsets[name] for name in task.hf_subsets if name in subsets] or [statistics]
-        columns = [item for part in parts for item in part.items()]
-        for name, column in columns if split in task.eval_splits else ():
+        for name, column in (item for part in parts for item in part.items()):
             if isinstance(column, dict) and (length := column.get("total_text_length")):
                 average = column["average_text_length"] or 1
                 texts = column.get("unique_texts") or length / average
                 texts = min(texts, sampled or texts)
-                characters += texts * min(average, longest)
+                size = texts * min(average, longest)
+                characters += size
                 if name.startswith("documents"):
                     documents += texts
-                    corpus_characters += texts * min(average, longest)
+                    corpus_characters += size
     return round(characters), round(corpus_characters), round(documents)
 
 
