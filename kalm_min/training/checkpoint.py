@@ -110,8 +110,9 @@ def newest(root: Path) -> Path | None:
 
 def best(root: Path) -> Path | None:
     """The checkpoint with the highest validation score, the first of equals; None without scores."""
-    scores = {path: read_state(path).get("validation") for path in sorted(root.glob("step_*"))}
-    return max((p for p in scores if scores[p] is not None), key=scores.__getitem__, default=None)
+    states = ((path, read_state(path).get("validation")) for path in sorted(root.glob("step_*")))
+    scores = {path: score for path, score in states if score is not None}
+    return max(scores, key=scores.__getitem__, default=None)
 
 
 def prune(root: Path, keep: int) -> None:

@@ -26,13 +26,8 @@ def validate(
 ) -> dict[str, float]:
     """Accuracy@1 and mean reciprocal rank over the first `limit` pairs of each held-out task.
 
-    Args:
-        data: the held-out pairs.
-        embedder: encodes the texts, inside of `autocast()`.
-        autocast: the precision of the run.
-        batch_size: queries per batch.
-        limit: pairs per task that are looked at.
-        together: every process embeds every text, as a sharded model must; otherwise its share.
+    Texts are encoded inside of `autocast()`; with `together` every process encodes all of them, as a
+    sharded model must, otherwise its share.
 
     Returns "accuracy" and "mrr" against every document of a task, "in_batch_accuracy" and
     "in_batch_mrr" against the positives of a batch of queries (means over tasks), and
