@@ -147,7 +147,7 @@ class Runner:
     logs: Path  # folder for one log file per worker, and timeline.jsonl with every attempt
     timeout: float  # seconds without progress after which a worker is replaced
     stream: TextIO  # where progress is shown
-    store: Path | None = None  # folder that keeps vectors; if None, until a run succeeds
+    store: Path | None = None  # folder that keeps vectors; if None, until their task is done
     command: Sequence[str] = WORKER
 
     def __post_init__(self) -> None:
@@ -183,8 +183,8 @@ class Runner:
                 busy = [f"{slot.name} {slot.busy / elapsed:.0%}" for slot in self.slots]
                 self.progress.line(f"busy during {format_duration(elapsed)}: {', '.join(busy)}")
         self.failures |= {job.task.name: self.start_failure for job in self.jobs}
-        if not self.failures:
-            shutil.rmtree(self.scratch, ignore_errors=True)
+        with suppress(OSError):  # keeps what failed tasks have encoded
+            self.scratch.rmdir()
         return self.failures
 
     def _loop(self) -> None:
@@ -240,7 +240,7 @@ class Runner:
         task, path = job.task, self.plan.result_path(job.task).absolute()
         for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a worker killed while writing
             leftover.unlink(missing_ok=True)
-        paths = {"store": (self.store or self.scratch).absolute(), "result": path}
+        paths = {"store": (self.store or self.scratch / task.name).absolute(), "result": path}
         paths |= {"folder": task.folder, "mirror": task.mirror}
         order = {"name": task.name, "type": task.type, "key": self.plan.key(task)}
         order |= {"attempt": job.attempt, "slice": job.part}
@@ -316,6 +316,7 @@ class Runner:
             if result := self.plan.result(job.task):  # believe the file, not the message
                 main_score = result["kalm_min"]["dims"][str(self.plan.dims[0])]["main_score"]
                 score = f"{100 * main_score:.2f}"
+                shutil.rmtree(self.scratch / job.task.name, ignore_errors=True)
             else:
                 outcome, reason = "failed", "said it was done and left no valid result file"
         if outcome == "again":

@@ -221,19 +221,17 @@ def test_a_large_corpus_is_encoded_by_all_before_it_is_scored(wide, tmp_path):
     assert len(stream.getvalue().splitlines()) == 4  # slices print no lines
 
 
-def test_vectors_are_kept_until_a_run_succeeds(wide, tmp_path):
-    """Promise: what was encoded is there for the next attempt, and no disk space is lost for good."""
+def test_vectors_are_deleted_when_their_task_is_done(wide, tmp_path):
+    """Promise: a finished task leaves nothing, a failed one what its next attempt can use."""
     every = wide("cut-1", "error-2")
-    failed = every.tasks[1]
-    assert list(runner(every, tmp_path).run()) == [failed.name]
-    (vectors,) = tmp_path.glob(".vectors-*")
-    beside = replace(every, tasks=(replace(failed, name="ok-3"),))
-    assert runner(beside, tmp_path).run() == {}
-    assert vectors.exists()  # of other tasks, which may be running
-    record = {"key": every.key(failed), "dims": {"32": {}, "8": {}}}
-    every.result_path(failed).write_text(json.dumps({"kalm_min": record}))
-    assert runner(every, tmp_path).run() == {}
-    assert not vectors.exists()
+    run = runner(every, tmp_path)
+    (run.scratch / "error-2").mkdir(parents=True)
+    assert list(run.run()) == ["error-2"]
+    assert [entry.name for entry in run.scratch.iterdir()] == ["error-2"]
+    finished = replace(every, tasks=every.tasks[:1])
+    again = runner(finished, tmp_path)
+    assert again.run() == {}
+    assert not again.scratch.exists()
 
 
 def test_another_machines_tasks_are_left_to_it(plan, tmp_path):
