@@ -108,7 +108,7 @@ class StoredNeighbours(NamedTuple):
 class _Task(NamedTuple):
     """A task. Its documents are the positives, and the negatives where it is its own corpus."""
 
-    index: TextIndex
+    text_index: TextIndex
     texts: list[TextSet]  # of queries, documents and corpus, with plain instructions as prompts
     vectors: list[StoredVectors]  # of the same, encoded or not
 
@@ -193,7 +193,7 @@ class Miner:
             blocks = len(self._neighbours(number).missing())
             if not characters and not blocks:
                 kept = f"{(self._choose(number).status == KEPT).sum():,}"
-            sizes = [f"{len(one):,}" for one in (task.index, *task.vectors)]
+            sizes = [f"{len(one):,}" for one in (task.text_index, *task.vectors)]
             work = f"{sum(characters.values()) // 1000:,} kchar", f"{blocks} blocks"
             rows.append([name, *sizes, *work, kept])
         return table(head, rows, right=range(1, 8))

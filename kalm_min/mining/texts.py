@@ -51,9 +51,10 @@ class TextIndex:
 
     def save(self, path: Path) -> None:
         """Write an .npz file, complete or not at all."""
-        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
+        arrays: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        arrays["instructions"] = json.dumps(self.instructions)
         with atomic_write(path) as file:
-            np.savez(file, **arrays | {"instructions": json.dumps(self.instructions)})
+            np.savez(file, **arrays)
 
     @classmethod
     def load(cls, path: Path) -> "TextIndex":
@@ -78,7 +79,7 @@ class _UniqueTexts:
         code = text_hash(text)
         prompt = self._instructions.setdefault(instruction, len(self._instructions))
         number = self._numbers.setdefault(code + (prompt << 64 if apart else 0), len(self._numbers))
-        if number * len(TEXT) == len(self._table):
+        if number == len(self._table) // len(TEXT.names or ()):
             self._table.extend((code, prompt, row, slot, len(instruction) + len(text)))
         return number
 
