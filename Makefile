@@ -1,6 +1,6 @@
 # make venv | test | fast | lint | types | size | demo | clean | help
 #
-# Everything runs in .venv, which is made anew whenever pyproject.toml or constraints.txt change.
+# Everything runs in .venv, which is rebuilt whenever pyproject.toml or constraints.txt changes.
 # Another interpreter: make PYTHON=python3.12 venv. Another torch build (an index of CPU or CUDA
 # wheels, say): pip's own variables, such as PIP_EXTRA_INDEX_URL, reach the installation.
 
@@ -9,7 +9,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 EXTRAS := mining,eval,report,data
 
-# Two processes of tests; more threads than cores only get in each other's way.
+# Two test processes; more threads than cores would only slow each other down.
 PYTEST := $(BIN)/python -m pytest -n 2
 
 .PHONY: help venv test fast lint types size demo clean
@@ -17,7 +17,7 @@ PYTEST := $(BIN)/python -m pytest -n 2
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-venv: $(READY)  ## make the virtual environment .venv with the package and all its tools
+venv: $(READY)  ## build the virtual environment .venv with the package and all its tools
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kalm_min needs Python 3.11 or newer: make PYTHON=python3.12")'
@@ -34,7 +34,7 @@ test: lint types  ## check lint, format and types, and run all tests
 fast: $(READY)  ## run the quick tests
 	$(PYTEST) -m "not slow and not network and not gpu"
 
-lint: $(READY)  ## check rules and format with ruff
+lint: $(READY)  ## check lint rules and format with ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
@@ -44,7 +44,7 @@ types: $(READY)  ## check types with pyright
 size: $(READY)  ## print the size of the package, part by part
 	$(BIN)/python benchmarks/size.py
 
-demo: $(READY)  ## train and evaluate a small model on this machine's own documentation
+demo: $(READY)  ## train and evaluate a small model on the documentation of Python's standard library
 	$(BIN)/python examples/demo.py
 
 clean:  ## remove the environment, caches and what the demo wrote
