@@ -1,13 +1,13 @@
-"""Which technique does what, at the size of a laptop: one table, mean and spread over seeds.
+"""What each technique does at laptop scale: one table, mean and spread over seeds.
 
     python benchmarks/ablation.py --tokenizer DIR --data data/train --eval data/eval --output runs/ablation
 
 In the order of the reports: a fresh small decoder is pre-trained on all pairs with in-batch
-negatives (once bidirectional, once causal, and once wider, as a teacher), mines the hard negatives
+negatives (once bidirectional, once causal, and once larger, as a teacher), mines the hard negatives
 of the fine-tuning data itself, and is fine-tuned from there once for each setting and seed; the
 teacher is fine-tuned the same way and scores the mined rows for distillation. The seed draws the
 order of rows, positives, negatives and mixes. Every step is a command that a user would run, and is
-skipped where its result stands, so the script continues where it was stopped.
+skipped if its result exists, so the script continues where it was stopped.
 """
 
 import csv
@@ -38,7 +38,7 @@ FINETUNE += (
 )
 V2 = "--loss.gamma 0.5 --loss.mixing true"
 
-# name: (what it starts from, on which data, with which settings beside FINETUNE and LOSS)
+# name: (the model to start from, the data, the settings in addition to FINETUNE and LOSS)
 SETTINGS = {
     "baseline": ("base", "mined", ""),
     "rows as they are": ("base", "data", ""),
@@ -62,18 +62,18 @@ SETTINGS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """The whole comparison."""
+    """Options of the comparison."""
 
     tokenizer: Annotated[Path, "Folder with tokenizer.json."]
     data: Annotated[Path, "Training data."]
     eval: Annotated[Path, "Folder of evaluation sets."]
     output: Annotated[Path, "Folder for everything that is written."]
     seeds: Annotated[int, "Fine-tunings of each setting."] = 3
-    table_only: Annotated[bool, "Run nothing, print the table of stored results."] = False
+    table_only: Annotated[bool, "Run nothing; print the table of stored results."] = False
 
 
 def main(argv: list[str]) -> int:
-    """Run what is missing, print the table."""
+    """Run what is missing and print the table."""
     options = parse(Options, argv, program="ablation.py", description="What each technique does.")
     out = options.output
     if not options.table_only:
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
 
 
 def commands(options: Options) -> list[tuple[str, list[str]]]:
-    """(what it writes, below the output; the command) of every stage, in order."""
+    """(the file it writes, relative to the output; the command) of every stage, in order."""
     out = options.output.resolve()
     data, sets, tokenizer = (p.resolve() for p in (options.data, options.eval, options.tokenizer))
 
@@ -128,7 +128,7 @@ def commands(options: Options) -> list[tuple[str, list[str]]]:
 
 
 def link_pairs(data: Path, pairs: Path) -> None:
-    """The tasks whose rows a teacher can score: the texts of label-based ones are drawn in training."""
+    """Link the tasks whose rows a teacher can score, which excludes label-based ones."""
     pairs.mkdir(parents=True, exist_ok=True)
     for file in data.glob("*.jsonl*"):
         settings = file.with_name(f"{file.name.split('.')[0]}.toml")
@@ -142,13 +142,13 @@ def _command(*words: object) -> list[str]:
 
 
 def folder(name: str, seed: int) -> str:
-    """Settings of one fine-tuning run."""
+    """The folder of one fine-tuning run."""
     return f"{name}.{seed}".replace(" ", "_").replace(",", "")
 
 
 def table(out: Path, seeds: int) -> str:
-    """Mean and standard deviation over the seeds that stand; differences are to the same seed."""
-    columns = ("all", "all, 32 wide", "retrieval", "similarity")
+    """Mean and standard deviation over the finished seeds; differences are to the same seed."""
+    columns = ("all", "all, 32 dimensions", "retrieval", "similarity")
     lines = [
         "| setting | seeds | " + " | ".join(columns) + " | all, against the baseline |",
         "|---|---|" + "---|" * (len(columns) + 1),

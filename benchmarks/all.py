@@ -1,10 +1,11 @@
-"""All speed benchmarks in turn, and their ratios beside the last recorded ones.
+"""All speed benchmarks in turn, with their ratios beside the last recorded ones.
 
     python benchmarks/all.py --data DIR --tokenizer DIR --output runs/benchmarks [--record true]
 
-Ratios (ours to a peer, ours to the machine's limit) say what a change of the code did where seconds
-would only say which machine it was. To be run by hand before a release, on a machine at rest. Exit code 1 where a ratio fell
-by more than a sixth; --record true keeps the new ones for this kind of device instead.
+Ratios (kalm_min to a peer or to the machine's limit) show what a change of the code did, while
+seconds depend on the machine. Run this by hand before a release, on a machine at rest. The exit code
+is 1 if a ratio fell by more than a sixth; --record true stores the new ratios for this kind of device
+instead.
 """
 
 import subprocess
@@ -37,19 +38,19 @@ SETS: dict[str, dict[str, list[str]]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """Where texts come from and results go."""
+    """Options of all benchmarks."""
 
     data: Annotated[Path, "Folder of training files (.jsonl, .jsonl.gz), one per task."]
     tokenizer: Annotated[Path, "Folder of the Qwen2 tokenizer."]
     output: Annotated[Path, "Folder of the results, one .json file per benchmark."]
     device: Annotated[
-        str, "cpu or cuda: which set of sizes; the scripts find the device themselves."
+        str, "cpu or cuda: the set of sizes; the scripts choose the device themselves."
     ] = "cpu"
-    record: Annotated[bool, "Keep these ratios as those to compare with."] = False
+    record: Annotated[bool, "Store these ratios for later comparisons."] = False
 
 
 def main(argv: list[str]) -> int:
-    """Run, compare; 1 where something has become slower."""
+    """Run and compare; return 1 if something has become slower."""
     options = parse(Options, argv, program="all.py", description="All speed benchmarks.")
     found: dict[str, float] = {}
     for name, sizes in SETS[options.device].items():
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> int:
 
 
 def compare(recorded: dict[str, float], found: dict[str, float]) -> int:
-    """A table; 1 where a ratio fell."""
+    """Print a table; return 1 if a ratio fell."""
     fallen = 0
     print("\n| ratio, larger is better | recorded | now | |\n|---|---|---|---|")
     for what, now in found.items():

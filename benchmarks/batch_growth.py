@@ -1,11 +1,12 @@
-"""A global batch that grows: peak memory and cost per example of a whole training step.
+"""A growing global batch: peak memory and cost per example of a complete training step.
 
     python benchmarks/batch_growth.py --data DIR --tokenizer DIR [--queries 64 512 8192] [--documents 8]
 
-A small decoder over the real tokenizer's table, texts of the data, InfoNCE in two Matryoshka dimensions over all documents
-of the batch, chunks of a bounded number of tokens. Every example brings its own texts, so nothing is
-embedded once for two. Memory is measured in a second process, in which freed blocks go back to the
-system. The seconds inside the loss are given by themselves: there every query meets every document, so its share of an example grows with the batch, as that of no other part does.
+A small decoder with the real tokenizer's vocabulary embeds texts of the data in chunks of a bounded
+number of tokens; the loss is InfoNCE in two Matryoshka dimensions over all documents of the batch.
+Every example has its own texts, so no vector is used twice. Memory is measured in a second process,
+in which freed blocks go back to the system. The seconds inside the loss are listed separately: every
+query meets every document there, so only that part of an example's cost grows with the batch.
 """
 
 import random
@@ -30,7 +31,7 @@ from kalm_min.training.step import LossConfig, TokenBatch, contrastive_step, tok
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options(Common):
-    """Sizes."""
+    """Sizes of the batches and of the decoder."""
 
     queries: Annotated[tuple[int, ...], "Queries of the global batch."] = (64, 512, 8192)
     documents: Annotated[int, "Documents per query."] = 8
@@ -71,9 +72,9 @@ def main(argv: list[str]) -> None:
             seconds=total,
             **{
                 "in the loss": in_loss,
-                "ns a pair in the loss": 1e9 * in_loss / size**2 / options.documents,
-                "ms an example without the loss": 1e3 * (total - in_loss) / size,
-                "us a token without the loss": 1e6 * costs[size],
+                "ns per pair in the loss": 1e9 * in_loss / size**2 / options.documents,
+                "ms per example without the loss": 1e3 * (total - in_loss) / size,
+                "us per token without the loss": 1e6 * costs[size],
                 "peak GiB": peaks[size],
             },
         )
@@ -84,7 +85,7 @@ def main(argv: list[str]) -> None:
 
 
 def decoder(options: Options) -> tuple[Qwen2, Tokenizer]:
-    """Two layers over the tokenizer's whole table."""
+    """A decoder of two layers with the tokenizer's full vocabulary."""
     tokenizer = Tokenizer.from_folder(options.tokenizer)
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size,
@@ -101,7 +102,7 @@ def decoder(options: Options) -> tuple[Qwen2, Tokenizer]:
 
 
 def batch(words: list[list[str]], tokenizer: Tokenizer, size: int, options: Options) -> TokenBatch:
-    """`size` examples of new texts: words of two texts of the data, in turn."""
+    """`size` examples of new texts, each made from the words of two texts of the data, in turn."""
     rng = random.Random(size)
 
     def text() -> str:
@@ -125,9 +126,9 @@ def batch(words: list[list[str]], tokenizer: Tokenizer, size: int, options: Opti
 
 
 def step(model: Qwen2, tokens: TokenBatch, options: Options) -> tuple[float, float, float]:
-    """(seconds, of them in the loss, peak GiB above the start)."""
-    ends: list[float] = []  # of the embeddings without a graph
-    starts: list[float] = []  # of those with one, after the loss
+    """(seconds, seconds in the loss, peak GiB above the start)."""
+    ends: list[float] = []  # the embeddings without a graph
+    starts: list[float] = []  # the embeddings with a graph, after the loss
 
     def embed(packed: Packed) -> Tensor:
         if torch.is_grad_enabled():
@@ -158,14 +159,14 @@ def step(model: Qwen2, tokens: TokenBatch, options: Options) -> tuple[float, flo
 
 
 def clock() -> float:
-    """Seconds, when the device has done what it was given."""
+    """Seconds, once the device has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def used(reset: bool = False) -> float:
-    """Peak memory in GiB since the last reset: of the GPU, else of this process."""
+    """Peak memory in GiB since the last reset, of the GPU or else of this process."""
     if not torch.cuda.is_available():
         return peak(reset)
     if reset:

@@ -1,10 +1,11 @@
-"""How data grows: the plan of an epoch, the index of a file, the check of its lines.
+"""The cost of growing data: planning an epoch, indexing a file, checking its lines.
 
     python benchmarks/data_scale.py [--folder DIR] [--rows 100000 ... 470000000] [--lines 100000 ...]
 
-One table: each size with its time, the time a row, and the memory that numpy and Python took at
-most (mapped files are the system's, to keep or to drop, and are not counted). The sampler's memory
-is also given in arrays of its indices. A "capped" plan takes a quarter of the rows of each task.
+Prints one table: each size with its time, the time per row, and the peak of the memory that numpy
+and Python allocated (memory-mapped files belong to the system and are not counted). The sampler's
+memory is also given in multiples of its index array. A "capped" plan takes a quarter of the rows of
+each task.
 """
 
 import os
@@ -29,7 +30,7 @@ TEXT = b"and of some more words until it is about as long as a sentence is"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """From small to large."""
+    """Sizes to measure."""
 
     rows: Annotated[
         tuple[int, ...], "Rows of the epochs to plan; the largest takes about 4 GB."
@@ -39,7 +40,7 @@ class Options:
     ] = (10**5, 10**6, 10**7)
     folder: Annotated[
         Path | None,
-        "Folder of temporary files; none takes the system's.",
+        "Folder of temporary files; none: the system's.",
     ] = None
 
 
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> None:
 
 
 def sampler(rows: int) -> None:
-    """An epoch of `rows` rows in tasks of unequal sizes, up to its first batch."""
+    """Plan an epoch of `rows` rows in tasks of unequal sizes, up to its first batch."""
     parts = [rows * (2 * t + 1) // TASKS**2 for t in range(TASKS)]
     whole = TaskBatchSampler(parts, BATCH)
     mixed = TaskBatchSampler(parts, BATCH, homogeneous_ratio=0.5)
@@ -81,7 +82,7 @@ def files(lines: int, path: Path) -> None:
 
 
 def read(path: Path) -> None:
-    """Read a file from start to end: what an index cannot do without."""
+    """Read a file from start to end, which every index must do."""
     with path.open("rb", buffering=0) as file:
         while file.read(1 << 22):
             pass
@@ -90,7 +91,7 @@ def read(path: Path) -> None:
 def line(
     name: str, rows: int, measured: Callable[[], object], index: int = 0, *, traced: bool = True
 ) -> None:
-    """One row of the table; `index` is the size of an index array in bytes."""
+    """Print one row of the table; `index` is the size of an index array in bytes."""
     if traced:
         tracemalloc.start()
     start, used = time.perf_counter(), sum(os.times()[:4])

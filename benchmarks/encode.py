@@ -1,10 +1,10 @@
-"""Encoding: ours, sentence-transformers, and the matrix products they cannot beat.
+"""Encoding: kalm_min, sentence-transformers, and the matrix products that neither can beat.
 
     python benchmarks/encode.py --data DIR --tokenizer DIR [--layers 6] [--texts 256] [--dtypes bfloat16]
 
 sentence-transformers runs as its users run it (loaded from a float32 folder, its defaults) and tuned as
-its documentation tells (the dtype set, it sorts by length itself, the best of several batch sizes).
-FlagEmbedding joins where it is installed, at the same batch size.
+its documentation advises (with the dtype set and the best of several batch sizes; it sorts by length
+itself). FlagEmbedding is measured too if it is installed, at the same batch size.
 Every program gets the texts as strings and returns an array.
 """
 
@@ -34,7 +34,7 @@ _BATCH_SIZES = (16, 32, 64)
 class Options(Common):
     """What is encoded."""
 
-    texts: Annotated[int, "Texts in all, the same number from every task."] = 192
+    texts: Annotated[int, "Texts in total, the same number from every task."] = 192
     max_length: Annotated[int, "Tokens kept per text."] = 512
     dtypes: Annotated[tuple[str, ...], "Dtypes in which everything is measured."] = (
         "bfloat16",
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
 
 
 def measure(folder: str, dtype: str, chosen: list[str], options: Options, report: Report) -> None:
-    """All programs in one dtype; the peer as it is loaded is always float32."""
+    """Measure all programs in one dtype; the peer as loaded is always float32."""
     ours = Embedder.from_pretrained(folder, device(), dtype)
     start = time.perf_counter()
     lengths = [len(ids) for ids in ours.tokenizer.encode(chosen, max_length=options.max_length)]
@@ -112,7 +112,7 @@ def measure(folder: str, dtype: str, chosen: list[str], options: Options, report
 def flag_embedding(
     folder: str, dtype: str, max_length: int
 ) -> Callable[[list[str], int], object] | None:
-    """FlagEmbedding's encoder on the same folder, where it is installed."""
+    """FlagEmbedding's encoder on the same folder, if it is installed."""
     try:
         peer: Any = import_module("FlagEmbedding")
     except ImportError:
@@ -131,7 +131,7 @@ def flag_embedding(
 def best_batch_size(
     peer: SentenceTransformer, chosen: list[str], lengths: list[int]
 ) -> tuple[int, float]:
-    """(the size at which the peer is fastest, its share of padding there); one pass each."""
+    """(the batch size at which the peer is fastest, its share of padding), from one pass each."""
     seconds = {}
     for size in _BATCH_SIZES:
         start = time.perf_counter()

@@ -1,14 +1,14 @@
-"""Kill -9 at random points: the same command continues every time, and comes to the same end.
+"""Kill -9 at random points: the same command resumes every time, with the same final result.
 
     python benchmarks/kills.py [--points 20] [--processes 1 2] [--seed 0]
 
-A tiny run with every part of the loss on is taken to its end without a break, then again in a chain:
-each start of the same command is killed at a random point, and the next one resumes from what it
-left. Half of the points are operations on files of the run or the data (the n-th that Python opens,
-renames, removes, ...), which hits the building of the index, checkpoints and the log; the others are
-moments, which hit all else, the middle of a write among it (an alarm that nobody handles ends a
-process as kill -9 does). Half of the starts find no index of the data. Of two processes one, chosen
-at random, is killed, and the other must end by itself. Exit code 0 when everything was equal.
+A tiny run with every part of the loss is completed without a break, then again in a chain: each start
+of the same command is killed at a random point, and the next one resumes from what it left. Half of
+the points are operations on files of the run or the data (the n-th that Python opens, renames,
+removes, ...), which hits the building of the index, checkpoints and the log. The others are moments,
+which hit everything else, including the middle of a write (an alarm without a handler ends a process
+as kill -9 does). Half of the starts find no index of the data. With two processes, one is killed at
+random, and the other must end by itself. The exit code is 0 if everything was equal.
 """
 
 import json
@@ -71,7 +71,7 @@ finally:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """How often."""
+    """Options of the kills."""
 
     points: Annotated[int, "Kills for each number of processes."] = 20
     processes: Annotated[tuple[int, ...], "Numbers of processes."] = (1, 2)
@@ -79,7 +79,7 @@ class Options:
 
 
 class Run:
-    """One training run in a folder of its own, started again and again."""
+    """One training run in its own folder, started repeatedly."""
 
     def __init__(self, folder: Path, processes: int) -> None:
         self.folder, self.processes = folder, processes
@@ -87,7 +87,7 @@ class Run:
         write_data(folder)
 
     def start(self, victim: int = -1, operations: int = 0, seconds: float = 0.0) -> list[int]:
-        """Start the command; process `victim` dies at an operation or after a time. Exit codes."""
+        """Start the command; `victim` dies at an operation or after a time. Return the exit codes."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -108,11 +108,11 @@ class Run:
         return [process.wait(PATIENCE) for process in started]
 
     def note(self, rank: int) -> Path:
-        """What a process says of itself: the operation it died at, or their number and its time."""
+        """A process's record: the operation at which it died, or their number and its time."""
         return self.folder.with_name(f"{self.folder.name}.note.{rank}")
 
     def outcome(self) -> tuple[list[dict[str, Any]], bytes, list[str]]:
-        """The log without the clock, the weights, the names of the checkpoints."""
+        """The log without times, the weights, and the names of the checkpoints."""
         lines = [json.loads(line) for line in (self.output / "log.jsonl").read_text().splitlines()]
         log = [{k: v for k, v in line.items() if "second" not in k} for line in lines]
         kept = sorted(path.name for path in (self.output / "checkpoints").iterdir())
@@ -120,7 +120,7 @@ class Run:
 
 
 def write_data(folder: Path) -> None:
-    """Three tasks of scored pairs, held-out pairs, and a tokenizer of letters."""
+    """Write three tasks of scored pairs, held-out pairs, and a tokenizer of letters."""
     rng = random.Random(0)
     for name in ("data/a", "data/b", "data/c", "valid"):
         texts = [" ".join(rng.choices(WORDS, k=5)) for _ in range(64)]
@@ -143,7 +143,7 @@ def write_data(folder: Path) -> None:
 
 
 def measure(processes: int, options: Options, folder: Path) -> bool:
-    """Kill and start again until all points are used; print one row; whether all was equal."""
+    """Kill and restart until all points are used; print one row; return whether all was equal."""
     rng = random.Random(f"{options.seed} {processes}")
     whole = Run(folder / f"whole{processes}", processes)
     assert whole.start() == [0] * processes, (whole.folder / "stderr.0").read_text()
@@ -178,7 +178,7 @@ def measure(processes: int, options: Options, folder: Path) -> bool:
 
 
 def kill_site(note: str) -> str:
-    """What a process was at when it died at an operation."""
+    """What a process was doing when it died at an operation."""
     return next((name for part, name in PLACES.items() if part in note), "elsewhere")
 
 

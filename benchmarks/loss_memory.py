@@ -2,8 +2,9 @@
 
     python benchmarks/loss_memory.py [--queries 8192] [--per-query 8] [--budget 1.0]
 
-Prints, for growing batches, the seconds, and from a second process the peak resident memory above the
-vectors and their gradients, beside the budget. Matryoshka over five dimensions, focal weight and masking on; float32.
+Prints, for growing batches, the seconds and, from a second process, the peak resident memory above
+the vectors and their gradients, beside the budget. The loss uses five Matryoshka dimensions, the focal
+weight and masking, in float32.
 """
 
 import ctypes
@@ -22,17 +23,17 @@ from kalm_min.losses import ContrastiveBatch
 from kalm_min.training.step import LossConfig, contrastive_loss
 
 WIDTH = 896
-_MMAP_THRESHOLD = -3  # of glibc's mallopt
+_MMAP_THRESHOLD = -3  # parameters of glibc's mallopt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """Sizes."""
+    """Sizes of the batches."""
 
     queries: Annotated[
         int, "Queries of the largest batch; batches grow up to it by factors of four."
     ] = 8192
-    per_query: Annotated[int, "Documents of each query."] = 8
+    per_query: Annotated[int, "Documents per query."] = 8
     budget: Annotated[float, "GiB that the scores may take."] = 1.0
     share: Annotated[
         float,
@@ -44,9 +45,10 @@ class Options:
 
 
 def fresh_memory() -> None:
-    """At the start of a process: let the C library take every large block from the system and give it back when it is freed.
+    """Make the C library take every large block from the system and return it when it is freed.
 
-    The peak is then that of live tensors, and all is slower: fresh pages cost more than the sums.
+    Call this at the start of a process. The peak is then that of live tensors, and everything is
+    slower, since fresh pages cost more than the sums.
     """
     if not torch.cuda.is_available():
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**20)
@@ -104,7 +106,7 @@ def measure(queries: int, options: Options) -> tuple[float, float]:
 
 
 def main(argv: list[str]) -> None:
-    """Print one row a size."""
+    """Print one row per size."""
     options = parse(Options, argv, program="loss_memory.py", description="Memory of the loss.")
     sizes = [options.queries // 4**k for k in (3, 2, 1, 0)]
     if options.memory:

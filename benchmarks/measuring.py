@@ -1,9 +1,9 @@
-"""What the speed benchmarks share: real texts, alternating rounds, the machine's limit, the report.
+"""Shared by the speed benchmarks: real texts, alternating rounds, the machine's limit, the report.
 
-Programs take turns, round by round, so that a change of the machine's speed meets all of them; the
-first round is not counted, and a time during which other work kept a processor busy is taken again.
-The limit is the decoder's matrix products alone: the same weights, as
-many rows, nothing between them.
+Programs take turns, round by round, so that a change of the machine's speed affects all of them. The
+first round is not counted, and a measurement during which other work kept a processor busy is
+repeated. The limit is the decoder's matrix products alone: the same weights and the same number of
+rows, with nothing between the products.
 """
 
 import os
@@ -25,12 +25,12 @@ from kalm_min import Embedder
 from kalm_min.files import read_jsonl, write_json
 from kalm_min.model.qwen2 import Linear
 
-_CALM = 0.1  # processors taken by other work, up to which a time counts
+_CALM = 0.1  # a time counts if other work used at most this many processors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Common:
-    """Options that all benchmarks share."""
+    """Options common to all speed benchmarks."""
 
     data: Annotated[
         Path,
@@ -41,7 +41,7 @@ class Common:
         int, "Layers of the Qwen2-0.5B shape, which has 24; all layers cost the same."
     ] = 6
     rounds: Annotated[
-        int, "Measured runs of each program, taking turns, after one that is not counted."
+        int, "Measured runs of each program, in turn, after one that is not counted."
     ] = 3
     output: Annotated[Path | None, "Write conditions, seconds and ratios into this .json file."] = (
         None
@@ -54,7 +54,7 @@ def device() -> torch.device:
 
 
 def lines(folder: Path, count: int, task: str = "*") -> list[dict[str, Any]]:
-    """`count` lines of the training files, as many of every task."""
+    """`count` lines of the training files, equally many of every task."""
     files = sorted(folder.glob(f"{task}.jsonl*"))
     each = -(-count // len(files))
     found = [[line for _, line in islice(read_jsonl(file), each)] for file in files]
@@ -62,7 +62,7 @@ def lines(folder: Path, count: int, task: str = "*") -> list[dict[str, Any]]:
 
 
 def texts(folder: Path, count: int) -> list[str]:
-    """Different texts of every task, queries and positives in turn."""
+    """Distinct texts of every task, queries and positives in turn."""
     rows = lines(folder, count)
     return list(dict.fromkeys(text for row in rows for text in (row["query"], row["pos"][0])))[
         :count
@@ -70,7 +70,7 @@ def texts(folder: Path, count: int) -> list[str]:
 
 
 def alternate(programs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every program, `rounds` times in turn."""
+    """Seconds of every program, run `rounds` times in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for number in range(rounds + 1):
         for name, program in programs.items():
@@ -84,7 +84,7 @@ def alternate(programs: Mapping[str, Callable[[], object]], rounds: int) -> dict
 
 
 def _timed(program: Callable[[], object]) -> tuple[float, float]:
-    """(processors that other work kept busy meanwhile, seconds)."""
+    """(processors that other work kept busy, seconds)."""
     before = _processor_seconds()
     program()
     if torch.cuda.is_available():
@@ -119,13 +119,13 @@ def product_flops(embedder: Embedder, tokens: int) -> int:
 
 
 def ratio(seconds: dict[str, list[float]], slower: str, faster: str) -> float:
-    """How many times as long the one took as the other, the median over the rounds."""
+    """How many times as long one program took as the other, as the median over the rounds."""
     pairs = zip(seconds[slower], seconds[faster], strict=True)
     return statistics.median(a / b for a, b in pairs)
 
 
 class Report:
-    """A table on the terminal, the same as JSON, and the ratios that `guard.py` watches."""
+    """A table on the terminal, the same data as JSON, and the ratios that `all.py` compares."""
 
     def __init__(self, name: str, options: Common) -> None:
         self.output = options.output
@@ -141,12 +141,12 @@ class Report:
         print(f"{name}: {', '.join(f'{k} {v}' for k, v in self.found['conditions'].items())}")
 
     def note(self, text: str) -> None:
-        """A line about what is measured."""
+        """Print a line about what is measured."""
         self.found.setdefault("notes", []).append(text)
         print(text)
 
     def row(self, **cells: object) -> None:
-        """A row of the table; the first one names the columns."""
+        """Print a row of the table; the first row also prints the column names."""
         if list(cells) != self.columns:
             self.columns = list(cells)
             print(f"\n| {' | '.join(self.columns)} |\n|{'---|' * len(cells)}")
@@ -155,11 +155,11 @@ class Report:
         print(f"| {' | '.join(shown)} |", flush=True)
 
     def ratio(self, name: str, value: float) -> None:
-        """A figure that does not depend on the machine's mood; larger is better."""
+        """Record a ratio, which depends little on the machine's state; larger is better."""
         self.found["ratios"][name] = round(value, 3)
 
     def close(self) -> None:
-        """The ratios, what else the machine did, and the file."""
+        """Print the ratios and the load from other work, and write the file."""
         busy, own, wall = (b - a for a, b in zip(self._before, _processor_seconds(), strict=True))
         self.found["processors busy with other work"] = round((busy - own) / wall, 2)
         print()
@@ -173,7 +173,7 @@ class Report:
 
 
 def conditions() -> dict[str, Any]:
-    """Where and with what it ran."""
+    """The machine and the versions of the run."""
     cuda = torch.cuda.is_available()
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
@@ -187,7 +187,7 @@ def conditions() -> dict[str, Any]:
 
 
 def _processor_seconds() -> tuple[float, float, float]:
-    """(of the whole machine, of this process and its children, of the clock)."""
+    """Seconds (of all processors, of this process and its children, of the clock)."""
     stat = Path("/proc/stat")
     busy = 0.0
     if stat.is_file():

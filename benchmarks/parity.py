@@ -3,8 +3,8 @@
     python benchmarks/parity.py --texts texts.txt --tokenizer DIR [--layers 24] [--causal true]
 
 Prints the largest difference of hidden states relative to the largest value (fp32), the smallest
-cosine of vectors against sentence-transformers on the saved folder (fp32), and how far a bfloat16
-vector moves between being encoded alone and in company, beside what its own rounding costs.
+cosine of vectors against sentence-transformers on the saved folder (fp32), and the difference
+between a bfloat16 vector encoded alone and in a batch, beside the cost of bfloat16 itself.
 """
 
 import sys
@@ -27,7 +27,7 @@ from kalm_min.model import Packed
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """The Qwen2-0.5B shape by default."""
+    """Options of the comparison; the default shape is that of Qwen2-0.5B."""
 
     texts: Annotated[Path, "One text per line."]
     tokenizer: Annotated[Path, "Folder of the Qwen2 tokenizer."]
@@ -38,7 +38,7 @@ class Options:
 
 
 def main(argv: list[str]) -> None:
-    """Build, save, compare, print."""
+    """Build a model, save it, compare, and print."""
     options = parse(Options, argv, program="parity.py", description="Parity at full size.")
     texts = read_texts(options.texts)[: options.limit]
     embedder = build(

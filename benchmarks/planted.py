@@ -2,10 +2,10 @@
 
     python benchmarks/planted.py --model runs/demo/first/final --data runs/demo/data/train/name_to_code.jsonl
 
-Rows of a training file get the positives of other rows (wrong pairs); positives of some rows stand in
-the corpus again as negatives of others, letter for letter or with a full stop added. Each shape of
-rows is mined once a k from the same stored vectors. Precision: of the rows dropped, those planted
-wrong. Recall: of the rows planted wrong, those dropped.
+Rows of a training file get the positives of other rows (wrong pairs), and positives of some rows occur
+again in the corpus as negatives of others, verbatim or with a full stop added. Each variant of the
+rows is mined once per k from the same stored vectors. Precision is the share of planted wrong rows
+among the dropped rows; recall is the share of dropped rows among the planted wrong rows.
 """
 
 import json
@@ -29,21 +29,21 @@ TOP_K = (1, 5, 20, 50, 100)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """What is planted where."""
+    """What is planted."""
 
-    model: Annotated[str, "Model that embeds."]
+    model: Annotated[str, "Model folder or hub id."]
     data: Annotated[Path, "A training file of one task."]
-    rows: Annotated[int, "Rows of the file, at most."] = 4000
+    rows: Annotated[int, "Maximum number of rows of the file."] = 4000
     wrong: Annotated[tuple[float, ...], "Shares of wrong pairs."] = (0.05, 0.2)
     duplicates: Annotated[
         float,
-        "Share of positives repeated in the corpus; as many again with a full stop added.",
+        "Share of positives repeated in the corpus, once verbatim and once with a full stop.",
     ] = 0.1
-    seed: Annotated[int, "Seed of what is planted."] = 0
+    seed: Annotated[int, "Seed of the planted errors."] = 0
 
 
 def main(argv: list[str]) -> None:
-    """Plant, mine, count; print a table."""
+    """Plant, mine and count; print a table."""
     options = parse(Options, argv, program="planted.py", description="The filter on planted data.")
     rows = [row for _, row in read_jsonl(options.data)]
     random.Random(options.seed).shuffle(rows)
@@ -112,7 +112,7 @@ def measured(rows: list[Row], model: str) -> Iterator[tuple[str, int]]:
 
 
 def mine(model: str, data: Path, folder: Path, k: int) -> tuple[list[Row], dict[str, int]]:
-    """The rows kept with this k, and the sums; the hardest negatives, ranks 1 to 100."""
+    """Mine the hardest negatives of ranks 1 to 100; return the rows kept with this k and the totals."""
     output = folder / f"top{k}"
     config = MiningConfig(
         model=model, data=data, output=output, store=folder / "store",

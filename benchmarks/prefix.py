@@ -1,9 +1,10 @@
-"""Queries under one instruction: read once for all of them, or with every query.
+"""Queries with one instruction: it is read once for all of them, or with every query.
 
     python benchmarks/prefix.py --data DIR --tokenizer DIR [--layers 6] [--queries 512]
 
-A causal decoder, the same queries in all rows. "joined by hand" is our own packed path without
-sharing. Queries have exactly 12 tokens under an instruction of 24, or the lengths of the data.
+The decoder is causal, and all rows use the same queries. "joined by hand" is the packed path of
+kalm_min without sharing. Queries have exactly 12 tokens after an instruction of 24, or the lengths of
+the data.
 """
 
 import statistics
@@ -24,7 +25,7 @@ _PROMPT = KALM_TEMPLATE.format(
     instruction="Given a question of a user, retrieve the passages and documents that answer it in "
     "every language"
 )
-_SHARED = 24  # its tokens; the last space joins with what follows
+_SHARED = 24  # its tokens; the last space merges with the text that follows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> None:
 
 
 def cut(model: Embedder, words: str, tokens: int, count: int) -> list[str]:
-    """Texts of exactly so many tokens after the instruction, cut from running words."""
+    """Texts of exactly so many tokens after the instruction, cut from running text."""
     found: dict[str, None] = {}
     parts = words.split()
     for start in range(len(parts)):
@@ -74,7 +75,7 @@ def cut(model: Embedder, words: str, tokens: int, count: int) -> list[str]:
 def compare(
     model: Embedder, queries: list[str], name: str, options: Options, report: Report
 ) -> None:
-    """One pair of rows."""
+    """Print one pair of rows."""
     joined = [_PROMPT + query for query in queries]
     programs = {
         "joined by hand": lambda: model.encode(joined),

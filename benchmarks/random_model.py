@@ -1,4 +1,4 @@
-"""A random Qwen2 of the 0.5B shape around a real tokenizer: what the benchmarks measure with."""
+"""A random Qwen2 of the 0.5B shape with a real tokenizer, which the benchmarks measure."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from kalm_min.tokenizer import Tokenizer
 def build(
     tokenizer: Path, *, layers: int = 24, causal: bool = True, max_length: int = 512
 ) -> Embedder:
-    """Qwen2-0.5B's sizes (24 layers by default), float32, on the CPU."""
+    """Build a model of Qwen2-0.5B's sizes (24 layers by default) in float32 on the CPU."""
     config = ModelConfig(
         vocab_size=151_936,
         hidden_size=896,

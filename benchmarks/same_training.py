@@ -2,13 +2,13 @@
 
     python benchmarks/same_training.py --model runs/base/final --data data/mined --output runs/same
 
-Same initial weights, rows, order, steps, optimiser and schedule, in float32: InfoNCE over all documents
-of the batch under Matryoshka here, MatryoshkaLoss over MultipleNegativesRankingLoss there, no masking
-of false negatives, which the peer does not have. Where the two are the same function, so are their
-losses; what remains are sums in another order (packed against padded), which training amplifies. The
-data must bring enough negatives with every row: a column of the peer's table has no holes
-(`mine.py --short-rows drop`; tasks that fall short are left out). Both models are written, for
-evaluate.py.
+Both use the same initial weights, rows, order, steps, optimiser and schedule, in float32: kalm_min
+InfoNCE over all documents of the batch with Matryoshka, the peer MatryoshkaLoss over
+MultipleNegativesRankingLoss. False negatives are not masked, since the peer cannot mask them. The two
+compute the same function; the differences that remain come from sums in different orders (packed and
+padded), which training amplifies. Every row of the data must have enough negatives, since the columns
+of the peer's table must be complete (`mine.py --short-rows drop`; tasks with too few are left out).
+Both models are saved, for evaluate.py.
 """
 
 import json
@@ -33,7 +33,7 @@ from kalm_min.training.trainer import LoopConfig, OptimizerConfig, Recipe, Sampl
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """Both trainings."""
+    """Options of both trainings."""
 
     model: Annotated[Path, "Folder of the model to start from."]
     data: Annotated[Path, "Training data in which every row has `num_negatives` negatives."]
@@ -42,16 +42,16 @@ class Options:
     batch_size: Annotated[int, "Queries per step."] = 32
     num_negatives: Annotated[int, "Negatives per query."] = 4
     max_length: Annotated[int, "Tokens kept per text."] = 64
-    temperature: Annotated[float, "Divides the cosine."] = 0.05
-    learning_rate: Annotated[float, "Peak, after a linear warm-up over a tenth of the steps."] = (
-        5e-4
-    )
+    temperature: Annotated[float, "Divides the cosine similarity."] = 0.05
+    learning_rate: Annotated[
+        float, "Peak learning rate, after a linear warm-up over a tenth of the steps."
+    ] = 5e-4
     dims: Annotated[tuple[int, ...], "Matryoshka dimensions."] = (128, 64, 32)
     weights: Annotated[tuple[float, ...], "One weight per dimension."] = (1.0, 0.3, 0.2)
 
 
 def recipe(options: Options) -> Recipe:
-    """What both do, in our words."""
+    """The common settings, as kalm_min names them."""
     return Recipe(
         sampling=SamplingConfig(batch_size=options.batch_size, num_negatives=options.num_negatives),
         loss=LossConfig(
@@ -71,7 +71,7 @@ def recipe(options: Options) -> Recipe:
 
 
 def ours(options: Options, data: TrainingData) -> list[float]:
-    """Train here; the loss of each step."""
+    """Train with kalm_min; return the loss of each step."""
     embedder = Embedder.from_pretrained(
         options.model, "cpu", torch.float32, max_length=options.max_length
     )
@@ -108,7 +108,7 @@ def rows_in_order(options: Options, data: TrainingData) -> dict[str, list[str]]:
 
 
 def peer(options: Options, columns: dict[str, list[str]]) -> list[float]:
-    """Train there; the loss of each step."""
+    """Train with sentence-transformers; return the loss of each step."""
     from datasets import Dataset
     from sentence_transformers import (
         SentenceTransformer,
@@ -122,7 +122,7 @@ def peer(options: Options, columns: dict[str, list[str]]) -> list[float]:
     )
 
     class InOrder(DefaultBatchSampler):
-        """The rows as they stand, instead of the peer's shuffling."""
+        """Takes the rows in their order, instead of the peer's shuffling."""
 
         def __iter__(self) -> Iterator[list[int]]:
             for start in range(0, options.steps * options.batch_size, options.batch_size):
@@ -157,7 +157,7 @@ def peer(options: Options, columns: dict[str, list[str]]) -> list[float]:
 
 
 def main(argv: list[str]) -> None:
-    """Train twice, print how the losses agree."""
+    """Train twice and print how well the losses agree."""
     options = parse(Options, argv, program="same_training.py", description="The same run twice.")
     data = TrainingData(options.data)
     start = time.perf_counter()

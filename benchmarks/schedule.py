@@ -1,12 +1,12 @@
-"""How long MTEB(eng, v1) takes on 1 to 16 devices, by the jobs that evaluate.py makes.
+"""The time that MTEB(eng, v1) takes on 1 to 16 devices with the jobs that evaluate.py makes.
 
     python benchmarks/schedule.py [--benchmark "MTEB(eng, v1)"] [--devices 1 4 8 16] [--loading 15]
 
-A clock runs the real jobs, which are ordered and cut by characters. A task takes the seconds that KaLM
-v2's authors recorded for it (recorded_seconds.json, which holds the source), or, in a second table, a
-share of their sum in proportion to its characters: the difference between the two tables is what the
-order loses because characters predict seconds imperfectly. Each slice costs `--loading` seconds more,
-for opening the data once again. The lower bound is the work divided by the devices. Nothing is
+A simulated clock runs the real jobs, which are ordered and cut by characters. A task takes the
+seconds that KaLM v2's authors recorded for it (recorded_seconds.json, which holds the source), or, in
+a second table, a share of their sum in proportion to its characters: the difference between the two
+tables is the loss that arises because characters predict seconds imperfectly. Each slice costs
+`--loading` seconds more, for opening the data again. The lower bound is the work divided by the number of devices. Nothing is
 downloaded.
 """
 

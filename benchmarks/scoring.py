@@ -1,10 +1,10 @@
-"""What a retrieval task costs beside encoding, and what five dimensions cost beside one.
+"""The cost of a retrieval task besides encoding, and of five dimensions compared with one.
 
     python benchmarks/scoring.py [--documents 100000] [--queries 1000] [--dim 896]
     python benchmarks/scoring.py --model DIR --data DIR [--dims 896 512 256 128 64]
 
 The first runs one retrieval task through mteb with random unit vectors, looked up instead of encoded:
-with our adapter, whose search is timed apart from mteb's own scoring, and with a plain encoder, for
+with kalm_min's adapter, whose search is timed apart from mteb's scoring, and with a plain encoder, for
 which mteb also searches. The second runs dataset folders with a model, at one dimension and at several.
 Rounds alternate; medians are printed.
 """
@@ -83,7 +83,7 @@ class Clock:
         self.seconds = 0.0
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, timed."""
+        """Wrap a function so that its time is added."""
 
         def timed(*arguments: Any, **options: Any) -> Any:
             start = time.perf_counter()
@@ -107,7 +107,7 @@ def main(argv: list[str]) -> None:
 
 
 def overhead(options: Options) -> None:
-    """Our search and mteb's scoring, against mteb's search and scoring."""
+    """kalm_min's search and mteb's scoring, against mteb's search and scoring."""
     import mteb
 
     table: Any = Table(options.documents + options.queries, options.dim)
@@ -144,7 +144,7 @@ def overhead(options: Options) -> None:
 
 
 def write_dataset(folder: Path, options: Options) -> Path:
-    """A dataset whose texts are the numbers of their vectors."""
+    """Write a dataset whose texts are the numbers of their vectors."""
     (folder / "qrels").mkdir(parents=True)
     draw = np.random.default_rng(1)
     numbers = range(options.documents + options.queries)
@@ -162,7 +162,7 @@ def write_dataset(folder: Path, options: Options) -> Path:
 
 
 def dimensions(options: Options, model: Path) -> None:
-    """Several dimensions of a task against one."""
+    """Measure several dimensions of a task against one."""
     embedder = Embedder.from_pretrained(model)
     print(f"{torch.get_num_threads()} threads, {options.rounds} rounds; dims {options.dims}\n")
     print("| dataset | one, seconds (median) | all | all / one |")

@@ -1,17 +1,17 @@
-"""Exact search: ours, faiss's flat index, and the bare matrix product they cannot beat.
+"""Exact search: kalm_min, faiss's flat index, and the bare matrix product that neither can beat.
 
     python benchmarks/search.py [--documents 200000] [--queries 10000] [--dim 896] [--k 100]
     python benchmarks/search.py --memory [--sizes 100000 2000000] [--dim 64]
     torchrun --nproc-per-node 3 benchmarks/search.py --agree --documents 50000 --dim 256 [--vectors DIR]
 
-All three take the queries in parts, in turn, so that a change of the machine's speed meets them
-alike; ratios are medians over the parts. Vectors are random unit vectors, made on the spot. faiss's
-index holds its own copy of the documents; building it is not timed.
+All three take the queries in parts, in turn, so that a change of the machine's speed affects them
+equally; ratios are medians over the parts. Vectors are random unit vectors. faiss's index holds its
+own copy of the documents; building it is not timed.
 
---memory searches documents on disk and applies the rules to what was found, each size in a fresh
-process, and prints how far its resident memory rose (Linux).
+--memory searches documents on disk and applies the mining rules to the result, each size in a fresh
+process, and prints the increase of its resident memory (Linux only).
 
---agree compares ids, order and scores of torch, faiss, a GPU and all processes together.
+--agree compares ids, order and scores from torch, faiss, a GPU and all processes together.
 """
 
 import os
@@ -42,8 +42,8 @@ _SHARD = 1024
 class Options:
     """What is searched."""
 
-    documents: Annotated[int, "Vectors searched."] = 200_000
-    queries: Annotated[int, "Vectors searched for."] = 10_000
+    documents: Annotated[int, "Number of vectors that are searched."] = 200_000
+    queries: Annotated[int, "Number of query vectors."] = 10_000
     dim: Annotated[int, "Dimension of the vectors."] = 896
     k: Annotated[int, "Neighbours."] = 100
     rounds: Annotated[int, "Parts into which the queries are divided."] = 10
@@ -54,9 +54,7 @@ class Options:
         500_000,
         2_000_000,
     )
-    agree: Annotated[bool, "Compare neighbours instead of measuring; fails when they differ."] = (
-        False
-    )
+    agree: Annotated[bool, "Compare neighbours instead of measuring; fail if they differ."] = False
     vectors: Annotated[
         Path | None,
         "For --agree: a folder of .npy files with vectors, as a store has; none: random ones.",
@@ -81,7 +79,7 @@ def main(argv: list[str]) -> None:
 
 
 def unit(count: int, dim: int, seed: int) -> Vectors:
-    """Random unit vectors on the grid, made in blocks."""
+    """Random unit vectors on the grid of the store, made in blocks."""
     rng = np.random.default_rng(seed)
     vectors = np.empty((count, dim), np.float32)
     for start in range(0, count, _SHARD):
@@ -92,7 +90,7 @@ def unit(count: int, dim: int, seed: int) -> Vectors:
 
 
 def speed(options: Options) -> None:
-    """Alternate ours, faiss and the product; print medians and ratios."""
+    """Alternate kalm_min, faiss and the product; print medians and ratios."""
     documents = unit(options.documents, options.dim, 0)
     queries = unit(options.queries, options.dim, 1)
     import faiss
@@ -134,12 +132,12 @@ def speed(options: Options) -> None:
 
 
 def ratio(a: list[float], b: list[float]) -> float:
-    """The median of the ratios, part by part."""
+    """The median of the ratios of the parts."""
     return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
 def product(queries: Vectors, documents: Vectors, device: str) -> None:
-    """All scores, none kept: the blocks of the search, without looking at them."""
+    """Compute all scores in the blocks of the search, and keep none."""
     if device == "cpu":
         scores = np.empty((512, 8192), np.float32)
         for start in range(0, len(documents), 8192):
@@ -160,7 +158,7 @@ def product(queries: Vectors, documents: Vectors, device: str) -> None:
 
 
 def agree(options: Options) -> None:
-    """Search with everything there is; raise where two find other ids or another order."""
+    """Search in every available way; raise if two ways find different ids or a different order."""
     distributed.start(dict(os.environ), torch.device(options.device))
     if options.vectors is None:
         documents = unit(options.documents, options.dim, 0)
@@ -194,7 +192,7 @@ def agree(options: Options) -> None:
 
 
 def memory(options: Options) -> None:
-    """A fresh process for each size; the documents come from disk."""
+    """Measure each size in a fresh process, with the documents on disk."""
     print(f"{options.dim} dimensions, {options.queries:,} queries, top {options.k}\n")
     print("| documents | on disk | resident before | rise in search | rise in filter | seconds |")
     print("|---|---|---|---|---|---|")
@@ -213,7 +211,7 @@ def memory(options: Options) -> None:
 
 
 def searched_on_disk(options: Options, folder: Path) -> tuple[str, ...]:
-    """MiB resident before, how far it rose in the search and in the filter, seconds of both."""
+    """Resident MiB before, the increase in the search and in the filter, and the seconds of both."""
     documents = on_disk(folder, options.documents, options.dim)
     queries = unit(options.queries, options.dim, 1)
     index = an_index(options.queries, documents.texts.hashes)
@@ -234,7 +232,7 @@ def searched_on_disk(options: Options, folder: Path) -> tuple[str, ...]:
 
 
 class RandomVectors:
-    """Stands for an embedder."""
+    """A stand-in for an embedder."""
 
     dtype = torch.float32
 
@@ -248,13 +246,13 @@ class RandomVectors:
 
 
 def on_disk(folder: Path, size: int, dim: int) -> StoredVectors:
-    """Vectors of as many texts that are their own numbers."""
+    """Store the vectors of texts that are their own numbers."""
     texts = TextSet.of(lambda start, stop: [str(i) for i in range(start, stop)], size)
     return StoredVectors(folder, texts, dim)
 
 
 def an_index(queries: int, documents: Ints) -> TextIndex:
-    """As many rows as queries, each with one of the documents as its positive."""
+    """A text index with one row per query, each with one of the documents as its positive."""
     rng = np.random.default_rng(0)
     tables = [np.zeros(number, TEXT) for number in (queries, len(documents))]
     tables[0]["hash"] = rng.integers(-(2**62), 2**62, queries)
@@ -273,7 +271,7 @@ def an_index(queries: int, documents: Ints) -> TextIndex:
 
 
 def resident(name: str) -> int:
-    """MiB of this process: VmRSS now, VmHWM at most."""
+    """MiB of this process: VmRSS (current) or VmHWM (peak)."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) // 1024
 

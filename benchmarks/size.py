@@ -1,4 +1,4 @@
-"""How large the package is, and what makes it hard to read: `make size`.
+"""The size of the package and what makes it hard to read: `make size`.
 
 A private function that is called once and has at most 8 lines must earn its name.
 """

@@ -2,9 +2,9 @@
 
     python benchmarks/startup.py --tokenizer DIR [--layers 24] [--rounds 5]
 
-Each round starts one fresh process of ours and one of sentence-transformers on the same folder, in
-turn, so that a change of the machine's speed meets both. Both run as their users would (ours in the
-dtype it picks, the peer as loaded from a float32 folder), and both in float32.
+Each round starts one fresh process of kalm_min and one of sentence-transformers on the same folder, in
+turn, so that a change of the machine's speed affects both. Both run with their defaults (kalm_min in
+the dtype it chooses, the peer as loaded from a float32 folder) and in float32.
 """
 
 import resource
@@ -32,7 +32,7 @@ from sentence_transformers import SentenceTransformer
 SentenceTransformer(sys.argv[1], device="cpu").encode("the first text")
 """
 PROGRAMS = {
-    "kalm_min, as it comes": OURS.format(dtype=None),
+    "kalm_min, default settings": OURS.format(dtype=None),
     "kalm_min, float32": OURS.format(dtype="'float32'"),
     "sentence-transformers": PEER,
 }
@@ -40,7 +40,7 @@ PROGRAMS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """Start-up against sentence-transformers."""
+    """Options of the comparison."""
 
     tokenizer: Annotated[Path, "Folder of the Qwen2 tokenizer."]
     layers: Annotated[int, "Layers of the Qwen2-0.5B shape."] = 24
@@ -48,7 +48,7 @@ class Options:
 
 
 def main(argv: list[str]) -> None:
-    """Measure in turn, print medians and ratios."""
+    """Measure in turn; print medians and ratios."""
     options = parse(Options, argv, program="startup.py", description="Time to the first vector.")
     seconds: dict[str, list[float]] = {name: [] for name in PROGRAMS}
     with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +60,9 @@ def main(argv: list[str]) -> None:
                 if number:
                     seconds[name].append(time.perf_counter() - start)
     peer = seconds["sentence-transformers"]
-    print("| program | seconds (median) | min - max | of sentence-transformers, pair by pair |")
+    print(
+        "| program | seconds (median) | min - max | share of sentence-transformers, pair by pair |"
+    )
     print("|---|---|---|---|")
     for name, values in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(values, peer, strict=True))

@@ -1,14 +1,15 @@
-"""One training step: ours, transformers padded as the official code does, sentence-transformers' loss.
+"""One training step: kalm_min, transformers with padding, sentence-transformers' loss.
 
     python benchmarks/train_step.py --data DIR --tokenizer DIR [--layers 4] [--queries 8]
 
-A step is a batch of one task: queries, a positive and seven negatives each (other positives of the
-task), InfoNCE over all documents in five Matryoshka dimensions, from texts to gradients. The update is the same
-work for all three and left out. All compute in bfloat16 by autocast over float32 weights where it is
-native, else in float32.
+A step takes a batch of one task from texts to gradients: queries with a positive and seven negatives
+each (other positives of the task), and InfoNCE over all documents in five Matryoshka dimensions. The
+update is the same work for all three and left out. All compute in bfloat16 by autocast over float32
+weights where it is native, else in float32.
 
-transformers: one padded batch of queries and one of documents, gradient checkpointing.
-sentence-transformers: its loss as its trainer calls it, a padded batch for each of the nine columns.
+transformers: a padded batch of queries and one of documents, as in the official code, with gradient
+checkpointing. sentence-transformers: its loss as its trainer calls it, with a padded batch for each of
+the nine columns.
 """
 
 import statistics
@@ -54,13 +55,13 @@ _LOSS = LossConfig(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options(Common):
-    """The batches."""
+    """Options of the batches."""
 
     layers: Annotated[
         int, "Layers of the Qwen2-0.5B shape, which has 24; all layers cost the same."
     ] = 4
     queries: Annotated[int, "Queries per step, with eight times as many documents."] = 8
-    tasks: Annotated[tuple[str, ...], "Tasks; one measurement is a step of each."] = (
+    tasks: Annotated[tuple[str, ...], "Tasks; one measurement is one step of each."] = (
         "csl_title2abstract_zh",
         "msdocs_bitext_zh_en",
         "stackoverflow_csharp_code",
@@ -104,7 +105,7 @@ def main(argv: list[str]) -> None:
 
 
 def all_of(step: Step, batches: list[TextBatch]) -> None:
-    """A step of every batch."""
+    """Run a step of every batch."""
     for batch in batches:
         step(batch)
 
@@ -130,7 +131,7 @@ def batch_of(options: Options, task: str) -> TextBatch:
 def describe(
     batches: list[TextBatch], options: Options, report: Report, dtype: torch.dtype
 ) -> None:
-    """Tokens of the steps, and how many of the padded ones are not real."""
+    """Report the tokens of the steps and the share of padding."""
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     real = computed = 0
     for batch in batches:
@@ -164,7 +165,7 @@ def ours(folder: str, autocast: Autocast) -> Step:
 
 
 def official(folder: str, autocast: Autocast, max_length: int) -> Step:
-    """Padded batches, mean pooling over the mask, the same loss in plain torch."""
+    """Padded batches, mean pooling over the mask, and the same loss."""
     model = AutoModel.from_pretrained(folder, dtype=torch.float32).to(device()).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     tokenizer = AutoTokenizer.from_pretrained(folder)

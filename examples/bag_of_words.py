@@ -1,7 +1,7 @@
-"""The baseline a learned model should beat: TF-IDF over words, with names of code split into words.
+"""The baseline that a learned model should beat: TF-IDF over words, with identifiers split into words.
 
-Scored by mteb like the models, on the same sets. Its weights are those of the evaluation texts
-themselves, which is more than a model gets to see.
+mteb scores it like the models, on the same sets. Its weights come from the evaluation texts
+themselves, which no model gets to see.
 """
 
 from pathlib import Path
@@ -19,14 +19,14 @@ class BagOfWords:
     """mteb's EncoderProtocol over TF-IDF vectors."""
 
     def __init__(self, texts: list[str]) -> None:
-        """Weigh words by how few of `texts` hold them."""
+        """Weight each word by how few of the `texts` contain it."""
         from mteb.models import ModelMeta
 
         self.mteb_model_meta = ModelMeta.create_empty(
             overwrites={"name": "examples/bag-of-words", "revision": "1", "modalities": ["text"]}
         )
         vectorizer = TfidfVectorizer(
-            analyzer=words,  # pyright: ignore[reportArgumentType] -- a function is welcome
+            analyzer=words,  # pyright: ignore[reportArgumentType] -- a function is allowed
             sublinear_tf=True,
         )
         self._weights = vectorizer.fit(texts)

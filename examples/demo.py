@@ -1,11 +1,11 @@
-"""From plain text to a trained, measured embedding model, on a machine with nothing but Python.
+"""From plain text to a trained and evaluated embedding model, on a machine with only Python.
 
     python examples/demo.py          (or `make demo`, which installs what it needs first)
 
-Each step runs the command that a user would run, shows it, and writes below `runs/demo`: the texts,
-the untrained model and those of two trainings, the hard negatives mined between them, all scores,
-`summary.md`, `loss.png` and `dimensions.png`.
-About ten minutes on two cores; no network, no GPU.
+Each step runs the command that a user would run, shows it, and writes into `runs/demo`: the texts,
+the untrained model and the models of two trainings, the hard negatives mined between the two, all
+scores, `summary.md`, `loss.png` and `dimensions.png`. It takes about ten minutes on two cores and
+needs neither a network nor a GPU.
 """
 
 import csv
@@ -48,59 +48,59 @@ QUESTIONS = (
 class DemoConfig:
     """Options of the demo."""
 
-    output: Annotated[Path, "Folder for everything that is written; emptied first."] = Path(
+    output: Annotated[Path, "Folder for everything that is written; deleted first."] = Path(
         "runs/demo"
     )
     steps: Annotated[
         int | None,
-        "Steps of each training; none trains as long as configs/demo.toml and the demo say.",
+        "Optimizer steps of each training; none: as configs/demo.toml and the demo set them.",
     ] = None
 
 
 def main(argv: list[str]) -> int:
-    """The whole story, step by step."""
+    """Run all steps in order."""
     config = parse(
-        DemoConfig, argv, program="demo.py", description="From text to a trained, measured model."
+        DemoConfig, argv, program="demo.py", description="From text to a trained, evaluated model."
     )
     out = config.output
     shutil.rmtree(out, ignore_errors=True)
 
-    title("1. Collect what the standard library says about itself")
+    title("1. Collect the documentation and code of the standard library")
     collect(out / "data")
     title("2. Train a tokenizer and create a small Qwen2 with random weights")
     create_model(out / "tokenizer", out / "untrained", out / "data" / "train")
-    title("3. Measure a bag of words and the untrained model on the held-out texts")
+    title("3. Evaluate a bag of words and the untrained model on the held-out texts")
     baseline = bag_of_words.scores(out / "data" / "eval")
     evaluate(out / "untrained", out, DIMS[:1])
     title("4. Train")
     train(out / "untrained", out / "data" / "train", out / "first", steps=config.steps)
     evaluate(out / "first" / "final", out, DIMS[:1])
-    title("5. Mine hard negatives with the trained model, and drop rows it cannot confirm")
+    title("5. Mine hard negatives with the trained model, and drop inconsistent rows")
     mine(out / "first" / "final", out / "data" / "train", out / "mined")
-    title("6. Train on, each question now beside an answer that only looks right")
+    title("6. Continue training, now with a hard negative for each query")
     hard = ("--sampling.num-negatives", 1, "--optimizer.learning-rate", 1e-3)
     train(out / "first" / "final", out / "mined", out / "second", *hard, steps=config.steps or 100)
-    title("7. Measure again, at every Matryoshka dimension")
+    title("7. Evaluate again, at every Matryoshka dimension")
     evaluate(out / "second" / "final", out, DIMS)
     title("8. What was learned")
     report(out, baseline)
-    title("9. Ask")
+    title("9. Ask questions")
     answer(Embedder.from_pretrained(out / "second" / "final"), QUESTIONS)
     print(f"\n{time.monotonic() - BEGUN:.0f} seconds in all; everything is in {out}")
     return 0
 
 
 def title(text: str) -> None:
-    """Announce a step, and how many seconds it begins after the start."""
+    """Announce a step and the seconds since the start."""
     text = f"{text} ({time.monotonic() - BEGUN:.0f} s)"
     print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n## {text}", flush=True)
 
 
 def collect(folder: Path) -> None:
-    """Write training tasks and evaluation sets, and say how much there is."""
+    """Write training tasks and evaluation sets, and print their sizes."""
     for name, rows in standard_library.write(folder).items():
         print(f"{rows:7,} rows  {name}")
-    print("No text is on both sides.")
+    print("No text is in both training and evaluation data.")
 
 
 def create_model(tokenizer: Path, model: Path, texts: Path) -> None:
@@ -142,7 +142,7 @@ def training_texts(folder: Path) -> Iterable[str]:
 
 
 def evaluate(model: Path, out: Path, dims: tuple[int, ...]) -> None:
-    """Score a model on the held-out sets, without the instructions it was not trained with."""
+    """Score a model on the held-out sets, without instructions, as it was trained."""
     run(
         *("evaluate.py", "--model", model, "--data", out / "data" / "eval"),
         *("--output", scores_of(model, out), "--instructions", "none", "--dims", *dims),
@@ -150,7 +150,7 @@ def evaluate(model: Path, out: Path, dims: tuple[int, ...]) -> None:
 
 
 def scores_of(model: Path, out: Path) -> Path:
-    """Where the scores of a model lie: under the name of its run, or its own."""
+    """The folder for the scores of a model, named after its run or the model itself."""
     return out / "scores" / (model.parent.name if model.name == "final" else model.name)
 
 
@@ -164,7 +164,7 @@ def train(model: Path, data: Path, run_folder: Path, *more: object, steps: int |
 
 
 def mine(model: Path, data: Path, mined: Path) -> None:
-    """Mine on both cores; show a row that has negatives now."""
+    """Mine on both cores; print the first row that has negatives."""
     run(
         *(*BOTH_CORES, "mine.py", "--model", model, "--data", data, "--output", mined),
         *("--rank-range", 5, 50, "--num-negatives", 4, "--relative-margin", 0.05),
@@ -178,7 +178,7 @@ def mine(model: Path, data: Path, mined: Path) -> None:
 
 
 def run(*arguments: object) -> None:
-    """Run a Python program of the project where the user stands, its output shown."""
+    """Run a Python program of the project in the working directory and show its output."""
     words = [str(word) for word in arguments]
     words = [str(ROOT / word) if word.endswith((".py", ".toml")) else word for word in words]
     print("$ python", *arguments, flush=True)
@@ -212,7 +212,7 @@ Scores = dict[str, tuple[str, list[float]]]
 
 
 def read_scores(folder: Path) -> Scores:
-    """Task -> (name of its score, score at each dimension), from an evaluation's summary.csv."""
+    """Map each task to its metric and the score at each dimension, from an evaluation's summary.csv."""
     with (folder / "summary.csv").open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["kind"] == "task"]
     return {
@@ -222,7 +222,7 @@ def read_scores(folder: Path) -> Scores:
 
 
 def conclude(baseline: dict[str, float], before: Scores, first: Scores, after: Scores) -> list[str]:
-    """Say what the numbers show, the unwelcome too."""
+    """State what the numbers show, including unfavourable results."""
     sentences: list[str] = []
     for name, (metric, scores) in after.items():
         learned, words = scores[0], baseline[name]
@@ -237,7 +237,7 @@ def conclude(baseline: dict[str, float], before: Scores, first: Scores, after: S
 
 
 def answer(model: Embedder, questions: tuple[str, ...]) -> None:
-    """Answer each question with the nearest public functions; a star marks those never trained on."""
+    """Answer each question with the nearest public functions; a star marks held-out ones."""
     documented = [
         one
         for one in standard_library.collect()

@@ -1,4 +1,4 @@
-"""The demo's two pictures."""
+"""The two plots of the demo."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 
 
 def loss(log: Path, picture: Path) -> None:
-    """Loss by step, each and as a running mean, from a run's log.jsonl."""
+    """Plot the loss of each step and its running mean, from a run's log.jsonl."""
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     steps, losses = np.array([(row["step"], row["loss"]) for row in rows if "loss" in row]).T
     window = min(50, len(losses))
@@ -27,7 +27,7 @@ def loss(log: Path, picture: Path) -> None:
 
 
 def dimensions(dims: Sequence[int], curves: Mapping[str, Sequence[float]], picture: Path) -> None:
-    """Score of each task by the number of leading dimensions kept."""
+    """Plot the score of each task against the number of leading dimensions kept."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for name, scores in curves.items():
         axes.plot(dims, scores, marker="o", label=name)

@@ -1,10 +1,10 @@
-"""The text of the demo: what the running Python's standard library says about itself.
+"""The text of the demo: documentation and code of the running Python's standard library.
 
-Every source file of the library is parsed, never imported, into definitions (a function, class or
-module with its signature, documentation and code) and comments (with the lines they speak of).
-Each definition of a module's top level falls on one side, training or evaluation, by a hash of its
-name, and takes everything inside it along; a training pair with a text that also occurs in
-evaluation is dropped. The same Python gives the same files on every machine.
+Every source file of the library is parsed, never imported, into definitions (functions, classes and
+modules with their signature, documentation and code) and comments (with the lines they describe).
+A hash of its name assigns each top-level definition, with everything inside it, to training or to
+evaluation; a training pair with a text that also occurs in evaluation is dropped. The same Python
+gives the same files on every machine.
 
 The files are those of docs/design.md: training tasks in JSONL, and evaluation sets in the layouts
 that `evaluate.py --data` reads.
@@ -27,7 +27,7 @@ from kalm_min.files import atomic_directory, write_text
 
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "turtledemo"}
 EVALUATION_SHARE = 0.25
-LONGEST = 600  # characters of a text: what a small model can read in a demo's time
+LONGEST = 600  # characters of a text, so that a demo with a small model stays short
 
 Definable = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -46,7 +46,7 @@ class Definition:
 
     @property
     def package(self) -> str:
-        """What it belongs to: `email` for `email.message`."""
+        """The top-level package: `email` for `email.message`."""
         return self.module.split(".")[0]
 
     @property
@@ -56,14 +56,14 @@ class Definition:
 
     @property
     def is_held_out(self) -> bool:
-        """Whether it is for evaluation: decided by its outermost definition's name."""
+        """Whether it is for evaluation, decided by the name of its outermost definition."""
         unit = f"{self.module}:{self.name.split('.')[0]}"
         digest = hashlib.blake2b(unit.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") / 2**64 < EVALUATION_SHARE
 
 
 def collect(library: Path | None = None) -> list[Definition]:
-    """Every definition of the standard library's source files, in order of their paths."""
+    """Every definition in the standard library's source files, in order of their paths."""
     library = library or Path(sysconfig.get_path("stdlib"))
     definitions: list[Definition] = []
     for path in sorted(library.rglob("*.py")):
@@ -100,7 +100,7 @@ def _definition(
 
 
 def _sentences(documentation: str) -> tuple[str, str]:
-    """The first sentence, and the rest, white space collapsed."""
+    """The first sentence and the rest, with white space collapsed."""
     head, _, rest = documentation.partition("\n\n")
     head = " ".join(head.split())
     match = re.match(r"(.{15,}?[.!?:])\s+(?=\S)(.*)", head)
@@ -119,7 +119,7 @@ def _body(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> lis
 
 
 def _comments(body: list[str]) -> Iterator[tuple[str, str]]:
-    """(comment, up to six lines it stands above)."""
+    """Yield (comment, up to six lines below it)."""
     comment: list[str] = []
     for index, line in enumerate(body):
         stripped = line.strip()
@@ -137,7 +137,7 @@ def _cut(text: str) -> str:
 
 
 def training_tasks(definitions: list[Definition]) -> dict[str, list[dict[str, Any]]]:
-    """Pairs of texts that mean the same, by task; only definitions that are not held out."""
+    """Pairs of texts with the same meaning, by task, from definitions that are not held out."""
     seen = [one for one in definitions if not one.is_held_out]
     documented = [one for one in seen if len(one.summary) >= 15]
     modules = {one.module: one for one in documented if not one.name}
@@ -155,7 +155,7 @@ def training_tasks(definitions: list[Definition]) -> dict[str, list[dict[str, An
         "name_to_code": [_pair(_spoken(one.name), one.code) for one in seen if len(one.code) >= 80],
         "code_to_rest": [_pair(*_halves(one.code)) for one in seen if len(one.code) >= 200],
         "comment_to_code": [_pair(*pair) for one in seen for pair in one.comments],
-        # Many texts with one answer: `group` keeps them from being each other's negatives.
+        # Many texts have one answer: `group` keeps them from being each other's negatives.
         "documentation_to_module": [
             _pair(one.documentation, f"{one.module}: {modules[one.module].summary}", one.module)
             for one in documented
@@ -180,12 +180,12 @@ def words(text: str) -> list[str]:
 
 
 def _spoken(name: str) -> str:
-    """`Message.get_content_type` as a person would say it: "message get content type"."""
+    """`Message.get_content_type` in words: "message get content type"."""
     return " ".join(words(name)) or name
 
 
 def evaluation_sets(definitions: list[Definition]) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Held-out sets of four types, as set -> file -> rows; only definitions that are held out."""
+    """Evaluation sets of four types, as set -> file -> rows, from the held-out definitions."""
     documented = _once([one for one in definitions if one.is_held_out and len(one.summary) >= 15])
     common = _of_common_packages(documented, smallest=25)
     return {
@@ -204,7 +204,7 @@ def evaluation_sets(definitions: list[Definition]) -> dict[str, dict[str, list[d
 
 
 def _once(definitions: list[Definition]) -> list[Definition]:
-    """The first definition of each documentation: some are copied from class to class."""
+    """The first definition with each documentation, as some is copied from class to class."""
     return list({one.documentation: one for one in reversed(definitions)}.values())[::-1]
 
 
@@ -218,7 +218,7 @@ def _labelled(one: Definition) -> dict[str, Any]:
 
 
 def _retrieval(pairs: list[tuple[str, str]]) -> dict[str, list[dict[str, Any]]]:
-    """BEIR's three files; a text that answers several queries is one document, and so back."""
+    """BEIR's three files; a text that occurs several times is one query or one document."""
     queries = {text: f"q{i}" for i, text in enumerate(dict.fromkeys(query for query, _ in pairs))}
     corpus = {text: f"d{i}" for i, text in enumerate(dict.fromkeys(found for _, found in pairs))}
     judged = dict.fromkeys((queries[query], corpus[found]) for query, found in pairs)
@@ -230,7 +230,7 @@ def _retrieval(pairs: list[tuple[str, str]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _matches(definitions: list[Definition]) -> list[dict[str, Any]]:
-    """(summary, code) of one function, and of two neighbours in the file that differ."""
+    """Pairs (summary, code) of one function, and of a function and the next one in the file."""
     functions = [one for one in definitions if one.code]
     rows: list[dict[str, Any]] = []
     for one, other in pairwise(functions):
@@ -240,7 +240,7 @@ def _matches(definitions: list[Definition]) -> list[dict[str, Any]]:
 
 
 def texts_of(rows: Iterable[dict[str, Any]]) -> set[str]:
-    """Every text of some rows of either side, in lower case and with white space collapsed."""
+    """Every text of training or evaluation rows, in lower case with white space collapsed."""
     keys = ("query", "pos", "text", "sentence1", "sentence2")
     values = [row[key] for row in rows for key in keys if key in row]
     texts = [text for value in values for text in ([value] if isinstance(value, str) else value)]
@@ -248,7 +248,7 @@ def texts_of(rows: Iterable[dict[str, Any]]) -> set[str]:
 
 
 def write(folder: Path) -> dict[str, int]:
-    """Write `train/` and `eval/` below a new folder, with no text on both sides.
+    """Write `train/` and `eval/` into a new folder, with no text in both.
 
     Returns the number of rows by file.
     """

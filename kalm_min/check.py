@@ -1,10 +1,10 @@
 """Exactness, shown on your own machine: `python -m kalm_min.check`.
 
-For every loss option: the loss and every parameter gradient of one plain backward over the whole
-batch, against the same batch on several gloo processes and through gradient caching in several
-chunks, in float64, with a small random decoder and made-up examples in which all that masking looks
-for occurs. The two must agree to 1e-10: what is compared are sums of the same numbers in another
-order.
+For every loss option, this compares the loss and every parameter gradient of one plain backward
+pass over the full batch with those of the same batch on several gloo processes and through gradient
+caching in several chunks. It runs in float64, with a small random decoder and made-up examples that
+contain every case that masking detects. The two must agree to 1e-10, since they are sums of the
+same numbers in different orders.
 """
 
 import os
@@ -65,8 +65,8 @@ WAYS: dict[str, tuple[int, int, Literal["ddp", "fsdp"]]] = {
 class CheckConfig:
     """Compare one process, several, and gradient caching, for every loss option."""
 
-    output: Annotated[Path | None, "Markdown file to which the table is written too."] = None
-    processes: Annotated[tuple[int, ...], "Numbers of processes; each divides 12."] = (1, 2, 3)
+    output: Annotated[Path | None, "Markdown file that the table is written to as well."] = None
+    processes: Annotated[tuple[int, ...], "Numbers of processes; each must divide 12."] = (1, 2, 3)
 
 
 def examples() -> list[Example]:
@@ -74,7 +74,7 @@ def examples() -> list[Example]:
     made: list[Example] = []
     for i in range(_QUERIES):
         positives = (f"positive {i // 2}",) if i < 4 else (f"positive {i}", f"other {i}")
-        # Among the negatives of 7 is another query's positive, of 6 another query's text.
+        # A negative of query 7 is another query's positive, one of query 6 another query's text.
         first = {7: "positive 1", 6: "query 7"}.get(i, f"negative {i} 0")
         negatives = (first, *(f"negative {i} {j}" for j in (1, 2, 3)))[: i % 5]
         example = Example(
@@ -93,7 +93,7 @@ def examples() -> list[Example]:
 
 
 def tokenized(some: list[Example], num_negatives: int) -> TokenBatch:
-    """A batch whose token ids are drawn from each text's own letters: 2 to 13 tokens."""
+    """A batch whose token ids are drawn with each text as the seed: 2 to 13 tokens per text."""
     text = collate(some, num_negatives=num_negatives, template="{instruction}", epoch=0, seed=0)
     texts = [*text.queries, *text.documents]
     unique = {t: i for i, t in enumerate(dict.fromkeys(texts))}
@@ -121,9 +121,9 @@ def decoder() -> Qwen2:
 def step(
     option: str, first: int, others: int, strategy: Literal["ddp", "fsdp"]
 ) -> dict[str, Tensor]:
-    """The "loss" of one step, and every parameter's gradient, as data parallelism gives them.
+    """The "loss" of one step and the gradient of every parameter under data parallelism.
 
-    The step is taken twice: in the second one DDP exchanges more, having seen the first.
+    The step is taken twice, since DDP rebuilds its buckets after the first one.
     """
     rank, share = distributed.rank(), _QUERIES // distributed.world_size()
     num_negatives = 0 if option == "in-batch negatives" else 3
@@ -161,9 +161,9 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 
 def compare(count: int) -> list[list[float]]:
-    """For every option, for every way: the difference of `count` processes from the plain form."""
+    """For every option and way, the difference between `count` processes and the plain step."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]  # free
+        port = probe.getsockname()[1]  # a free one
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "differences.json"
         start_processes(_worker, (count, port, path), nprocs=count, start_method="spawn")
@@ -172,7 +172,7 @@ def compare(count: int) -> list[list[float]]:
 
 def _worker(rank: int, count: int, port: int, path: Path) -> None:
     torch.set_num_threads(1)
-    plain = {option: step(option, *WAYS["1 chunk"]) for option in OPTIONS}  # in no group yet
+    plain = {option: step(option, *WAYS["1 chunk"]) for option in OPTIONS}  # before joining a group
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= address | {"RANK": str(rank), "WORLD_SIZE": str(count)}
     distributed.start(dict(os.environ), torch.device("cpu"))
@@ -183,17 +183,17 @@ def _worker(rank: int, count: int, port: int, path: Path) -> None:
         ]
         if rank == 0:
             write_json(path, found)
-        distributed.barrier()  # leave together: what ends early breaks the others' connections
+        distributed.barrier()  # an early exit would break the others' connections
     finally:
         distributed.stop()
     distributed.hard_exit(0)
 
 
 def check(config: CheckConfig) -> int:
-    """Print the table; 0 when every difference is within the limit."""
+    """Print the table; return 0 if every difference is within the limit."""
     found = [compare(count) for count in config.processes]
     head = [f"{count} x {way}" for count in config.processes for way in WAYS]
-    rows = [[*chain(*parts)] for parts in zip(*found, strict=True)]  # of each option
+    rows = [[*chain(*parts)] for parts in zip(*found, strict=True)]  # one per option
     columns = [[f"{value:.0e}" for value in column] for column in zip(*rows, strict=True)]
     text = f"""# One process = several = gradient-cached
 

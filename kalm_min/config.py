@@ -1,10 +1,10 @@
-"""Frozen dataclasses <- their defaults <- a TOML file <- flags on the command line.
+"""Settings: frozen dataclasses, filled from defaults, then a TOML file, then command-line flags.
 
 The dataclass is the full declaration: the name of a field is the flag (`data.cache_dir` is
 `--data.cache-dir` and `[data] cache_dir`), its annotation the type, its default the default, and
-`Annotated[type, "text"]` adds the help. Whatever is wrong (an unknown name, a type, a contradiction
-found by a `__post_init__`) is one sentence on stderr and exit code 2, before any other file is read.
-Paths are relative to the working directory, in a TOML file too.
+`Annotated[type, "text"]` adds the help. Every error (an unknown name, a wrong type, a contradiction
+found by a `__post_init__`) gives one sentence on stderr and exit code 2, before any other file is
+read. Paths are relative to the working directory, also in a TOML file.
 """
 
 import argparse
@@ -41,12 +41,12 @@ def run(
     resumable: bool = False,
     **options: str,
 ) -> int:
-    """The `main` of a command: parse, act, and report what a person can mend in one sentence.
+    """The `main` of a command: parse, act, and report in one sentence what a user can correct.
 
     Returns the exit code: that of `action`, 2 for a ValueError or a wrong path, 1 for any other
-    OSError, 130 for Ctrl-C. With `resumable`, the sentences of the last two say that the same command
-    continues. A request is wrong on all processes alike, so under torchrun only the first one of each
-    machine reports it; any process reports a disk that fails. `options` are those of `parse`.
+    OSError, 130 for Ctrl-C. With `resumable`, the last two sentences add that the same command
+    continues. A wrong request is wrong on all processes, so under torchrun only the first one of
+    each machine reports it; every process reports a failing disk. `options` are those of `parse`.
     """
     config = parse(config_class, argv, program=program, **options)
     kept = "; what was written is kept, the same command continues" if resumable else ""
@@ -76,9 +76,9 @@ def parse(
 ) -> Config:
     """Read a configuration: defaults, then a TOML file that may come first, then flags.
 
-    The nested dataclasses of `config_class` are the sections. `description` opens `--help` (by default
-    the docstring of the dataclass). `positional` is a setting whose values may come first without its
-    flag. Exits with code 2 and one sentence on stderr for what a person got wrong, 0 for `--help`.
+    The nested dataclasses of `config_class` are the sections. `description` (default: the
+    docstring of the dataclass) begins `--help`. `positional` names a setting whose values may come
+    first without its flag. Exits with 2 and one sentence on stderr on an error, 0 after `--help`.
     """
     options = {option.name: option for option in _options(config_class)}
     parser = argparse.ArgumentParser(
@@ -133,7 +133,7 @@ def parse(
 
 
 def to_toml(config: object) -> str:
-    """Write every setting of a configuration as TOML, such that `parse` reads it back equal.
+    """Write every setting of a configuration as TOML that `parse` reads back as an equal one.
 
     None is written as the text "none", which is how a file or a flag asks for it.
     """
@@ -152,7 +152,7 @@ def _is_first_process() -> bool:
 
 
 class _Option:
-    """A setting: its names, what `--help` says of it, and how its words become its type."""
+    """A setting: its names, its help text, and how its value is read from text."""
 
     def __init__(self, name: str, kind: Any, default: object, text: str, group: str) -> None:
         self.name, self.key, self.flag = name, _toml_key(name), "--" + name.replace("_", "-")
@@ -169,7 +169,7 @@ class _Option:
             kind, *more = get_args(kind)
             self.nargs = "+" if more == [...] else 1 + len(more)
             self.expected = f"{'a list' if more == [...] else f'{self.nargs} values'}, each "
-        # The words that stand for a constant: those of a Literal, true and false, none.
+        # Words that stand for constants: the values of a Literal, true and false, none.
         constants: tuple[object, ...] = (True, False) if kind is bool else get_args(kind)
         self.constants = {str(one).lower(): one for one in (*constants, *none)}
         self.kind: Any = kind
@@ -178,7 +178,7 @@ class _Option:
         self.expected += " or ".join(filter(None, [noun, *self.constants]))
 
     def read(self, value: object, where: str) -> object:
-        """Turn the words of a flag or a TOML value into the type; `where` opens the ValueError."""
+        """Convert the words of a flag or a TOML value; a ValueError begins with `where`."""
         try:
             if not self.is_list:
                 return self._read_one(value)
@@ -189,14 +189,14 @@ class _Option:
             raise ValueError(f"{where}: expected {self.expected}, found {value!r}") from error
 
     def _read_one(self, value: object) -> object:
-        word = str(value)  # TOML's true is no integer, though Python's True is one
+        word = str(value)  # TOML's true is not an integer, though Python's True is
         if word.lower() in self.constants:
             return self.constants[word.lower()]
         is_text = self.kind in (str, Path)
         if self.kind not in _NAMES or (is_text and not isinstance(value, str)):
             raise ValueError
         result = self.kind(word)
-        if result != result or (self.kind is Path and not word):  # NaN, or a path that is empty
+        if result != result or (self.kind is Path and not word):  # NaN or an empty path
             raise ValueError
         return result
 
@@ -228,14 +228,14 @@ def _unknown(noun: str, name: str, known: Iterable[str]) -> str:
 
 
 def _format(value: object) -> str:
-    """A value as it stands in a TOML file."""
+    """A value as it is written in a TOML file."""
     if isinstance(value, tuple):
         items = map(_format, cast("tuple[object, ...]", value))
         return f"[{', '.join(items)}]"
     if isinstance(value, bool | int | float):
         return str(value).lower()
     word = "none" if value is None else str(value)
-    # A TOML basic string is a JSON string, but for DEL, which TOML wants escaped.
+    # A TOML basic string is a JSON string, except that TOML requires DEL to be escaped.
     return json.dumps(word, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

@@ -1,7 +1,7 @@
-"""Long work shows itself: a bar on a terminal, plain lines in a log.
+"""Progress of long work (a bar on a terminal, plain lines in a log), and Markdown tables.
 
 A bar written into a file is noise, and a silent job looks like a hung one; so without a terminal a
-line goes out every few seconds, with the time that is left.
+line is written every few seconds, with the estimated time left.
 """
 
 import time
@@ -20,13 +20,13 @@ class Progress:
     unit: str
     stream: TextIO
     title: str = ""
-    done: int = 0  # what an earlier run did
+    done: int = 0  # units finished by an earlier run
     interval: float = 10.0  # seconds between plain lines
 
     def __post_init__(self) -> None:
         self._first, self._start = self.done, time.monotonic()
         self._last, self._bar = self._start, None
-        if self.stream.isatty():  # only there: tqdm writes over its line, and starts a thread
+        if self.stream.isatty():  # only then: tqdm overwrites its line, and starts a thread
             name, total, file = self.title, self.total, self.stream
             self._bar = tqdm(None, name, total, unit=self.unit, file=file, initial=self.done)
 
@@ -46,7 +46,7 @@ class Progress:
             self.stream.flush()
 
     def line(self, text: str) -> None:
-        """Write a line that stays, on a terminal above the bar."""
+        """Write a permanent line; on a terminal it appears above the bar."""
         tqdm.write(text, file=self.stream)
         self.stream.flush()
         self._last = time.monotonic()
@@ -70,7 +70,7 @@ def format_duration(seconds: float) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
-    """A Markdown table whose columns line up when printed; `right` holds the numeric columns."""
+    """A Markdown table with aligned columns; those whose indices are in `right` align right."""
     cells = [[one.replace("|", "\\|").replace("\n", "\\n") for one in row] for row in [head, *rows]]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * (n - 1) + ":" if i in right else "-" * n for i, n in enumerate(widths)])

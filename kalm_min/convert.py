@@ -2,9 +2,9 @@
 
     hub/<task>/train-00000-of-00003.parquet -> data/<task>/train-00000-of-00003.jsonl
 
-Each row is checked like a line of training data, so what was converted opens. Rows are read in
+Each row is checked like a line of training data, so that the result can be opened. Rows are read in
 batches, so memory stays flat. Each file is complete or absent; the same command resumes after an
-interruption. Needs `pip install "kalm-min[data]"`. Not here: downloading, and `<task>.toml`.
+interruption. Needs `pip install "kalm-min[data]"`. Does not download or write `<task>.toml`.
 """
 
 import gzip
@@ -23,8 +23,8 @@ from kalm_min.data.records import LINE, LISTED, Row, list_problems, problem_with
 from kalm_min.files import atomic_write, read_json, write_json
 
 _BATCH = 1000  # rows in memory at a time
-_BUFFER = 1 << 20  # bytes of a column read at a time; by default it is a full row group
-_NOTED = ("split_instruction", "skip_bad_rows", "gzip")  # the options that one output has
+_BUFFER = 1 << 20  # bytes of a column read at a time; the default is a full row group
+_NOTED = ("split_instruction", "skip_bad_rows", "gzip")  # the options recorded with an output
 _PREFIX = re.compile(r"\s*Instruct:\s*(.*?)\s*\n\s*Query:\s*(.*)", re.DOTALL)
 
 
@@ -35,16 +35,16 @@ class ConvertConfig:
     input: Annotated[Path, "Folder with Parquet files, in a sub-folder per task."]
     output: Annotated[Path, "Folder for the training data, with a sub-folder per task."]
     split_instruction: Annotated[
-        bool, 'Make the prefix "Instruct: ... Query: ..." of a query the instruction of its line.'
+        bool, 'Move the prefix "Instruct: ... Query: ..." of a query into the key "instruction".'
     ] = False
     skip_bad_rows: Annotated[
-        bool, "Leave out rows that are no training examples; otherwise their file is not converted."
+        bool, "Leave out rows that are not valid examples; otherwise their file is not converted."
     ] = False
-    gzip: Annotated[bool, "Compress for transfer; training unpacks the files again."] = False
+    gzip: Annotated[bool, "Compress for transfer; training decompresses the files."] = False
 
 
 def main(argv: list[str]) -> int:
-    """The command; see `config.run` for the exit code."""
+    """Run the command; `config.run` defines the exit codes."""
     return run(
         ConvertConfig, convert, argv, program="kalm_min.convert", positional="input", resumable=True
     )
@@ -53,11 +53,11 @@ def main(argv: list[str]) -> int:
 def convert(config: ConvertConfig) -> int:
     """Convert the files whose output is absent or older.
 
-    Raises ValueError for an input without Parquet files and an output made with other options, and,
-    after all other files, for the files that could not be converted.
+    Raises ValueError for an input without Parquet files, for an output made with other options and,
+    once all other files are done, for the files that could not be converted.
     """
     targets = _targets(config)
-    # One output has one set of options, noted in a hidden file, which is not data.
+    # An output has one set of options, recorded in a hidden file, which is not data.
     noted, options = config.output / ".convert.json", {key: getattr(config, key) for key in _NOTED}
     before = read_json(noted) if noted.exists() else options
     if changed := [key for key in _NOTED if before.get(key) != options[key]]:
@@ -108,17 +108,16 @@ def _targets(config: ConvertConfig) -> dict[Path, Path]:
 def _convert_file(source: Path, target: Path, config: ConvertConfig, progress: Progress) -> int:
     """Write a Parquet file as .jsonl or .jsonl.gz, complete or not at all; return its rows.
 
-    Raises ValueError for a damaged file, one that lacks a column, and for bad rows. Rows are
-    counted from 1.
+    Raises ValueError for a damaged file, a missing column and bad rows. Rows are counted from 1.
     """
     good, bad, problems = 0, 0, list[str]()
     with atomic_write(target) as plain, ExitStack() as stack:
         out = plain
-        if config.gzip:  # without name and time, so that equal data is equal files
+        if config.gzip:  # without name and time, so that equal data gives equal files
             out = stack.enter_context(gzip.GzipFile("", "wb", 6, plain, mtime=0))
         for rows in _read(source):
             for row in rows:
-                # The keys in the usual order, without those that are empty.
+                # The keys in the usual order, without empty ones.
                 record: Row = {key: row[key] for key in LINE if row.get(key) not in (None, [])}
                 plain_query = config.split_instruction and "instruction" not in record
                 if plain_query and (match := _PREFIX.fullmatch(str(record.get("query")))):
@@ -146,7 +145,7 @@ def _open(path: Path) -> Any:
     try:
         from pyarrow.parquet import ParquetFile  # pyright: ignore -- it has no types
 
-        # Without pre_buffer, which keeps what it has read until the end of the file.
+        # Without pre_buffer, which keeps everything it has read until the end of the file.
         return ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False)
     except ModuleNotFoundError as error:
         raise ValueError(
@@ -158,7 +157,7 @@ def _open(path: Path) -> Any:
 
 
 def _read(path: Path) -> Iterator[list[Row]]:
-    """The rows, some at a time, with the columns that training data knows."""
+    """Yield the rows in batches, with the columns that training data uses."""
     file = _open(path)
     names: list[str] = file.schema_arrow.names
     if "query" not in names or not {"pos", "group"} & {*names}:

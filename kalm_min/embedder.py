@@ -1,9 +1,9 @@
 """Texts in, vectors out: a decoder, its tokenizer, and the settings that make it an embedder.
 
-    text -> ids -> batches of at most `tokens_per_batch` tokens -> hidden states -> pool -> unit length
+    text -> ids -> batches of `tokens_per_batch` tokens at most -> hidden states -> unit vectors
 
-Attention mode, pooling, prompts, maximum length and the end-of-text rule belong to a checkpoint: a
-wrong one raises nothing and only lowers scores. They are read from the files that sentence-
+Attention mode, pooling, prompts, maximum length and the end-of-text rule belong to a checkpoint; a
+wrong value raises no error and only lowers scores. They are read from the files that sentence-
 transformers and transformers read, and written back (`model.folder`), so that a saved folder gives
 the same vectors in all three. Modules such as a Dense layer are refused; remote code is never run.
 """
@@ -28,12 +28,12 @@ from kalm_min.model.lora import Adapter, load_adapter, merge, merged_state, save
 from kalm_min.sampling import token_budget_batches
 from kalm_min.tokenizer import Tokenizer, check_texts, prefetch
 
-_WINDOW = 4096  # texts tokenised at a time, while the ones before are embedded
-# Tokens of one forward. On a CPU about a cache-full is fastest (1024 to 2048 were, measured on two
-# cores); a GPU wants enough rows to fill its products.
+_WINDOW = 4096  # texts tokenised at a time, while the previous ones are embedded
+# Tokens per forward pass. A CPU is fastest when they fit its cache (1024 to 2048, measured on two
+# cores); a GPU needs enough rows to fill its matrix products.
 _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32_768}
-# A text shares a prompt's tokens where the rest of it is at most so many times as long: beyond that
-# the attention, which must mask instead of skip, costs more than sharing saves.
+# A text shares the prompt's tokens if its other tokens are at most this many times as many. Beyond
+# that, attention, which must mask instead of skip, costs more than sharing saves.
 _WORTH_SHARING = 8
 
 Vectors = NDArray[np.float32]
@@ -53,9 +53,9 @@ class Embedder:
         prompts: dict[str, str] | None = None,
         instruction_template: str = KALM_TEMPLATE,
     ) -> None:
-        """Join a decoder, used where and in the dtype it is, its tokenizer and its `Settings`.
+        """Combine a decoder, on its device and in its dtype, with its tokenizer and `Settings`.
 
-        Raises ValueError where the tokenizer is not the decoder's or a setting has no meaning.
+        Raises ValueError if the tokenizer does not fit the decoder or a setting is not valid.
         """
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
@@ -87,15 +87,15 @@ class Embedder:
         pooling: Pooling | None = None,
         max_length: int | None = None,
     ) -> Self:
-        """Load a folder, or a repository of the Hugging Face hub; an existing path never uses the network.
+        """Load a folder or a repository of the Hugging Face hub; a folder never uses the network.
 
-        `device` None takes the first GPU, else the CPU. `dtype` None takes bfloat16 where the device
-        computes it natively, else float32; "auto" leaves the weights as they are stored. `causal`,
-        `pooling` and `max_length` (tokens) replace what the folder states; where it is silent too,
-        they are causal (Qwen2's own mode), mean and the model's longest position.
+        The default `device` is the first GPU, else the CPU. The default `dtype` is bfloat16 if the
+        device computes it natively, else float32; "auto" keeps the dtype of the file. `causal`,
+        `pooling` and `max_length` (tokens) replace what the folder states. The defaults of a silent
+        folder are causal attention (Qwen2's mode), mean pooling, and the number of positions.
 
-        A folder with an adapter (LoRA, in PEFT's files) is read over the base model it names: merged,
-        and with the base's tokenizer and settings where the folder has none of its own.
+        An adapter folder (LoRA, in PEFT's format) is merged into the base model that it names; the
+        tokenizer and settings are those of the base where the folder has none.
         Raises ValueError, one sentence, for anything missing, damaged or not implemented.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -121,12 +121,12 @@ class Embedder:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.model.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the decoder computes in."""
+        """The dtype in which the decoder computes."""
         return self.model.norm.weight.dtype
 
     def encode(
@@ -140,8 +140,8 @@ class Embedder:
         """Embed texts: (n, d) float32 in the order given; (d,) for a single text.
 
         `prompt` is put before every text. `truncate_dim` keeps that many leading coordinates
-        (Matryoshka); unit length comes after it. A text gives the same vector whatever it is encoded
-        with; equal texts are computed once. A text without a token (an empty one without prompt)
+        (Matryoshka), which are then scaled to unit length. A text's vector does not depend on the
+        other texts; equal texts are computed once. A text without tokens (empty, and no prompt)
         gives a zero vector, as mean pooling over nothing does in sentence-transformers.
         Raises ValueError naming the first text that is not a string or not valid Unicode.
         """
@@ -154,9 +154,9 @@ class Embedder:
         starts = range(0, len(unique), _WINDOW)
         windows = [unique[start : start + _WINDOW] for start in starts]
         tokenize = partial(self.tokenizer.encode, prompt=prompt, max_length=self.max_length)
-        # A causal model reads the tokens of the prompt once for all texts. Its last ones may join
-        # with what follows, so those that do not with one letter are taken, and a text that begins
-        # otherwise does not share. That depends on the text alone, and so does its vector.
+        # A causal model reads the tokens of the prompt once for all texts. The last ones may merge
+        # with the text; so only those that a following letter leaves unchanged are shared, by the
+        # texts whose tokens begin with them. This depends on the text alone, as does its vector.
         alone, followed = tokenize(["", "a"]) if self.causal and prompt else ([], [])
         pairs = zip(alone, followed, strict=False)
         shared = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
@@ -178,11 +178,11 @@ class Embedder:
         return vectors.numpy()[[index[text] for text in texts]]
 
     def encode_query(self, texts: str | Sequence[str], **options: Any) -> Vectors:
-        """`encode`, with its options, with the checkpoint's query prompt."""
+        """`encode` with the checkpoint's query prompt; takes the same options."""
         return self.encode(texts, self.prompts["query"], **options)
 
     def encode_document(self, texts: str | Sequence[str], **options: Any) -> Vectors:
-        """`encode`, with its options, with the checkpoint's document prompt."""
+        """`encode` with the checkpoint's document prompt; takes the same options."""
         return self.encode(texts, self.prompts["document"], **options)
 
     def similarity(self, a: Vectors, b: Vectors) -> Vectors:
@@ -190,9 +190,9 @@ class Embedder:
         left, right = (truncate(torch.from_numpy(np.atleast_2d(x)), None) for x in (a, b))
         return (left @ right.T).numpy()
 
-    @torch.no_grad()  # not inference_mode: sharded parameters gathered in it could not train on
+    @torch.no_grad()  # not inference_mode: sharded parameters gathered in it could not be trained
     def _embed(self, sequences: list[list[int]], prefix: list[int]) -> Tensor:
-        """(B, D) raw float32 vectors on the CPU; halves the batch when the device's memory is full."""
+        """(B, D) raw float32 vectors on the CPU; halves the batch if the device's memory is full."""
         try:
             packed = Packed.from_sequences(sequences, self.device, prefix)
             hidden = self.model(packed, causal=self.causal)  # (T, D)
@@ -209,9 +209,9 @@ class Embedder:
     def save_pretrained(self, path: str | Path) -> None:
         """Write a folder that this package, transformers and sentence-transformers open alike.
 
-        transformers honours the attention mode of a bidirectional model from 5.2 on; the folder
-        tells sentence-transformers to refuse an older one instead of reading causally. An adapter
-        is merged into what is written; the model itself keeps it apart.
+        transformers honours the attention mode of a bidirectional model from version 5.2 on; the
+        folder makes sentence-transformers refuse older versions instead of attending causally. An
+        adapter is merged into the written weights; in the model itself it stays separate.
         """
         with atomic_directory(path) as folder:
             self.write_files(folder)
@@ -221,13 +221,13 @@ class Embedder:
     ) -> None:
         """`save_pretrained` into an existing folder that the caller makes complete or absent.
 
-        `state` holds the weights, by name, where the model's own are spread over processes.
-        `merged=False` writes an adapter by itself, naming its base.
+        `state` holds the weights, by name, if the model's are distributed over processes.
+        `merged=False` writes only the adapter and the name of its base.
         """
         state = self.model.state_dict() if state is None else state
         apart = None if merged else self.adapter
         if apart:
-            # Without config.json: beside one, transformers takes the folder for a complete model.
+            # With a config.json, transformers would take the folder for a complete model.
             save_adapter(state, folder, apart)
         else:
             state = merged_state(state, self.adapter.config) if self.adapter else state
@@ -239,7 +239,7 @@ class Embedder:
 
 
 def fastest_safe_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where it is native (a product is then 7 to 9 times faster on a CPU), else float32."""
+    """bfloat16 if it is native (a product is then 7 to 9 times faster on a CPU), else float32."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported()
     else:

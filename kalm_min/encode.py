@@ -1,8 +1,8 @@
-"""Vectors without writing Python: `python -m kalm_min.encode texts.txt --model DIR --output vectors.npy`.
+"""Encode a file of texts: `python -m kalm_min.encode texts.txt --model DIR --output out.npy`.
 
-The input has one text per line, or is a .jsonl(.gz) file with a "text" in every line (a title already
-joined to it). Row i of the output is line i, also where a line of a text file is blank. The output is
-a plain .npy file, float32, (lines, dimensions), complete or absent.
+The input has one text per line, or is a .jsonl(.gz) file with the key "text" in every line (any
+title already joined to the text). Row i of the output belongs to line i, even if lines of a text
+file are blank. The output is a plain .npy file, float32, (lines, dimensions), complete or absent.
 """
 
 import sys
@@ -30,9 +30,9 @@ class EncodeConfig:
     output: Annotated[Path, "The .npy file to write."]
     prompt_name: Annotated[Literal["query", "document"] | None, "Stored prompt to prepend."] = None
     prompt: Annotated[str | None, "Text to prepend to every text."] = None
-    truncate_dim: Annotated[int | None, "Leading dimensions to keep (Matryoshka)."] = None
+    truncate_dim: Annotated[int | None, "Leading dimensions to keep; none: all."] = None
     normalize: Annotated[bool, "Scale every vector to unit length."] = True
-    max_length: Annotated[int | None, "Tokens kept per text; none takes the model's limit."] = None
+    max_length: Annotated[int | None, "Tokens kept per text; none: the model's limit."] = None
     device: Annotated[str | None, "cpu, cuda, cuda:1, ...; none: the first GPU or the CPU."] = None
     dtype: Annotated[str | None, "float32, bfloat16, ...; none: the fastest safe one."] = None
 

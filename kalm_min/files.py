@@ -1,8 +1,8 @@
-"""Files that are complete or absent, and reading whose errors say where.
+"""Files that are complete or absent, and readers whose errors name the file and the line.
 
-Everything that a later run may read is written to a temporary sibling, synced to the disk and renamed
-into place, so that a kill at any moment leaves either the old file or the new one. There is no
-locking: two writers of one path do not tear it, and the last rename wins.
+Everything that a later run may read is written to a temporary sibling, synced to the disk and
+renamed into place, so that a kill at any moment leaves either the old file or the new one. There is
+no locking: two writers of one path do not tear it, and the last rename wins.
 """
 
 import difflib
@@ -55,8 +55,8 @@ def atomic_write(path: AnyPath, mode: str = "wb") -> Generator[IO[Any]]:
 def atomic_directory(path: AnyPath) -> Generator[Path]:
     """Make a temporary sibling folder; sync its files and put it at `path` when the block succeeds.
 
-    A new `path` appears in one rename, complete or not at all. Into a folder that is there already
-    the files are moved one by one, each complete; what else stands in it is left alone.
+    A new `path` appears in one rename, complete or not at all. If `path` is an existing folder, the
+    files are moved into it one by one, each complete; other files in it are left alone.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def atomic_directory(path: AnyPath) -> Generator[Path]:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Rename `source` to `target`, or, where `target` is a folder, each thing in it."""
+    """Rename `source` to `target`; if `target` is a folder, move each entry into it."""
     if not target.is_dir():
         source.replace(target)
         return
@@ -84,7 +84,7 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _permissions(full: int) -> int:
-    """What the user's umask leaves of `full` (temporary files are made private)."""
+    """The bits of `full` that the user's umask allows (temporary files are created private)."""
     mask = os.umask(0)
     os.umask(mask)
     return full & ~mask
@@ -111,12 +111,12 @@ def write_json(path: AnyPath, value: object) -> None:
 
 
 def parse_utf8(data: bytes, where: AnyPath, parser: Callable[[str], Any], expected: str) -> Any:
-    """Parse UTF-8 bytes. `where` (a file, or file:line) opens the ValueError, which says `expected`."""
+    """Parse UTF-8 bytes. A ValueError begins with `where` (a file or file:line)."""
     try:
         return parser(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: expected UTF-8 text, found {error.reason}") from error
-    except (ValueError, RecursionError) as error:  # also 5,000 digits, brackets without end
+    except (ValueError, RecursionError) as error:  # also for 5,000 digits or deeply nested brackets
         found = "a NUL byte" if b"\0" in data else str(error).replace("line 1 ", "")
         raise ValueError(f"{where}: expected {expected}, found {found}") from error
 
@@ -144,7 +144,7 @@ def read_jsonl(path: AnyPath, problems: list[str] | None = None) -> Iterator[tup
     """Yield (line number from 1, object) of a .jsonl or .jsonl.gz file, one line at a time.
 
     Blank lines are skipped. Raises ValueError with file:line for a line that is not a JSON object,
-    or, with `problems`, appends that sentence to them and continues with the next line.
+    or, with `problems`, appends the message to that list and continues with the next line.
     """
     path = Path(path)
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
@@ -163,7 +163,7 @@ def read_jsonl(path: AnyPath, problems: list[str] | None = None) -> Iterator[tup
 
 
 def parse_object(line: bytes, where: str) -> Object:
-    """Parse one line as a JSON object; `where` (file:line) opens the ValueError if it is not one."""
+    """Parse one line as a JSON object. Raises ValueError, beginning with `where` (file:line)."""
     value = parse_utf8(line.rstrip(b"\r\n"), where, json.loads, "a JSON object")
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(value).__name__}")
@@ -171,13 +171,13 @@ def parse_object(line: bytes, where: str) -> Object:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """` (did you mean NAME?)` with the known name nearest to an unknown one; empty if none is near."""
+    """` (did you mean NAME?)` with the known name nearest to `name`; empty if none is near."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {near[0]}?)" if near else ""
 
 
 def hash_files(files: Iterable[tuple[str, Path]]) -> str:
-    """A SHA-256 digest of (name, file): of the names and of the files' bytes, in the order given."""
+    """A SHA-256 digest of (name, file) pairs: of names and files' bytes, in the order given."""
     state = hashlib.sha256()
     for name, path in files:
         with path.open("rb") as file:
@@ -186,7 +186,7 @@ def hash_files(files: Iterable[tuple[str, Path]]) -> str:
 
 
 def digest(*parts: str | bytes) -> str:
-    """A SHA-256 digest (64 hexadecimal digits) of some parts, each with its length before it."""
+    """A SHA-256 digest (64 hexadecimal digits) of the parts, each preceded by its length."""
     state = hashlib.sha256()
     for part in parts:
         data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
@@ -195,7 +195,7 @@ def digest(*parts: str | bytes) -> str:
 
 
 def _model_folder(name: AnyPath) -> Path:
-    """A folder: the path itself, or a snapshot of the hub's repository."""
+    """The folder of a model: the path itself, or a snapshot of a repository of the hub."""
     path, name = Path(name).expanduser(), str(name)
     if path.is_dir():
         return path
@@ -205,15 +205,15 @@ def _model_folder(name: AnyPath) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # the hub client has a dozen, none of which says it in a sentence
+    except Exception as error:  # the client raises a dozen types, none with one sentence
         reason = str(error).splitlines()[0]
         raise ValueError(f"{name}: no such folder, and the hub gives none ({reason})") from error
 
 
 def checkpoint_folders(path_or_hub_id: str | Path) -> list[Path]:
-    """The folder of a model, or of an adapter and of its base, without importing torch.
+    """The folder of a model, or of an adapter and its base model, without importing torch.
 
-    Raises ValueError where there is no such folder, or no config.json in that of the model.
+    Raises ValueError if there is no such folder, or no config.json in the model's folder.
     """
     folders = [_model_folder(path_or_hub_id)]
     if (adapter := folders[0] / "adapter_config.json").is_file():
@@ -228,9 +228,9 @@ def checkpoint_folders(path_or_hub_id: str | Path) -> list[Path]:
 
 
 def hash_checkpoint(*folders: Path) -> str:
-    """A digest of weights, tokenizer and settings of a model folder (an adapter's, and its base's).
+    """A digest of the weights, tokenizer and settings in the folder of a model (adapter and base).
 
-    Only the folders themselves and their module folders (1_Pooling): results may be kept beside them.
+    Reads only the folders and their module folders (1_Pooling): others may hold results.
     """
     return hash_files(
         (path.relative_to(folder).as_posix(), path)
@@ -243,7 +243,7 @@ def hash_checkpoint(*folders: Path) -> str:
 def text_hash(text: str) -> int:
     """A signed 64-bit hash of a text, the same on every machine and run (0 is never returned).
 
-    Two texts of a corpus of n collide with probability about n^2 / 2^65: 3e-6 for 10 million.
+    Any two of n texts collide with a probability of about n^2 / 2^65: 3e-6 for 10 million.
     """
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True) or 1

@@ -1,4 +1,4 @@
-"""Which examples form a batch, and which texts share a forward: integer arithmetic, no torch.
+"""Which examples form a batch and which texts share a forward pass: integer arithmetic, no torch.
 
 Semi-homogeneous task batching (KaLM-Embedding V1, section on data batching): each task is shuffled
 and cut into blocks of the global batch; the left-overs of all tasks are joined, shuffled and cut
@@ -30,12 +30,12 @@ def task_draws(
 
     Args:
         task_sizes: (T,) the number of examples of each task.
-        weights: (T,) not negative; 0 leaves the task out. 1 by default. They change the length of
-            the epoch, the exponent does not.
+        weights: (T,) not negative, by default 1; 0 leaves the task out. They change the length of
+            the epoch; the exponent does not.
         caps: (T,) the maximum number of examples per epoch; None for no maximum. A capped task also
             counts as one of that size, so that it does not enlarge the others.
         size_exponent: 1 takes every example `weight` times, 0 equally many of each task; between
-            them small tasks gain and large ones lose, at temperature 1 / exponent.
+            the two, small tasks gain and large ones lose, with temperature 1 / exponent.
 
     Returns (T,) numbers, at least 1 unless the size or the weight is 0.
     """
@@ -57,10 +57,10 @@ class TaskBatchSampler:
     """Iterate over this rank's global example indices, one list per training step.
 
     Example i of task t has the global index sum(task_sizes[:t]) + i. Concatenating the lists of all
-    ranks in rank order gives the global batch, whatever the number of ranks: every rank computes the
-    order of the epoch (4 bytes per index below 2^31 rows, at a peak of about two such arrays) and
-    takes its slice of each block. Examples that fill no global batch are left out, different ones
-    in each epoch. Raises ValueError for arguments that contradict each other.
+    ranks in rank order gives the global batch, whatever the number of ranks: every rank computes
+    the order of the epoch (4 bytes per index below 2^31 rows, at a peak of about two such arrays)
+    and takes its slice of each block. Examples that fill no global batch are left out, different
+    ones in each epoch. Raises ValueError for arguments that contradict each other.
     """
 
     task_sizes: Sequence[int]
@@ -72,9 +72,9 @@ class TaskBatchSampler:
     rank: int = 0
     world_size: int = 1
     drop_last: bool = True  # only True is supported: all batches are equally large
-    # The examples an epoch takes of each task; None takes each once. Below the size of the task
-    # they are a random subset; above it come rounds of all its examples, each shuffled by itself,
-    # and a subset as the remainder.
+    # The examples an epoch takes of each task; None takes each once. Fewer than the task has
+    # are a random subset; more are rounds of all its examples, each round shuffled by itself, and
+    # a subset as the remainder.
     task_draws: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
@@ -116,7 +116,7 @@ class TaskBatchSampler:
     def set_epoch(self, epoch: int) -> None:
         """Make the next iteration that of `epoch`, from its start; a no-op for the current epoch.
 
-        So a loop that sets the epoch before iterating does not undo load_state_dict.
+        Thus a loop that sets the epoch before iterating does not undo load_state_dict.
         """
         if epoch < 0:
             raise ValueError(f"epoch must not be negative, found {epoch}")
@@ -141,7 +141,7 @@ class TaskBatchSampler:
         mixed = int(round(self.batch_size * (1.0 - self.homogeneous_ratio), 6))
         sizes, draws = self.task_sizes, self.draws
         if mixed == self.batch_size and draws == sizes:
-            # Every position is drawn anew: the tasks no longer matter, and one shuffle will do.
+            # Every position is drawn again: the tasks no longer matter, and one shuffle is enough.
             sizes = draws = [sum(sizes)]
         order = _draw_tasks(sizes, draws, self.batch_size, rng)
         if mixed == self.batch_size and draws != sizes:
@@ -158,7 +158,7 @@ class TaskBatchSampler:
         """The position in the data, JSON-ready: `step` batches of `epoch` have been handed out.
 
         A consumer that prefetches is behind this position and should overwrite "step" with its own
-        count. The number of ranks is not part of it: a run may resume on more or fewer.
+        count. The number of ranks is not part of the state: a run may resume on more or fewer.
         """
         takes_all = self.draws == self.task_sizes
         return {
@@ -169,7 +169,7 @@ class TaskBatchSampler:
             "batch_size": self.batch_size,
             "homogeneous_ratio": self.homogeneous_ratio,
             "seed": self.seed,
-            # Versions before the second drew other subsets, and knew drop_last = False.
+            # Version 1 drew different subsets and supported drop_last = False.
             "order_version": None if takes_all else 2,
             "drop_last": True,
         }
@@ -198,7 +198,7 @@ def _draw_tasks(
     dtype = np.int32 if sum(sizes) < 2**31 else np.int64
     order: Indices = np.empty(sum(draws), dtype)
     full, rest = list[Indices](), list[Indices]()
-    first = end = 0  # of the task's rows; of the task's draws in `order`
+    first = end = 0  # where the task's rows begin, and its draws in `order`
     for size, count in zip(sizes, draws, strict=True):
         drawn = order[end : end + count]
         for start in range(0, count, size or 1):
@@ -219,8 +219,8 @@ def _draw_tasks(
 def token_budget_batches(lengths: Sequence[int], max_tokens: int) -> list[npt.NDArray[np.int64]]:
     """Cut the texts, longest first, into batches of at most `max_tokens` tokens.
 
-    Batches are packed, so a batch costs its tokens; sorting by length only keeps the longest
-    sequence of a batch (which sets the attention kernel's grid) close to the others.
+    Batches are packed, so the cost of a batch is its tokens. Sorting by length only keeps the
+    longest sequence of a batch (which sets the attention kernel's grid) close to the others.
 
     Args:
         lengths: (n,) tokens of each text, all positive.
@@ -239,7 +239,7 @@ def token_budget_batches(lengths: Sequence[int], max_tokens: int) -> list[npt.ND
         """The (exclusive) end of each batch when every batch is filled up to the budget."""
         cuts, end = list[int](), 0
         while end < len(order):
-            # At least one text: one that is longer than the budget is alone.
+            # At least one text: a text longer than the budget is alone in its batch.
             end = max(end + 1, bisect_right(ends, ends[end] + budget) - 1)
             cuts.append(end)
         return cuts

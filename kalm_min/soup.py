@@ -1,10 +1,10 @@
 """Average checkpoints: `python -m kalm_min.soup A B C --weights 0.5 0.3 0.2 --output DIR`.
 
-Every parameter of the output is the weighted mean of the checkpoints'. Fine-tuned checkpoints of one
-ancestor lie in one basin, and their mean is often better than each of them (Wortsman et al. 2022;
-LM-Cocktail, Xiao et al. 2023; the first versions of the KaLM V2 report, which give no weights).
-Prompts, maximum length, template and dtype are those of the first checkpoint. Checkpoints that do
-not compute the same function of their weights are refused.
+Every parameter of the output is the weighted mean over the checkpoints. Fine-tuned checkpoints of
+one ancestor lie in one basin, and their mean is often better than each of them (Wortsman et al.
+2022; LM-Cocktail, Xiao et al. 2023; the first versions of the KaLM V2 report, which give no
+weights). Prompts, maximum length, template and dtype are those of the first checkpoint. Checkpoints
+that do not compute the same function of their weights are refused.
 """
 
 import math
@@ -21,7 +21,7 @@ from kalm_min.config import run
 from kalm_min.embedder import Embedder
 from kalm_min.model import Qwen2
 
-# Carried along in config.json; the vectors do not depend on them. `is_causal` is compared resolved.
+# Keys of config.json that do not change the vectors. `is_causal` is compared once resolved.
 _INDIFFERENT = {"initializer_range", "tie_word_embeddings", "is_causal"}
 _INDIFFERENT |= {"bos_token_id", "eos_token_id", "pad_token_id"}
 _BLOCK = 2**22  # parameters averaged at a time: 32 MiB per model in float64
@@ -31,9 +31,9 @@ _BLOCK = 2**22  # parameters averaged at a time: 32 MiB per model in float64
 class SoupConfig:
     """Average checkpoints of one ancestor into a new model folder."""
 
-    checkpoints: Annotated[tuple[str, ...], "Model folders or hub ids; may come first, unflagged."]
+    checkpoints: Annotated[tuple[str, ...], "Model folders or hub ids; if first, no flag needed."]
     output: Annotated[Path, "Folder to write."]
-    weights: Annotated[tuple[float, ...], "One per checkpoint, adding up to 1; none: equal."] = ()
+    weights: Annotated[tuple[float, ...], "One per checkpoint, with sum 1; default equal."] = ()
 
     def __post_init__(self) -> None:
         count, given, total = len(self.checkpoints), len(self.weights), math.fsum(self.weights)
@@ -51,8 +51,8 @@ class SoupConfig:
 def average(models: Sequence[Qwen2], weights: Sequence[float]) -> None:
     """Make the first model the weighted mean of all, in place, in its own dtype.
 
-    Sums are taken in float64, block by block: no memory is needed beside the models, and models
-    whose weights are views of their files stay on the disk, except the first.
+    Sums are taken in float64, block by block: no memory is needed besides the models, and models
+    whose weights are views of their files stay on disk, except the first.
     """
     for parameters in zip(*(model.parameters() for model in models), strict=True):
         for blocks in zip(*(p.view(-1).split(_BLOCK) for p in parameters), strict=True):
@@ -63,14 +63,14 @@ def average(models: Sequence[Qwen2], weights: Sequence[float]) -> None:
 
 
 def soup(config: SoupConfig) -> int:
-    """Read, compare, average and write; returns 0. Raises ValueError for what cannot be averaged."""
+    """Read, compare, average and write. Raises ValueError for what cannot be averaged."""
     embedders = [Embedder.from_pretrained(name, "cpu", "auto") for name in config.checkpoints]
     first, count = embedders[0], len(embedders)
     settings = [
         {key: value for key, value in asdict(one.model.config).items() if key not in _INDIFFERENT}
         | {"attention": "causal" if one.causal else "bidirectional", "pooling": one.pooling}
         for one in embedders
-    ]  # under which the same weights would compute something else
+    ]  # if these differ, the same weights compute something else
     for name, embedder, values in zip(config.checkpoints, embedders, settings, strict=True):
         differences = [
             f"{key} is {value} in the first and {values[key]} here"

@@ -1,10 +1,10 @@
-"""Text to token ids, by the rules of one checkpoint.
+"""From text to token ids, by the rules of one checkpoint.
 
-Two silent choices lower scores without an error, so both are settled here, once, at load: whether
-an end-of-text token closes every text, and that truncation counts the prompt and that token. The
-rule is written into the tokenizer itself (its post-processor), so a saved folder carries it to
-every other library. Reads `tokenizer.json` (and `tokenizer_config.json` beside it). Not here: chat
-templates, padding.
+Two choices can lower scores without an error, so both are settled here, once, at load: whether an
+end-of-text token closes every text, and that truncation counts the prompt and that token. The rule
+is written into the tokenizer itself (its post-processor), so a saved folder carries it to every
+other library. Reads `tokenizer.json` and the `tokenizer_config.json` beside it. Chat templates and
+padding are not supported.
 """
 
 import json
@@ -35,11 +35,11 @@ class Tokenizer:
         """Wrap a `tokenizers.Tokenizer`; `settings` is what `tokenizer_config.json` holds.
 
         With `add_eos_token` the end-of-text token is appended to every text, unless the file's
-        post-processor does that. Raises ValueError where no such token is known.
+        post-processor does so already. Raises ValueError if no such token is known.
         """
         self._fast, self.settings = fast, _GENERIC_CLASS | (settings or {})
         fast.no_padding()
-        # A class of the checkpoint's own would need remote code; tokenizer.json says it all.
+        # A custom class would need remote code; tokenizer.json alone is sufficient.
         self.settings |= _GENERIC_CLASS if self.settings.pop("auto_map", None) else {}
         if not self.settings.pop("add_eos_token", False):
             return
@@ -52,7 +52,7 @@ class Tokenizer:
             closing = TemplateProcessing(f"$A {token}", special_tokens=[(token, identity)])
             present = [fast.post_processor] if fast.post_processor else []
             fast.post_processor = ProcessorSequence([*present, closing])
-            # Libraries that build the class from its own rules would lose the new post-processor.
+            # Libraries that rebuild a class from its rules would lose the new post-processor.
             self.settings |= _GENERIC_CLASS
 
     @classmethod
@@ -77,19 +77,19 @@ class Tokenizer:
         """Token ids of `prompt + text`, at most `max_length` of them, special tokens included.
 
         The prompt is joined as text, as the official code does, so the tokens at the seam are those
-        of the joined string. An empty joined text may give no ids. `texts` pass `check_texts`.
+        of the joined string. An empty joined text may give no ids. Call `check_texts` first.
         """
         self._fast.enable_truncation(max_length)
         joined = [prompt + text for text in texts]
         return [encoding.ids for encoding in self._fast.encode_batch_fast(joined)]
 
     def encodes_like(self, other: "Tokenizer") -> bool:
-        """Whether both follow the same rules from text to ids, whatever length they cut at."""
+        """Whether both turn texts into the same ids, apart from the length they truncate at."""
         ours, theirs = (json.loads(one._fast.to_str()) for one in (self, other))
         return ours | {"truncation": None} == theirs | {"truncation": None}
 
     def save(self, folder: str | os.PathLike[str], *, max_length: int) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, which states `max_length`, into `folder`."""
+        """Write `tokenizer.json` and `tokenizer_config.json`, which states `max_length`."""
         self._fast.no_truncation()
         write_text(Path(folder) / "tokenizer.json", self._fast.to_str())
         write_json(Path(folder) / _SIDE_FILE, self.settings | {"model_max_length": max_length})

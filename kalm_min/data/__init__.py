@@ -1,4 +1,4 @@
-"""Records on disk -> one training batch of texts. Numpy only, so that data workers start fast."""
+"""From records on disk to a batch of texts; numpy only, so that data workers start fast."""
 
 from kalm_min.data.batches import TextBatch, collate
 from kalm_min.data.dataset import Example, TrainingData

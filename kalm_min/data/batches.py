@@ -1,9 +1,9 @@
-"""Examples -> one training batch of texts, with what the loss must know about each of them.
+"""From examples to one training batch of texts, with what the loss needs to know about each text.
 
 For each query one of its positives and some of its negatives are drawn by a generator that depends
 on (seed, epoch, index of the example) alone: not on the rank, the batch or the data worker. Texts
 come with a 64-bit hash, so that the same text in the line of another query, on any rank, is
-recognised: it is not a negative. Not here: tokenizing, and turning hashes into masks (training/).
+recognised: it is not a negative. Tokenizing (training/) and masking (losses/) happen elsewhere.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,30 +17,30 @@ from kalm_min.data.dataset import Example
 from kalm_min.data.index import Ints
 from kalm_min.files import text_hash
 
-_BETA = 2.0  # of the shares of a pair-wise mix, Beta(2, 2): KaLM V2 report, online mixing
+_BETA = 2.0  # pair-wise shares are from Beta(2, 2): KaLM V2 report, online mixing
 
 Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextBatch:
-    """B queries and N documents with instructions applied; hashes are of the texts without."""
+    """B queries and N documents with instructions applied; hashes are of the bare texts."""
 
     queries: list[str]
     documents: list[str]  # for each query its positive, then its negatives
     labels: Ints  # (B,) index of each query's positive among the documents
     query_hashes: Ints  # (B,)
-    positive_hashes: list[Ints]  # per query, of all its positives, drawn or not
+    positive_hashes: list[Ints]  # for each query, of all its positives, drawn or not
     document_hashes: Ints  # (N,)
     query_groups: Ints  # (B,) hash of task and group; 0 is no group
-    # (N,) that of the query for a positive; 0 for a negative, unless its group was drawn.
+    # (N,) the query's group for a positive; 0 for a negative that was not drawn by its group.
     document_groups: Ints
-    document_owner: Ints  # (N,) the query in whose line the document is
-    # (B,) False: the candidates of the query are the documents of its line only.
+    document_owner: Ints  # (N,) index of the query that the document belongs to
+    # (B,) False if the candidates of the query are only the documents of its line.
     in_batch: npt.NDArray[np.bool_]
     mix_pair: Ints  # (B, 2) indices, among the query's negatives, of the two that losses mix
     mix_share: Floats  # (B,) share of the first one, from Beta(2, 2)
-    # (N,) a teacher's score of each document for its owner; nan where the data has none.
+    # (N,) a teacher's score of each document for its owner; nan if the data has none.
     teacher_scores: Floats
 
 
@@ -49,16 +49,16 @@ def collate(
 ) -> TextBatch:
     """Draw the documents of each example and join them into one batch.
 
-    A negative that equals a positive or the query is not a negative (mined data has such rows), and
-    no text is drawn twice for a query.
+    Negatives that equal a positive or the query are dropped (mined data has such rows), and no text
+    is drawn twice for a query.
 
     Args:
         examples: at least one.
-        num_negatives: the maximum per query; a row with fewer negatives is not filled up.
-        template: turns an instruction into a prompt by its field {instruction}. An example
+        num_negatives: the maximum per query; a row with fewer negatives is not padded.
+        template: turns an instruction into a prompt through its field {instruction}. An example
             without an instruction has no prompt.
-        epoch: positives and negatives are drawn anew in each.
-        seed: of the run.
+        epoch: positives and negatives are drawn anew in each epoch.
+        seed: the run's seed.
     """
     assert examples, "a batch needs an example"
     queries, labels = list[str](), list[int]()

@@ -1,9 +1,9 @@
 """The check of every line of training data, once, before a run, on all cores.
 
-Ranges of lines are summarised in this or in child processes and joined in file order. A file
-without malformed lines gets a cached summary: its tasks, what their rows lack, the rows of each
-task, and the group of each row. Not here: what a line must hold (records.py), and what is done with
-the summary (dataset.py).
+Ranges of lines are summarised in this process or in child processes and joined in file order. A
+file without malformed lines gets a cached summary: its tasks, what their rows lack, the rows of
+each task, and the group of each row. records.py defines what a line must hold; dataset.py uses the
+summary.
 """
 
 import io
@@ -28,21 +28,21 @@ from kalm_min.data.index import Ints, JsonlFile
 from kalm_min.data.records import LISTED, Row, list_problems, problem_with_line
 from kalm_min.files import atomic_write, parse_object, read_json, text_hash, write_json
 
-_SUMMARY = "summary1.json"  # raised when the rules of records.py or the summary change
+_SUMMARY = "summary1.json"  # the number rises when the rules of records.py or the summary change
 _RANGE = 20_000  # lines summarised at a time
 _SMALL = 100_000  # lines that are summarised before child processes would have started
 
-# Rows of a task ("rows"), and of those without "pos", "group" or "scores": how many, the first.
+# The number and the first of a task's rows ("rows") and of those without "pos", "group", "scores".
 Counts = dict[str, list[int]]
 Job = tuple[JsonlFile, int, int]  # a file, and its records from the first number to the second
 
 
 class Summary(NamedTuple):
-    """What a range of lines holds, by task in order of appearance; None: the lines name none."""
+    """The content of a range of lines by task, in order of appearance; None is no task's name."""
 
     tasks: dict[str | None, Counts]
     rows: dict[str | None, Ints | range]  # the numbers of the task's records
-    groups: Ints  # (lines,) hash of the group; 0 is no group
+    groups: Ints  # (lines,) hash of the group; 0 for no group
     problems: list[str]  # `file:line: expected ..., found ...` of each malformed line
 
 
@@ -71,14 +71,14 @@ def summarise(file: JsonlFile, start: int, stop: int) -> Summary:
         counts = tasks.setdefault(task, {})
         for what in counted:
             counts.setdefault(what, [0, i])[0] += 1
-    # The usual file has one task: a range takes no memory.
+    # Most files have one task, for which a range takes no memory.
     one = len(rows) == 1
     arrays = {task: range(start, stop) if one else np.array(some) for task, some in rows.items()}
     return Summary(tasks, arrays, groups, problems)
 
 
 def load_summary(file: JsonlFile) -> list[tuple[str | None, Counts]] | None:
-    """The tasks of a checked file in order of appearance; None if it was not checked yet."""
+    """The tasks of a checked file in order of appearance; None if it has not been checked."""
     path = file.sidecar(_SUMMARY)
     return [(task, counts) for task, counts in read_json(path)] if path.exists() else None
 
@@ -86,16 +86,16 @@ def load_summary(file: JsonlFile) -> list[tuple[str | None, Counts]] | None:
 def load_array(file: JsonlFile, name: str) -> Ints:
     """An array of the summary of a checked file, memory-mapped: (rows,).
 
-    "rows": row numbers sorted by task, if there are several; "groups": hashes, if a row has one.
+    "rows": row numbers sorted by task, if it has several; "groups": hashes, if a row has a group.
     """
     return np.asarray(np.load(file.sidecar(f"{name}.npy"), mmap_mode="r"))
 
 
 def check_all(path: Path, files: Sequence[JsonlFile], progress: TextIO | None) -> None:
-    """Check and summarise those of the `files` in `path` that were not checked before.
+    """Check and summarise those `files` in `path` that have not been checked before.
 
     Raises ValueError with the first malformed lines, in the order of the files, and their number.
-    Shows on `progress` how far it is, if it takes a while.
+    Reports on `progress` if it takes a while.
     """
     files = [file for file in files if load_summary(file) is None]
     jobs = [
@@ -112,7 +112,7 @@ def check_all(path: Path, files: Sequence[JsonlFile], progress: TextIO | None) -
             before = malformed
             tasks: dict[str | None, Counts] = {}
             rows: dict[str | None, list[Ints | range]] = {}
-            groups = np.zeros(len(file), np.int64)  # no memory as long as it is not written
+            groups = np.zeros(len(file), np.int64)  # takes no memory until it is written
             for (_, start, stop), part in parts:
                 malformed += len(part.problems)
                 problems += part.problems[: LISTED - len(problems)]
@@ -124,7 +124,7 @@ def check_all(path: Path, files: Sequence[JsonlFile], progress: TextIO | None) -
                 if part.groups.any():
                     groups[start:stop] = part.groups
                 bar.update(stop - start)
-            if malformed == before:  # the summary last, so that it never comes without the arrays
+            if malformed == before:  # the summary last, so that it never exists without the arrays
                 arrays: dict[str, Ints] = {}
                 if len(tasks) > 1:
                     arrays["rows"] = np.concatenate([some for one in rows.values() for some in one])
@@ -139,9 +139,9 @@ def check_all(path: Path, files: Sequence[JsonlFile], progress: TextIO | None) -
 
 
 def _summaries(jobs: Sequence[Job], total: int) -> Generator[Summary]:
-    """Yield the summary of each job in order, from child processes where that is faster.
+    """Yield the summary of each job in order, from child processes if that is faster.
 
-    Children are spawned: a fork of this process would copy threads and the state of a GPU.
+    Children are spawned, since a fork of this process would copy threads and the state of a GPU.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = min(cores or 1, len(jobs))
@@ -150,8 +150,8 @@ def _summaries(jobs: Sequence[Job], total: int) -> Generator[Summary]:
         return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent)
     try:
-        # The children start here, with Ctrl-C blocked: it is for this process. And without a main
-        # module: they would import it, which would load torch or run a script again.
+        # The children start with Ctrl-C blocked, which is meant for this process, and without a
+        # main module, which they would import, loading torch or running a script again.
         with ExitStack() as stack:
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)

@@ -1,9 +1,9 @@
-"""Training data: files of records -> tasks of checked examples, under one global numbering.
+"""Training data: from files of records to tasks of checked examples under one global numbering.
 
 Each file or sub-folder of a folder is a task. The "task" of a line takes precedence over the name
 of its file, so a single file may hold many tasks. `<task>.toml` beside the data holds the settings
 of a task. Every line is checked once; the outcome is cached with the index of its file, so opening
-again reads no line. Not here: the check (checking.py), and prompts and batches (batches.py).
+again reads no line. The check is in checking.py, prompts and batches are in batches.py.
 """
 
 import os
@@ -22,7 +22,7 @@ from kalm_min.data.index import Ints, JsonlFile
 from kalm_min.data.records import SETTINGS, Row, TaskSettings, read_settings
 from kalm_min.files import did_you_mean, text_hash
 
-_TRIES = 8  # draws of a positive before one with the text of the query is taken
+_TRIES = 8  # draws of a positive before one with the text of the query is accepted
 
 Segment = tuple[JsonlFile, Ints | range, Counts]  # rows of one file that belong to one task
 
@@ -36,8 +36,8 @@ class Example:
     negatives: tuple[str, ...]
     task: int  # position of the task in TrainingData.task_names
     index: int  # number of the example in TrainingData
-    instruction: str | None = None  # that of the line, else of the task, else the default
-    group: str | None = None  # class: examples of one task and group are no negatives of each other
+    instruction: str | None = None  # the line's, else the task's, else the default
+    group: str | None = None  # class: examples of one task and group are not each other's negatives
     positive_scores: tuple[float, ...] | None = None  # a teacher's, one per positive
     negative_scores: tuple[float, ...] | None = None  # a teacher's, one per negative
     negative_groups: tuple[str, ...] | None = None  # in a label-based task, one per negative
@@ -52,13 +52,13 @@ class TrainingData:
     process sends the path: the other process opens the same cached index.
 
     Args:
-        path: a JSONL(.gz) file or a folder of tasks. Lines that were not checked yet are checked.
+        path: a JSONL(.gz) file or a folder of tasks. Lines that have not been checked are checked.
         instruction: for examples whose line and task set none.
         cache_dir: see JsonlFile.
-        progress: where a check that takes long is shown.
+        progress: the stream on which a long check reports.
 
-    Raises ValueError: for a folder, settings file or task that cannot be used, one sentence; for
-    malformed lines, the first 20 as `file:line: expected ..., found ...` and their number.
+    Raises ValueError: one sentence for a folder, settings file or task that cannot be used; for
+    malformed lines, their number and the first 20 as `file:line: expected ..., found ...`.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class TrainingData:
         return self._ends[-1]
 
     def __getitem__(self, i: int) -> Example:
-        """Example i, in a label-based task with 7 negatives and what epoch 0 of seed 0 draws."""
+        """Example i; in a label-based task as epoch 0 of seed 0 draws it, with 7 negatives."""
         return self.example(i, epoch=0, seed=0, num_negatives=7)
 
     def example(self, i: int, *, epoch: int, seed: int, num_negatives: int) -> Example:
@@ -120,7 +120,7 @@ class TrainingData:
         task, record, negative_groups = bisect_right(self._task_ends, i), self.record(i), None
         settings, group = self.settings[task], record.get("group")
         if task in self._by_group:
-            # The last number tells the generator from that of batches.py.
+            # The last number distinguishes this generator from that of batches.py.
             rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(epoch, i, 1)))
             positive, negatives = self._draw(i, record, self._by_group[task], num_negatives, rng)
             negative_groups = tuple(str(other["group"]) for other in negatives)
@@ -148,7 +148,7 @@ class TrainingData:
     def _group(self, task: int, segments: list[Segment]) -> tuple[Ints, Ints]:
         """The examples of a label-based task, sorted by group, and the hash of each one's group.
 
-        Raises ValueError for a single group, and for a group of one row: it has no positive.
+        Raises ValueError for a single group, and for a group of one row, which has no positive.
         """
         some = [load_array(file, "groups")[np.asarray(rows)] for file, rows, _ in segments]
         hashes, first = np.concatenate(some), self._task_ends[task] - self.task_sizes[task]
@@ -172,8 +172,8 @@ class TrainingData:
         """A positive of the group of example i, and at most `count` negatives of other groups.
 
         Example-based labelling (KaLM-Embedding V2, data curation): a class is learned from its
-        texts, not from its name. A positive with the text of the query (data has duplicates) is
-        drawn again a few times.
+        texts, not from its name. If a positive has the text of the query (data has duplicates),
+        another is drawn, a few times.
         """
         numbers, hashes = by_group
         key = text_hash(str(record["group"]))
@@ -191,7 +191,7 @@ class TrainingData:
         return positive, [self.record(number) for number in numbers[chosen].tolist()]
 
     def record(self, i: int) -> Row:
-        """The line of example i as it stands in the file."""
+        """The parsed line of example i."""
         file, row = self._locate(i)
         return file[row]
 
@@ -261,12 +261,12 @@ def _file_name(path: Path) -> str:
 
 
 def _task_settings(path: Path, tasks: list[str]) -> list[TaskSettings]:
-    """The settings of each task; in a folder, every settings file must have its task."""
+    """The settings of each task; every settings file in a folder must belong to a task."""
     found: dict[str, TaskSettings] = {}
     for file in sorted((path if path.is_dir() else path.parent).glob("[!.]*.toml")):
         if file.stem in tasks:
             found[file.stem] = TaskSettings(**read_settings(file, SETTINGS))
-        elif path.is_dir():  # what else lies beside a single file may be anything
+        elif path.is_dir():  # other files beside a single file may be anything
             raise ValueError(
                 f"{file}: expected the settings of a task beside it, found none named "
                 f"{file.stem!r}{did_you_mean(file.stem, tasks)}"

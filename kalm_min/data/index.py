@@ -1,10 +1,10 @@
 """A JSONL file as a sequence of records: memory-mapped, opened in milliseconds.
 
-Where each record starts is found once, by a search for newlines at about the speed of the disk,
-and kept as a memory-mapped array of offsets. A .gz file is decompressed once. Both are kept in a
+The start of each record is found once, by a search for newlines at about the speed of the disk,
+and kept in a memory-mapped array of offsets. A .gz file is decompressed once. Both are kept in a
 hidden folder `.kalm_min` beside the data or, where that cannot be written, in a cache folder. Their
 names carry the size and modification time of the data, so they are never used for other content.
-No locking: processes that build the same index at once do the work twice without harm.
+There is no locking: processes that build the same index at once do the work twice without harm.
 """
 
 import gzip
@@ -27,7 +27,7 @@ from kalm_min.files import atomic_write, parse_object, text_hash
 
 Ints = npt.NDArray[np.int64]
 
-_LAYOUT = "v2"  # raised when the form of the cached files changes
+_LAYOUT = "v2"  # rises when the format of the cached files changes
 _CHUNK = 1 << 22  # bytes searched at a time; fits the processor's cache
 
 
@@ -38,7 +38,7 @@ class JsonlFile:
     return at the end of a line is white space. The index is kept in `cache_dir`, by default
     `.kalm_min` beside the file or, failing that, `~/.cache/kalm_min`.
 
-    Raises ValueError for an empty file, a broken .gz, or when no folder can take the index.
+    Raises ValueError for an empty file, a broken .gz, or if the index cannot be written anywhere.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class JsonlFile:
         self.path, self.cache_dir = Path(path), cache_dir
         self._name = self._content_name()
         parent = self.path.resolve().parent
-        # Files of one name from different folders share a cache folder: keep them apart.
+        # Files with the same name from different folders share a cache folder.
         apart = f"{parent.name}-{text_hash(str(parent)) & (2**64 - 1):016x}"
         beside = [parent / ".kalm_min", Path.home() / ".cache" / "kalm_min" / apart]
         self._folders = beside if cache_dir is None else [Path(cache_dir) / apart]
@@ -66,7 +66,7 @@ class JsonlFile:
         return parse_object(self._data[self._starts[i] : self._starts[i + 1]], self.location(i))
 
     def lines(self, start: int, stop: int) -> Iterator[bytes]:
-        """The lines of records `start` to `stop` (exclusive) as they stand in the file."""
+        """The raw lines of records `start` to `stop` (exclusive)."""
         starts = self._starts[start : stop + 1].tolist()
         return (self._data[begin:end] for begin, end in pairwise(starts))
 
@@ -76,12 +76,12 @@ class JsonlFile:
         return f"{self.path}:{i + 1 + bisect_right(self._blanks, i)}"
 
     def sidecar(self, suffix: str) -> Path:
-        """A path for data derived from exactly this content: where it exists, or can be written."""
+        """A path for data derived from exactly this content: an existing or a writable one."""
         paths = [folder / f"{self._name}.{suffix}" for folder in self._folders]
         return next(filter(Path.exists, paths), None) or self._writable() / paths[0].name
 
     def _content_name(self) -> str:
-        """A name that changes with the file, as far as its size and modification time tell."""
+        """A name that changes whenever the file's size or modification time changes."""
         stat = self.path.stat()
         if stat.st_size == 0:
             raise ValueError(f"{self.path}: expected at least one record, found an empty file")
@@ -104,10 +104,10 @@ class JsonlFile:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def _load(self, folder: Path) -> bool:
-        """Map data and index; False unless both exist and fit one another."""
+        """Map data and index; return False unless both exist and match."""
         try:
             data = self._map(folder)
-            # As a plain array: np.memmap makes each look-up several times slower.
+            # As a plain array, since np.memmap makes each look-up several times slower.
             index: Ints = np.asarray(np.memmap(folder / f"{self._name}.index", np.int64, mode="r"))
         except (OSError, ValueError):
             return False
@@ -120,8 +120,8 @@ class JsonlFile:
     def _build(self) -> Path:
         """Write the index (and the uncompressed copy), remove outdated ones, return the folder.
 
-        The index is the start of each record, the size of the data, for each blank line the number
-        of records before it, and the number of blank lines.
+        The index holds the start of each record, the size of the data, the number of records before
+        each blank line, and the number of blank lines.
         """
         folder = self._writable()
         if self.path.suffix == ".gz":
@@ -165,7 +165,7 @@ def _lines(data: mmap.mmap) -> Iterator[tuple[Ints, npt.NDArray[np.bool_]]]:
             starts = np.insert(starts, 0, 0)
         starts = starts[starts < len(view)]
         blank = np.zeros(len(starts), dtype=np.bool_)
-        # Few lines open with white space; only those can be blank.
+        # Only lines that begin with white space, which are few, can be blank.
         for k in np.flatnonzero(view[starts] <= ord(" ")):
             end = data.find(b"\n", starts[k])
             blank[k] = not data[starts[k] : end if end >= 0 else len(view)].strip()

@@ -1,8 +1,8 @@
 """What rows and settings may hold: tables of `Field`s, and the check against them.
 
 `problem_with` describes the first violation as "expected ..., found ...", to which the caller adds
-file and line. Declared here: a line of training data (LINE) and the settings of a task
-(TaskSettings). Datasets for evaluation declare theirs and use the same check.
+file and line. This module declares a line of training data (LINE) and the settings of a task
+(TaskSettings). Datasets for evaluation declare their own tables and use the same check.
 """
 
 import json
@@ -25,12 +25,12 @@ class Field:
 
     expected: str  # in words: "a list of numbers"
     fits: Callable[[object], bool]  # for the value, or for each item of a list
-    items: int | None = None  # the least number of items of a list; None for a single value
+    items: int | None = None  # the minimum number of items of a list; None for a single value
     required: bool = False
 
 
 def is_string(value: object) -> TypeGuard[str]:
-    """A string that UTF-8 can hold; JSON can spell half a surrogate pair, which it cannot."""
+    """A string that UTF-8 can encode, unlike half a surrogate pair, which JSON can contain."""
     return isinstance(value, str) and (
         value.isascii() or value.encode("utf-8", "ignore").decode() == value
     )
@@ -74,11 +74,11 @@ LINE = {  # the keys of a line of training data, in the usual order
 class TaskSettings:
     """What `<task>.toml` beside the data may set."""
 
-    # For lines without an instruction. "" means none, even where the run has a default.
+    # For lines without an instruction. "" means none, even if the run has a default.
     instruction: Annotated[str | None, LINE["instruction"]] = None
     # Queries and documents are of one kind (similarity, duplicates): both get the instruction.
     symmetric: Annotated[bool, _FLAG] = False
-    # False: the candidates of a query are the documents of its line only.
+    # False: the candidates of a query are only the documents of its line.
     in_batch_negatives: Annotated[bool, _FLAG] = True
     # Positives are other texts of the line's group, negatives texts of other groups;
     # what the lines hold as "pos" and "neg" is not trained on, and "pos" may be absent.
@@ -118,7 +118,7 @@ def problem_with(
 
 
 def _misfit(value: object, field: Field) -> str | None:
-    """What was found instead of a fitting value or list; None if it fits."""
+    """What was found instead of a valid value or list; None if it is valid."""
     if field.items is None:
         return None if field.fits(value) else _describe(value)
     if not isinstance(value, list) or (field.items and not value):

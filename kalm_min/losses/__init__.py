@@ -1,4 +1,4 @@
-"""Losses: pure functions of embeddings, labels and masks; they know nothing of processes."""
+"""Losses: pure functions of embeddings, labels and masks, independent of processes."""
 
 from kalm_min.losses.distillation import distillation as distillation
 from kalm_min.losses.info_nce import info_nce as info_nce

@@ -1,11 +1,11 @@
-"""Contrastive distillation: the student's distribution over a query's own documents to the teacher's.
+"""Contrastive distillation: the teacher's distribution over a query's documents as the target.
 
     P_t = softmax_i(z_t,i / t_kd)    P_s = softmax_i(s(q, d_i) / t_kd)    L_KL = KL(P_t || P_s)
     L   = (1 - a) L_CL + a L_KL,     a = 0.7, t_kd = 0.05
 
-KaLM V2.5 (arXiv 2506.20923), section on contrastive distillation; Matryoshka holds for both terms. Our
-choice: over the query's positive and negatives, whose teacher scores the data holds (the report does
-not say), and no factor t_kd^2, since its weights are of the plain terms.
+KaLM V2.5 (arXiv 2506.20923), section on contrastive distillation; Matryoshka applies to both terms.
+Our choices: the documents are the query's positive and negatives, with teacher scores in the data
+(the report does not say); there is no factor t_kd^2, since the report weights the plain terms.
 """
 
 import torch

@@ -5,10 +5,10 @@ B, b  queries, of a tile    N, n  documents, of a tile    D  dimension    K  lea
     p_i = exp(s(q_i, d_label_i) / t) / sum_n exp(s(q_i, d_n) / t)      s: cosine, t: temperature
     L   = mean_i -(1 - p_i)^gamma log p_i,    -log p = log(1 + e^x),    x = z - s(q, d+) / t
 
-KaLM V2 report, sections on the training objective and on focal-style reweighting; gamma = 0 is plain
-InfoNCE. z is the log-sum-exp over the negatives alone, taken tile by tile; where all tiles together
-exceed the memory, each is computed again in backward. Which documents are no candidates (`masking`)
-and which process computed them is decided outside.
+KaLM V2 report, sections on the training objective and on focal-style reweighting; gamma = 0 is
+plain InfoNCE. z is the log-sum-exp over the negatives alone, taken tile by tile; if all tiles
+together exceed the memory, each is computed again in the backward pass. Which documents are not
+candidates (`masking`) and which process computed them is decided elsewhere.
 """
 
 import math
@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
-# In place of the cosine of a masked document: exp(MASKED_LOGIT / t) is exactly 0, and unlike -inf it
+# Replaces the cosine of a masked document: exp(MASKED_LOGIT / t) is exactly 0, and unlike -inf it
 # can be differentiated where a query has no other negative.
 MASKED_LOGIT = -1e4
-_SMALLEST = 1e-12  # a norm below this counts as this: the cosine of a zero vector is 0, not nan
-_CACHED = 1 << 20  # pairs per tile on a CPU: the 4 MiB of scores per slice stay in its cache
+_SMALLEST = 1e-12  # the least norm that is divided by: a zero vector has cosine 0, not nan
+_CACHED = 1 << 20  # pairs per tile on a CPU, whose cache then holds the 4 MiB of scores per slice
 
-# For each of K leading slices, the (n, d) coordinates that it adds to the one before, and (n, 1) one
-# over its length.
+# For each of K leading slices, the (n, d) coordinates that it adds to the previous slice, and the
+# (n, 1) reciprocals of its lengths.
 _Prefixes = list[tuple[Tensor, Tensor]]
 
 
@@ -57,23 +57,23 @@ def info_nce(
         labels: (B,) int64, the row of each query's positive in `documents`.
         temperature: divides the cosine; 0.01 in the reports.
         mask: (B, N) bool, True where a document is not a candidate of a query; or a function that
-            gives this for a tile: of which queries, of which documents, their (b, n) cosines and
-            the (b, 1) of the positives. The positive is a candidate whatever the mask says.
+            gives this for a tile, from the slices of queries and documents, their (b, n) cosines
+            and the (b, 1) cosines of the positives. The positive is always a candidate.
         gamma: exponent of the focal weight (1 - p)^gamma; 0.5 in the V2 report. The gradient flows
-            through the weight, as in the focal loss it is named after; the report does not say.
-        dims, weights: the weighted sum over leading slices instead (see `matryoshka`), in one pass
-            over the products. A mask function sees the cosines of the largest.
-        extra_negatives: gives, from slices of queries and documents, (B, S) cosines of S further
+            through the weight, as in the original focal loss; the report does not say.
+        dims, weights: if given, the result is the weighted sum over leading slices (`matryoshka`),
+            in one pass over the products. A mask function gets the cosines of the largest.
+        extra_negatives: maps slices of queries and documents to the (B, S) cosines of S further
             negatives per query (see `mixed_cosines`).
-        document_negatives: (N,) bool, the documents that, where they are a query's negatives, are
-            negatives of its positive too. Not in the reports; the public code, GTE and Qwen3 have it.
-        memory_gib: GiB for scores, beside the vectors and their gradients.
+        document_negatives: (N,) bool; the documents that, when they are negatives of a query, are
+            also negatives of its positive. As in the public code, GTE and Qwen3, not the reports.
+        memory_gib: GiB for scores, in addition to the vectors and their gradients.
     """
     slices = sorted(zip(dims, weights, strict=True)) or [(queries.shape[1], 1.0)]
     cuts = [dim for dim, _ in slices]
-    # Measured (benchmarks/loss_memory.py): about 12 float32 numbers per pair and slice in backward.
-    sides = 1 if document_negatives is None else 2
-    pairs = max(1, int(memory_gib * 2**30 / (sides * (48 * len(cuts) + 16))))
+    # Measured (benchmarks/loss_memory.py): backward takes 12 float32 numbers per pair and slice.
+    products = 1 if document_negatives is None else 2
+    pairs = max(1, int(memory_gib * 2**30 / (products * (48 * len(cuts) + 16))))
     fits = len(queries) * len(documents) <= pairs
     pairs = pairs if queries.is_cuda else min(pairs, _CACHED)
     tile_rows = min(len(queries), math.isqrt(pairs))
@@ -88,7 +88,7 @@ def info_nce(
         """The log-sum-exp over the negatives in a tile, (K, b)."""
         rows = slice(block * tile_rows, (block + 1) * tile_rows)
         query, positive = blocks[block]
-        cosines = _cosines(query, candidates)  # K of (b, n)
+        cosines = _cosines(query, candidates)  # K matrices (b, n)
         masked = labels[rows, None] == indices[columns]  # (b, n)
         if callable(mask):
             masked |= mask(rows, columns, cosines[-1].detach(), positives[-1, rows].detach())
@@ -107,8 +107,8 @@ def info_nce(
             "Callable[[int, slice, _Prefixes], Tensor]",
             partial(checkpoint, negatives_of, use_reentrant=False, preserve_rng_state=False),
         )
-    tiles: list[Tensor] = []  # (K, B) of the documents of each
-    # Documents outside, so that backward is done with those of a tile before it begins the next.
+    tiles: list[Tensor] = []  # (K, B) per tile of documents
+    # The outer loop is over documents, so that backward finishes a tile of them before the next.
     for i, part in enumerate(torch.split(documents, tile_columns)):
         columns = slice(i * tile_columns, (i + 1) * tile_columns)
         candidates = _prefixes(part, cuts)
@@ -119,7 +119,7 @@ def info_nce(
         extra = [extra_negatives(queries[:, :dim], documents[:, :dim]) for dim in cuts]
         further = (torch.stack(extra) / temperature).logsumexp(2)  # (K, B, S) -> (K, B)
         negatives = torch.logaddexp(negatives, further)
-    x = negatives - positives[:, :, 0] / temperature  # in it neither p nor 1 - p cancels
+    x = negatives - positives[:, :, 0] / temperature  # unlike p and 1 - p, free of cancellation
     zero = torch.zeros_like(x)
     nll = torch.logaddexp(zero, x)  # (K, B)
     if gamma:
@@ -128,7 +128,7 @@ def info_nce(
 
 
 def _prefixes(vectors: Tensor, cuts: list[int]) -> _Prefixes:
-    # Split, not sliced: the gradient of a slice is as wide as the vectors.
+    # Split, not sliced: the gradient of a slice would have the full dimension.
     sizes = [end - start for start, end in pairwise([0, *cuts, vectors.shape[1]])]
     parts = torch.split(vectors, sizes, dim=1)[:-1]
     squares = torch.stack([part.square().sum(1, keepdim=True) for part in parts]).cumsum(0)
@@ -136,7 +136,7 @@ def _prefixes(vectors: Tensor, cuts: list[int]) -> _Prefixes:
 
 
 def _cosines(queries: _Prefixes, documents: _Prefixes, paired: bool = False) -> list[Tensor]:
-    """K of (b, n), of every query with every document; of (b, 1), with the one beside it, if paired.
+    """K matrices (b, n) of all queries with all documents; if paired, (b, 1), row by row.
 
     The product of the first 128 coordinates is that of the first 64 plus that of the next 64, so
     all slices cost one product of the full dimension.
@@ -150,6 +150,6 @@ def _cosines(queries: _Prefixes, documents: _Prefixes, paired: bool = False) -> 
 
 
 def _masked_log_sum_exp(cosines: list[Tensor], masked: Tensor, temperature: float) -> Tensor:
-    """(K, b) from K of (b, n)."""
+    """(K, b) from K matrices (b, n)."""
     logits = (c.masked_fill(masked, MASKED_LOGIT) / temperature for c in cosines)
     return torch.stack([scores.logsumexp(1) for scores in logits])

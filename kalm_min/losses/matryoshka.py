@@ -2,8 +2,8 @@
 
     L = sum_k  weight_k * loss(q[:, :dim_k], d[:, :dim_k])
 
-A weighted sum, not a mean: with the weights of the public recipe (1, .3, .2, .1, .1 for 896, 512,
-256, 128, 64) the total weight is 1.7. Each slice is normalised again by the loss.
+This is a weighted sum, not a mean: with the weights of the public recipe (1, .3, .2, .1, .1 for
+896, 512, 256, 128, 64) the total weight is 1.7. The loss normalises each slice again.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,13 +24,13 @@ def matryoshka(
     loss: Callable[..., Tensor] = info_nce,
     **options: object,
 ) -> Tensor:
-    """The sum over slices of (B, D) queries and (N, D) documents, a scalar.
+    """The weighted sum over slices of (B, D) queries and (N, D) documents, a scalar.
 
     Args:
-        queries, documents, labels, options: what `loss` takes; a mask holds for all slices.
+        queries, documents, labels, options: passed to `loss`; a mask applies to all slices.
         dims: leading dimensions, from 1 to D; otherwise ValueError.
         weights: one per dimension; otherwise ValueError.
-        loss: `info_nce` takes all slices in one pass over the products.
+        loss: `info_nce` computes all slices in one pass over the products.
     """
     full = queries.shape[1]
     if len(dims) != len(weights) or not dims:

@@ -1,4 +1,4 @@
-"""Online hard-negative mixing: synthetic negatives made of a query's own, during the step.
+"""Online hard-negative mixing: synthetic negatives made from a query's negatives in each step.
 
 B  queries    N  documents    M  documents per query, its positive first    D  dimension
 
@@ -6,8 +6,8 @@ B  queries    N  documents    M  documents per query, its positive first    D  d
     list-wise:  s = sum_m w_m p_m,        w = softmax_m(s(q, p_m) / t)
 
 KaLM V2 report, section on online hard-negative mixing; p are unit vectors, h and s are normalised
-again and join the denominator of their own query only. Our choice, where the report is silent: one
-mix of each kind per query; t = 0.05, its temperature for distributions elsewhere (distillation),
+again and join the denominator of their own query only. Our choices, where the report is silent: one
+mix of each kind per query; t = 0.05, the report's temperature for distributions in distillation,
 between the hardest negative alone (t -> 0) and the plain mean (t -> inf); gradients flow into the
 negatives, as from every other term; under Matryoshka each slice mixes its own slices.
 """
@@ -31,7 +31,7 @@ def mixed_cosines(
     Args:
         queries: (B, D).
         documents: (N, D).
-        rows: (B, M) int64, each query's documents among all, its positive first; -1 is padding.
+        rows: (B, M) int64, the rows of each query's documents, its positive first; -1 is padding.
         pair: (B, 2) int64, which two of its M - 1 negatives are mixed pair-wise.
         share: (B,) l, drawn with the batch, so that it does not depend on the number of processes.
     """

@@ -1,12 +1,12 @@
-"""What a model folder says and is written as.
+"""Reading and writing a model folder.
 
     config.json                              the decoder's sizes: load_config
     model.safetensors, or shards             its weights, every tensor accounted for: load_model
     modules.json, 1_Pooling, config_sentence_transformers.json, sentence_bert_config.json,
     tokenizer_config.json                    what makes it an embedder: Settings, read_settings
 
-Whatever this package does not compute is refused: a wrong guess here raises nothing later, it only
-lowers scores. Remote code is never run, pickled weights are never opened.
+What this package does not compute is refused, since a wrong guess would raise no error later and
+only lower scores. Remote code is never run, and pickled weights are never opened.
 """
 
 import warnings
@@ -25,7 +25,7 @@ from kalm_min.model.packed import Pooling
 from kalm_min.model.qwen2 import REQUIRED_SIZES, ModelConfig, Qwen2
 
 KALM_TEMPLATE = "Instruct: {instruction} \n Query: "
-"""A space before and after the newline: the form of the official code and of mteb (V1 section 1.6)."""
+"""A space before and after the newline, as in the official code and mteb (V1 section 1.6)."""
 
 # Checkpoints whose config.json leaves the attention mode to remote code; from the V2 report.
 _BIDIRECTIONAL = {
@@ -37,12 +37,12 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def read_object(path: Path) -> Object:
-    """A JSON object; {} where the file is absent."""
+    """Read a JSON object; {} if the file does not exist."""
     return parse_object(path.read_bytes(), str(path)) if path.is_file() else {}
 
 
 def load_config(folder: Path) -> ModelConfig:
-    """Read `config.json`. Raises ValueError for what is missing, damaged or not computed here."""
+    """Read `config.json`. Raises ValueError if it is missing, damaged or not supported."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder}: expected a model folder with config.json, found none")
@@ -68,13 +68,13 @@ def load_config(folder: Path) -> ModelConfig:
     ):
         if refused:
             raise ValueError(f"{path}: {sentence}")
-    # Where a file is silent, what transformers fills in.
-    silent = {"num_key_value_heads": hf["num_attention_heads"], "rope_theta": 10_000.0}
-    silent |= {"head_dim": 128 if kind == "qwen3" else 0, "tie_word_embeddings": False}
+    # transformers' defaults for keys that the file omits.
+    defaults = {"num_key_value_heads": hf["num_attention_heads"], "rope_theta": 10_000.0}
+    defaults |= {"head_dim": 128 if kind == "qwen3" else 0, "tie_word_embeddings": False}
     keys = [f.name for f in fields(ModelConfig)]
     stated = {key: hf[key] for key in keys if hf.get(key) is not None or key in REQUIRED_SIZES}
     try:
-        return ModelConfig(**silent | stated)
+        return ModelConfig(**defaults | stated)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -84,10 +84,10 @@ def load_model(
 ) -> Qwen2:
     """Build the decoder of a folder and fill it from its safetensors files.
 
-    `dtype` None leaves each parameter as it is stored. A tensor already in the wanted dtype stays a
-    private view of the mapped file, which costs no copy: do not rewrite a weights file in place while
-    its model lives (this package renames a finished file over the old one, which is safe).
-    Raises ValueError, one sentence, for everything that is wrong with config.json or the weights.
+    `dtype` None leaves each parameter as it is stored. A tensor already in that dtype stays a
+    private view of the mapped file, without a copy: do not rewrite a weights file in place while
+    its model is in use (this package renames a finished file over the old one, which is safe).
+    Raises ValueError, one sentence, for anything that is wrong with config.json or the weights.
     """
     with torch.device("meta"):
         model = Qwen2(load_config(folder))
@@ -114,8 +114,8 @@ def load_tensors(
 ) -> dict[str, Tensor]:
     """The tensors of a folder's safetensors files, as private views of the mapped files.
 
-    `wanted` is a state dict, for its names and shapes; stored names may begin with `model.` (a
-    language model's) or `base_model.model.` (PEFT's) besides. Raises ValueError, one sentence that
+    `wanted` is a state dict, for its names and shapes; stored names may also begin with `model.`
+    (language models) or `base_model.model.` (PEFT). Raises ValueError, one sentence that
     lists every missing, unexpected or wrong-shaped tensor, or every file that cannot be read.
     """
     found: dict[str, Tensor] = {}
@@ -149,7 +149,7 @@ def load_tensors(
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file (not atomic: the caller's folder is)."""
+    """Write a safetensors file (not atomic; the caller's folder is)."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(state, path, metadata={"format": "pt"})
 
@@ -157,9 +157,9 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 def save_model(
     model: Qwen2, folder: Path, *, causal: bool, state: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write `config.json` and `model.safetensors` into `folder` (not atomic: the caller's folder is).
+    """Write `config.json` and `model.safetensors` (not atomic; the caller's folder is).
 
-    `state` holds the weights, by name, where the model's own are spread over processes.
+    `state` holds the weights, by name, if the model's are distributed over processes.
     """
     state = model.state_dict() if state is None else state
     config = {key: value for key, value in asdict(model.config).items() if value is not None}
@@ -184,11 +184,11 @@ class Settings:
     """The attention mode: causal, or bidirectional."""
     pooling: Pooling = "mean"
     max_length: int = 512
-    """Tokens kept of a text, prompt and end-of-text token included."""
+    """Tokens kept per text, including the prompt and the end-of-text token."""
     prompts: dict[str, str] = field(default_factory=dict)
-    """Texts put before queries and documents, by the names "query" and "document", and others."""
+    """Texts put before queries ("query") and documents ("document"); other names are kept."""
     instruction_template: str = KALM_TEMPLATE
-    """How a task instruction becomes a prompt; holds "{instruction}"."""
+    """Turns a task instruction into a prompt; contains "{instruction}"."""
 
 
 def read_settings(
@@ -196,9 +196,9 @@ def read_settings(
 ) -> Settings:
     """Resolve the settings of a folder from all its side files.
 
-    `folder` may hold sentence-transformers' files; `base`, called `name` (a hub id or a path), holds
-    config.json, which says `config`. What is `given` and not None replaces the folder's settings.
-    Raises ValueError for what this package does not compute, or nobody stated.
+    `folder` may hold sentence-transformers' files; `base`, called `name` (a hub id or a path),
+    holds config.json, read as `config`. Values in `given`, unless None, replace the folder's.
+    Raises ValueError for what this package does not compute or no file states.
     """
     path = folder / "modules.json"
     for module in read_json(path) if path.is_file() else []:
@@ -239,7 +239,7 @@ def read_settings(
 
 
 def _read_pooling(path: Path) -> Pooling:
-    """The mode of a new (`pooling_mode`) or an old (six booleans) file; mean without a file."""
+    """The mode in a new (`pooling_mode`) or old (six booleans) file; "mean" if there is no file."""
     settings = read_object(path)
     if not settings.get("include_prompt", True):
         raise ValueError(f"{path}: include_prompt false is not built, the prompt is always pooled")
@@ -260,7 +260,7 @@ def write_settings(
 ) -> None:
     """Write the files that make the folder a sentence-transformers model, and a card for people.
 
-    `adapter_base` names the base model where the folder holds an adapter without it.
+    `adapter_base` names the base model if the folder holds only an adapter.
     """
     kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
     main: dict[str, object] = {
@@ -273,7 +273,7 @@ def write_settings(
         reason = "older versions ignore is_causal in config.json and would attend causally"
         main["requirements"] = {"transformers": {"specifier": ">=5.2", "reason": reason}}
     bert: dict[str, object] = {"max_seq_length": settings.max_length, "do_lower_case": False}
-    if adapter_base:  # config.json is the base's, which may say otherwise
+    if adapter_base:  # config.json is the base's and may state another mode
         bert["config_args"] = {"is_causal": settings.causal}
     files = {
         "modules.json": [

@@ -1,13 +1,13 @@
 """LoRA: low-rank updates on chosen projections of a frozen decoder (Hu et al. 2021).
 
-I, O  sizes in and out of a projection    R  rank
+I, O  input and output size of a projection    R  rank
 
     y = x W^T + b + (alpha / R) * (x A^T) B^T        W (O, I) frozen, A (R, I) and B (O, R) trained
 
 The base keeps its parameter names and adapters get PEFT's, so a state dict is a model file plus an
-adapter file. There is no dropout: gradient caching repeats forwards, which must agree; one named in
-a file is ignored, since it only affects training. Refused in files: DoRA, rsLoRA, trained biases,
-other saved modules and the like.
+adapter file. There is no dropout: gradient caching repeats forward passes, which must agree. A
+dropout rate in a file is ignored, since it only affects training. Files with DoRA, rsLoRA, trained
+biases, other saved modules and the like are refused.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ from kalm_min.model.qwen2 import Linear, Qwen2
 
 ADAPTER_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
-# PEFT's keys that are checked, and those that change nothing for a trained adapter.
+# PEFT's keys that are checked, and those that have no effect on a trained adapter.
 _ALLOWED = {
     *("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules"),
     *("auto_mapping", "peft_version", "inference_mode", "init_lora_weights", "lora_dropout"),
@@ -41,7 +41,7 @@ class LoRAConfig:
     rank: Annotated[int, "Rank of the updates; 0 trains all weights."] = 0
     alpha: Annotated[float, "The updates are multiplied by alpha / rank."] = 32.0
     target_modules: Annotated[
-        tuple[str, ...], "Projections that get an update, by the end of their names."
+        tuple[str, ...], "Names, or their last parts, of the projections that get an update."
     ] = _PROJECTIONS
 
     def __post_init__(self) -> None:
@@ -65,7 +65,7 @@ class LoRALinear(nn.Module):
     """A frozen linear layer plus a trained low-rank update."""
 
     def __init__(self, linear: nn.Linear, config: LoRAConfig) -> None:
-        """Take over the parameters of `linear`; A and B are not filled yet."""
+        """Take over the parameters of `linear`; A and B are not initialised yet."""
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         self.scale = config.alpha / config.rank
@@ -82,7 +82,7 @@ def add_adapter(model: nn.Module, config: LoRAConfig, seed: int = 0) -> None:
     """Freeze `model` and put an update of zero on its target projections, in place.
 
     A is drawn as PEFT draws it, uniform within 1 / sqrt(I), from `seed` alone; B is zero.
-    Raises ValueError naming a target that no projection of the model is called by.
+    Raises ValueError naming a target that matches no projection of the model.
     """
     generator = torch.Generator().manual_seed(seed)
     for layer in _attach(model, config):
@@ -95,9 +95,9 @@ def add_adapter(model: nn.Module, config: LoRAConfig, seed: int = 0) -> None:
 
 
 def _attach(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
-    """Freeze the model and wrap its target projections; the wrappers, not filled yet.
+    """Freeze the model, wrap its target projections and return the wrappers, not initialised yet.
 
-    A projection is a target whose dotted name is, or ends in, one of the names: PEFT's rule for lists.
+    A target's dotted name is, or ends in, one of the names, which is PEFT's rule for lists.
     """
     linears = {f".{name}": m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     ends = tuple(f".{end}" for end in config.target_modules)
@@ -113,7 +113,7 @@ def _attach(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
 
 
 def merge(model: Qwen2, config: LoRAConfig) -> Qwen2:
-    """A plain decoder, all of it trainable, with every update folded into its weight."""
+    """A plain, fully trainable decoder with every update folded into its weight."""
     with torch.device("meta"):
         plain = Qwen2(model.config)
     plain.load_state_dict(merged_state(model.state_dict(), config), assign=True)
@@ -121,7 +121,7 @@ def merge(model: Qwen2, config: LoRAConfig) -> Qwen2:
 
 
 def merged_state(state: Mapping[str, Tensor], config: LoRAConfig) -> dict[str, Tensor]:
-    """Fold the updates of a state dict into its weights, in float32 at least, rounded once."""
+    """Fold the updates of a state dict into its weights, in at least float32, rounded once."""
     folded = {name: tensor for name, tensor in state.items() if not name.endswith((_A, _B))}
     for layer in (name.removesuffix(_A) for name in state if name.endswith(_A)):
         weight = state[f"{layer}.weight"]
@@ -133,7 +133,7 @@ def merged_state(state: Mapping[str, Tensor], config: LoRAConfig) -> dict[str, T
 
 
 def save_adapter(state: Mapping[str, Tensor], folder: Path, adapter: Adapter) -> None:
-    """Write PEFT's two files for a state dict with A and B into `folder`, which the caller completes."""
+    """Write PEFT's two files for a state dict with A and B into `folder` (atomic only with it)."""
     updates = {f"base_model.model.{k}": x for k, x in state.items() if k.endswith((_A, _B))}
     save_tensors(updates, folder / _WEIGHTS)
     config = {
@@ -153,13 +153,13 @@ def save_adapter(state: Mapping[str, Tensor], folder: Path, adapter: Adapter) ->
 def read_adapter(folder: Path) -> Adapter:
     """Read `adapter_config.json`.
 
-    Raises ValueError for every setting under which the update is not alpha / r * B A and nothing else.
+    Raises ValueError for any setting under which the update is not exactly alpha / r * B A.
     """
     path = folder / ADAPTER_CONFIG
     raw: Object = {"lora_alpha": 8} | read_object(path)  # PEFT's default
     rank, alpha, names = raw.get("r", 0), raw["lora_alpha"], raw.get("target_modules", "")
     start, base = raw.get("init_lora_weights"), raw.get("base_model_name_or_path", "")
-    # PiSSA, OLoRA, CorDA and LoftQ start by changing the base, which is not in the file.
+    # PiSSA, OLoRA, CorDA and LoftQ first change the base, and the file does not hold that change.
     starts = "true, false or gaussian, since another may have changed the base (convert it first)"
     tasks = (None, "FEATURE_EXTRACTION")
     for key, fine, expected in (
@@ -180,7 +180,7 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def load_adapter(model: nn.Module, folder: Path) -> Adapter:
-    """Put the adapter of a folder on `model`, in place, every tensor accounted for.
+    """Put the adapter of a folder on `model`, in place, accounting for every tensor.
 
     A and B keep the dtype of the file, so that merging into 16-bit weights rounds once. Raises
     ValueError, one sentence listing what is missing, unexpected or wrong-shaped.

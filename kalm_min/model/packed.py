@@ -1,11 +1,11 @@
-"""A batch as sequences laid end to end, and one vector per sequence out of its hidden states.
+"""A batch as sequences laid end to end, and one vector per sequence from its hidden states.
 
 T  tokens of all sequences    B  sequences    P  tokens of a shared prefix    D  hidden size
 
-A packed batch has no padding and no mask, only boundaries. What all texts of a causal batch begin
-with (queries under one instruction) never sees what follows, so the batch may hold it once, before
-the sequences; only attention and pooling have to know. Pooling, truncation and normalization are
-nowhere else, so training, encoding and evaluation cannot disagree about them.
+A packed batch has no padding and no mask, only boundaries. Tokens with which all texts of a causal
+batch begin (an instruction) never attend to what follows, so the batch may hold them once, before
+the sequences; only attention and pooling handle them. Pooling, truncation and normalization are
+implemented only here, so training, encoding and evaluation cannot disagree about them.
 """
 
 from collections.abc import Sequence
@@ -32,9 +32,9 @@ class Packed(NamedTuple):
     max_seqlen: int
     """Length of the longest sequence."""
     prefix: int = 0
-    """P: the first P tokens precede every sequence, and cu_seqlens[0] is P."""
+    """P: the first P tokens belong in front of every sequence, and cu_seqlens[0] is P."""
     key_rows: Tensor | None = None
-    """With a prefix, (P + sum of P + n_b,) int64 rows of the tokens of the prefix, then of each text."""
+    """With a prefix: int64 rows of its tokens, then of the tokens of each text, prefix included."""
 
     @classmethod
     def from_sequences(
@@ -43,7 +43,7 @@ class Packed(NamedTuple):
         device: torch.device | str = "cpu",
         prefix: Sequence[int] = (),
     ) -> "Packed":
-        """Pack lists of token ids, none of them empty, in the order given; `prefix` precedes each."""
+        """Pack non-empty lists of token ids in the order given; `prefix` precedes each of them."""
         shared, lengths = len(prefix), [len(ids) for ids in sequences]
         assert lengths and min(lengths) > 0, "an empty sequence has no vector to pool"
         bounds = torch.tensor([*accumulate(lengths, initial=shared)], dtype=torch.int32)  # (B + 1,)
@@ -54,7 +54,7 @@ class Packed(NamedTuple):
         tensors = [input_ids, positions, bounds]
         if shared:
             start, *rest = rows.split([shared, *lengths])
-            tensors.append(torch.cat([start, *chain.from_iterable((start, own) for own in rest)]))
+            tensors.append(torch.cat([start, *chain.from_iterable((start, text) for text in rest)]))
         input_ids, positions, bounds, *keys = (x.to(device, non_blocking=True) for x in tensors)
         return cls(input_ids, positions, bounds, max(lengths), shared, *keys)
 
@@ -62,9 +62,9 @@ class Packed(NamedTuple):
 def pool(hidden: Tensor, cu_seqlens: Tensor, mode: Pooling, prefix: int = 0) -> Tensor:
     """One vector per sequence: hidden (T, D) and boundaries (B + 1,) int32 to (B, D).
 
-    "mean" is over all tokens, prompt and end-of-text included (KaLM). `prefix` tokens before the
-    first sequence belong to all of them. No sequence is empty. The result is float32 at least: a
-    bfloat16 sum over 512 tokens would lose the small ones.
+    "mean" is over all tokens, including the prompt and end-of-text token (KaLM). The `prefix`
+    tokens before the first sequence belong to every sequence. No sequence is empty. The result is
+    at least float32: a bfloat16 sum over 512 tokens would lose small values.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     if mode == "lasttoken":
@@ -79,7 +79,7 @@ def truncate(vectors: Tensor, dim: int | None, *, normalize: bool = True) -> Ten
     """The first `dim` coordinates (Matryoshka; None: all) of vectors (B, D), at unit length.
 
     A slice of a unit vector is shorter than 1, so it is normalized again; a zero vector stays zero.
-    Raises ValueError where there are fewer coordinates.
+    Raises ValueError if there are fewer coordinates.
     """
     if dim is not None and not 1 <= dim <= vectors.shape[-1]:
         raise ValueError(f"truncate_dim: expected 1 to {vectors.shape[-1]}, found {dim}")

@@ -9,7 +9,7 @@ H  query heads      K  key/value heads      E  head size
     h = norm(h)
 
 Parameter names are Hugging Face's, so the state dict is the checkpoint file. There is no output
-head, no cache and no dropout, so that a second forward gives the same values (gradient caching).
+head, cache or dropout, so that a second forward pass gives the same values (gradient caching).
 """
 
 from dataclasses import dataclass, fields
@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from kalm_min.model.attention import packed_attention
 from kalm_min.model.packed import Packed
 
-_CACHED_ROWS = 512  # of the feed-forward at a time on a CPU
+_CACHED_ROWS = 512  # rows of the feed-forward layer at a time on a CPU
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +38,7 @@ class ModelConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int = 0
-    """0 takes hidden_size / num_attention_heads."""
+    """0 stands for hidden_size / num_attention_heads."""
     model_type: Literal["qwen2", "qwen3"] = "qwen2"
     """"qwen2" (bias on q, k, v) or "qwen3" (no bias, RMSNorm on each query and key head)."""
     rms_norm_eps: float = 1e-6
@@ -46,9 +46,9 @@ class ModelConfig:
     max_position_embeddings: int = 32_768
     initializer_range: float = 0.02
     is_causal: bool | None = None
-    """None where the file does not say."""
+    """None if the file does not state it."""
     tie_word_embeddings: bool = True
-    """Like the token ids only carried along for `config.json`: an embedder has no output head."""
+    """Like the token ids, only kept for `config.json`: an embedder has no output head."""
     bos_token_id: object = None
     eos_token_id: object = None
     pad_token_id: object = None
@@ -75,14 +75,14 @@ REQUIRED_SIZES = [field.name for field in fields(ModelConfig)][:5]
 
 
 class Linear(nn.Linear):
-    """Left unfilled: torch's own draws, thrown away, would cost a second on the meta device."""
+    """Left uninitialised: torch's random draws would be discarded and cost a second on "meta"."""
 
     def reset_parameters(self) -> None:
         """Leave it to a file or to `initialise`."""
 
 
 class Embedding(nn.Embedding):
-    """Left unfilled, like `Linear`."""
+    """Left uninitialised, like `Linear`."""
 
     def reset_parameters(self) -> None:
         """Leave it to a file or to `initialise`."""
@@ -97,7 +97,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize x (..., size); the square is taken in float32 at least, bfloat16 keeps 8 bits."""
+        """Normalize x (..., size); squares are in at least float32, since bfloat16 keeps 8 bits."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
@@ -108,7 +108,7 @@ def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
 
     Qwen2 rotates the pairs (x_i, x_{i + E/2}), so the angles are laid out twice as [f, f]; the
     interleaved layout of pairs (x_{2i}, x_{2i+1}) would give other vectors from the same weights.
-    float32 whatever the model's type: bfloat16 cannot hold a position above 256 exactly.
+    Both are float32 in every model: bfloat16 cannot hold a position above 256 exactly.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim  # (E/2,)
     angles = positions.float()[:, None] * theta**-exponents  # (T, E/2)
@@ -145,7 +145,7 @@ class Attention(nn.Module):
         """Mix the tokens of each sequence: (T, D) to (T, D)."""
         heads = (-1, self.head_dim)
         v = self.v_proj(x).unflatten(-1, heads)  # (T, K, E)
-        # Back to the type of v: under autocast the norms give float32.
+        # Back to the dtype of v: under autocast the norms give float32.
         q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, heads)), *rotary).to(v)  # (T, H, E)
         k = rotate(self.k_norm(self.k_proj(x).unflatten(-1, heads)), *rotary).to(v)  # (T, K, E)
         mixed = packed_attention(q, k, v, packed, causal=causal)  # (T, H, E)
@@ -162,10 +162,10 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(T, D) to (T, D). Without a graph in place, and on a CPU in parts that its cache holds."""
+        """(T, D) to (T, D). Without a graph: in place and, on a CPU, in parts that fit the cache."""
         if torch.is_grad_enabled():
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (T, F) inside
-        # Even parts: a product of a few left-over rows would take another kernel and round otherwise.
+        # Even parts: a product of few left-over rows would use another kernel and round differently.
         outputs: list[Tensor] = []
         for part in x.chunk(1 if x.is_cuda else -(-len(x) // _CACHED_ROWS)):
             gated = F.silu(self.gate_proj(part), inplace=True).mul_(self.up_proj(part))
@@ -202,12 +202,12 @@ class Qwen2(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
-        """Keep only each layer's input for backward, and compute the layer again there."""
+        """Keep only each layer's input for the backward pass, which computes the layer again."""
 
     def forward(self, packed: Packed, *, causal: bool) -> Tensor:
         """Hidden states after the last norm, (T, D): what transformers calls `last_hidden_state`.
 
-        A token sees itself and what precedes it if `causal`, else its full sequence.
+        A token attends to itself and what precedes it if `causal`, else to its full sequence.
         """
         hidden = self.embed_tokens(packed.input_ids)  # (T, D)
         rotary = rotary_tables(packed.positions, self.config.head_dim, self.config.rope_theta)
