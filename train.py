@@ -21,7 +21,7 @@ from kalm_min.console import Progress
 from kalm_min.data import TrainingData
 from kalm_min.model.lora import LoRAConfig
 from kalm_min.training import checkpoint, distributed
-from kalm_min.training.source import ModelSource, open_model
+from kalm_min.training.checkpoint import ModelSource, open_model
 from kalm_min.training.trainer import LogLine, Recipe, Trainer
 
 say = partial(print, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""InfoNCE: each query against its positive and every other candidate, in bounded memory.
+"""InfoNCE, each query against its positive and every other candidate, and Matryoshka over it.
 
 B, b  queries, of a tile    N, n  documents, of a tile    D  dimension    K  leading slices compared
 
@@ -9,6 +9,7 @@ KaLM V2 report, sections on the training objective and on focal-style reweightin
 plain InfoNCE. z is the log-sum-exp over the negatives alone, taken tile by tile; if all tiles
 together exceed the memory, each is computed again in the backward pass. Which documents are not
 candidates (`masking`) and which process computed them is decided elsewhere.
+Matryoshka is the same loss on leading slices of the vectors, so that a slice can be used alone.
 """
 
 import math
@@ -125,6 +126,40 @@ def info_nce(
     if gamma:
         nll = (-gamma * torch.logaddexp(zero, -x)).exp() * nll  # log(1 - p) = -log(1 + e^-x)
     return (nll.new_tensor([weight for _, weight in slices]) @ nll).mean()
+
+
+def matryoshka(
+    queries: Tensor,
+    documents: Tensor,
+    labels: Tensor,
+    *,
+    dims: Sequence[int],
+    weights: Sequence[float],
+    loss: Callable[..., Tensor] = info_nce,
+    **options: object,
+) -> Tensor:
+    """A loss on leading slices: sum_k weight_k * loss(q[:, :dim_k], d[:, :dim_k]), a scalar.
+
+    This is a weighted sum, not a mean: with the weights of the public recipe (1, .3, .2, .1, .1 for
+    896, 512, 256, 128, 64) the total weight is 1.7. The loss normalises each slice again.
+
+    Args:
+        queries, documents, labels, options: (B, D), (N, D) and the rest, passed to `loss`; a mask
+            applies to all slices.
+        dims: leading dimensions, from 1 to D; otherwise ValueError.
+        weights: one per dimension; otherwise ValueError.
+        loss: `info_nce` computes all slices in one pass over the products.
+    """
+    full = queries.shape[1]
+    if len(dims) != len(weights) or not dims:
+        found = f"{dims} and {weights}"
+        raise ValueError(f"matryoshka: expected one weight per dimension, found {found}")
+    if wrong := [dim for dim in dims if not 1 <= dim <= full]:
+        raise ValueError(f"matryoshka: expected dimensions from 1 to {full}, found {wrong[0]}")
+    if loss is info_nce:
+        return loss(queries, documents, labels, dims=dims, weights=weights, **options)
+    values = [loss(queries[:, :dim], documents[:, :dim], labels, **options) for dim in dims]
+    return torch.stack([w * value for w, value in zip(weights, values, strict=True)]).sum()
 
 
 def _prefixes(vectors: Tensor, cuts: list[int]) -> _Prefixes:

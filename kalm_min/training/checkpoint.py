@@ -1,4 +1,4 @@
-"""The folder of a run: it explains itself, and the same command resumes it.
+"""The model a run starts from, and its folder, which explains itself and from which it resumes.
 
     <output>/config.toml, environment.json, log.jsonl    the settings, the machine, every step
     <output>/checkpoints/step_00001000/ and so on        complete ones only
@@ -13,9 +13,10 @@ import platform
 import shutil
 import tomllib
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 from safetensors import safe_open
@@ -29,6 +30,9 @@ from torch.distributed.checkpoint.state_dict import (
 
 from kalm_min.embedder import Embedder
 from kalm_min.files import atomic_directory, flatten, read_json, read_toml, write_json, write_text
+from kalm_min.model import ModelConfig, Pooling, Qwen2, initialise
+from kalm_min.model.lora import ADAPTER_CONFIG, Adapter, LoRAConfig, add_adapter, load_adapter
+from kalm_min.tokenizer import Tokenizer
 from kalm_min.training import distributed, parallel
 
 _STATE, _OPTIMIZER = "state.json", "optimizer.safetensors"
@@ -36,6 +40,93 @@ _STATE, _OPTIMIZER = "state.json", "optimizer.safetensors"
 # Shards are put together one tensor at a time, on the CPU of rank 0; other ranks get nothing.
 _ALL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _TRAINABLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSource:
+    """The model to start from: either `path`, or `tokenizer` and sizes of a fresh one."""
+
+    path: Annotated[str | None, "Checkpoint to start from: a folder or a hub id."] = None
+    tokenizer: Annotated[Path | None, "Folder of a tokenizer, to train a fresh model with."] = None
+    hidden_size: Annotated[int, "Dimension of a fresh model's hidden states and vectors."] = 256
+    intermediate_size: Annotated[int, "Dimension of a fresh model's feed-forward layers."] = 1024
+    num_hidden_layers: Annotated[int, "Layers of a fresh model."] = 4
+    num_attention_heads: Annotated[int, "Query heads of a fresh model."] = 4
+    num_key_value_heads: Annotated[int, "Key/value heads of a fresh model."] = 2
+    initializer_range: Annotated[float, "Standard deviation of a fresh model's weights."] = 0.02
+    init_seed: Annotated[int, "Seed of a fresh model's weights, or of a fresh adapter's."] = 0
+    causal: Annotated[
+        bool | None, "Causal attention; none: the checkpoint's, bidirectional for a fresh model."
+    ] = None
+    pooling: Annotated[Pooling | None, "none: the checkpoint's, mean for a fresh model."] = None
+    max_length: Annotated[int, "Maximum number of tokens per text, instruction included."] = 512
+    instruction_template: Annotated[
+        str | None, "Turns an {instruction} into a prompt; none: the checkpoint's."
+    ] = None
+
+    def __post_init__(self) -> None:
+        """Validate option combinations."""
+        if (self.path is None) == (self.tokenizer is None):
+            raise ValueError(
+                "give either path, a checkpoint to start from, or tokenizer, the folder of a "
+                "tokenizer for a fresh model"
+            )
+        if self.instruction_template and "{instruction}" not in self.instruction_template:
+            raise ValueError("instruction_template: expected {instruction} in it, found none")
+
+
+def open_model(
+    source: ModelSource, resume: Path | None, device: torch.device, lora: LoRAConfig | None = None
+) -> Embedder:
+    """The embedder that a run starts with, or resumes from a checkpoint: float32 on `device`.
+
+    With LoRA it is the checkpoint of `source`, frozen, under the adapter of `resume` or a fresh
+    one, which changes nothing. Raises ValueError for what cannot be trained or opened.
+    """
+    lora = lora if lora is not None and lora.rank else None
+    if resume is not None and lora is None:
+        return Embedder.from_pretrained(resume, device, torch.float32)
+    if source.path is not None:
+        embedder = Embedder.from_pretrained(
+            source.path, device, torch.float32, source.causal, source.pooling, source.max_length
+        )
+    elif lora is not None:
+        raise ValueError(
+            "--lora.rank: expected --model.path, a checkpoint to adapt; a fresh model has none"
+        )
+    else:
+        assert source.tokenizer is not None
+        tokenizer = Tokenizer.from_folder(source.tokenizer)
+        config = ModelConfig(
+            vocab_size=-(-tokenizer.vocab_size // 64) * 64,  # odd numbers of rows are slow on a GPU
+            max_position_embeddings=max(512, source.max_length),
+            # The sizes, which have the same names.
+            **{k: v for k, v in asdict(source).items() if k in ModelConfig.__dataclass_fields__},
+        )
+        model = Qwen2(config)
+        initialise(model, source.init_seed)
+        embedder = Embedder(
+            model.to(device),
+            tokenizer,
+            causal=bool(source.causal),
+            pooling=source.pooling or "mean",
+            max_length=source.max_length,
+        )
+    if source.instruction_template is not None:
+        embedder.instruction_template = source.instruction_template
+    if lora is not None and source.path is not None:
+        folder = Path(source.path).expanduser()
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise ValueError(
+                f"{folder}: an adapter cannot be the base of another; save it merged first, "
+                "with Embedder.from_pretrained(...).save_pretrained(...)"
+            )
+        embedder.adapter = Adapter(lora, str(folder.resolve()) if folder.is_dir() else source.path)
+        if resume is None:
+            add_adapter(embedder.model, lora, source.init_seed)
+        else:
+            load_adapter(embedder.model, resume)
+    return embedder
 
 
 def save(
@@ -159,6 +250,7 @@ def write_description(output: Path, config_toml: str, device: torch.device) -> N
         "platform": platform.platform(),
         "device": f"{device.type} {name}".strip(),
         "world_size": distributed.world_size(),
+        "threads": torch.get_num_threads(),  # sums depend on it, and with them the last bits
     }
     write_json(output / "environment.json", environment)
 
