@@ -6,8 +6,8 @@
     python evaluate.py --output results --report-only
     python evaluate.py --compare results/a results/b
 
-The same command again continues where the last one stopped. Exit code 0 only when every task has
-its score; 1 when one failed, 2 when the request itself is wrong, 130 when interrupted.
+The same command again continues where the last one stopped. The exit code is 0 only if every task
+has its score, 1 if a task failed, 2 if the request is wrong, and 130 after an interruption.
 """
 
 import os
@@ -26,7 +26,7 @@ from kalm_min.files import write_text
 
 
 def evaluate(config: EvaluationConfig) -> int:
-    """Do what the configuration requests; returns the exit code."""
+    """Do what the configuration requests; return the exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
     if config.compare:
         print(report.comparison(config.compare, config.dims))
@@ -57,7 +57,7 @@ def tabulate(config: EvaluationConfig) -> int:
 
 
 def score(config: EvaluationConfig) -> int:
-    """Run the plan and report; 1 if a task failed."""
+    """Run the plan and report; return 1 if a task failed."""
     plan = make_plan(config)
     environment = dict(os.environ) | ({"HF_HUB_OFFLINE": "1"} if config.datasets else {})
     print(report.plan_table(plan), end="\n\n", flush=True)
@@ -78,14 +78,14 @@ def score(config: EvaluationConfig) -> int:
 
 
 def visible_devices() -> list[str]:
-    """Every visible GPU, else one CPU worker; another process counts, so that this one holds none."""
+    """Every visible GPU, else one CPU; a child process counts, so that this one holds none."""
     command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
     count = int(subprocess.run(command, capture_output=True, check=True).stdout)
     return [f"cuda:{i}" for i in range(count)] or ["cpu"]
 
 
 def write_report(plan: Plan, failures: Mapping[str, Failure], folder: Path) -> None:
-    """Print the tables and write them, and pictures, into a folder."""
+    """Print the tables and write them, with plots, into a folder."""
     rows = report.score_rows(plan)
     text = report.markdown(plan, rows, failures)
     write_text(folder / "summary.md", text)

@@ -1,8 +1,8 @@
 """Mine hard negatives: `torchrun --nproc-per-node 8 mine.py --model runs/ft/final --data data/train --output data/mined`.
 
-Works alone too: `python mine.py ...` is one process. The same command continues a run that was
-interrupted and skips finished tasks; other rules (a new --rank-range, say) encode nothing again.
-Exit code 0 means that every task is written.
+`python mine.py ...` runs as a single process. The same command continues an interrupted run and
+skips finished tasks; other rules (a new --rank-range, for example) encode nothing again. The exit
+code is 0 if every task is written.
 """
 
 import os
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
 
 
 def mine(config: MiningConfig) -> int:
-    """Mine, or print what there is to do."""
+    """Mine, or print what would be done."""
     environment = dict(os.environ)
     device = torch.device(config.device or distributed.local_device(environment))
     distributed.start(environment, device)

@@ -1,8 +1,8 @@
 """Train an embedding model: `torchrun --nproc-per-node 8 train.py configs/finetune.toml --output runs/ft`.
 
-Works alone too: `python train.py ...` is one process. The same command continues a run that was
-interrupted. Exit code 0 means that the model in `<output>/final` is finished, 128 + signal that the
-run was stopped, 2 that the request is wrong, 1 anything else.
+`python train.py ...` runs as a single process. The same command continues an interrupted run. The
+exit code is 0 if the model in `<output>/final` is finished, 128 + signal if the run was stopped, 2
+if the request is wrong, and 1 otherwise.
 """
 
 import os
@@ -29,17 +29,17 @@ say = partial(print, file=sys.stderr, flush=True)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """What to train on."""
+    """The data of the run."""
 
-    path: Annotated[Path, "JSONL(.gz) file, or folder in which every file or sub-folder is a task."]
-    validation: Annotated[Path | None, "Held-out pairs, measured during training."] = None
-    instruction: Annotated[str | None, "Instruction for queries that have none of their own."] = (
+    path: Annotated[Path, "JSONL(.gz) file, or a folder with one file or sub-folder per task."]
+    validation: Annotated[Path | None, "Held-out pairs for validation, in the same format."] = None
+    instruction: Annotated[str | None, "Instruction for queries whose line and task have none."] = (
         None
     )
-    cache_dir: Annotated[Path | None, "Where line indices are kept; none: beside the data."] = None
+    cache_dir: Annotated[Path | None, "Folder for line indices; none: beside the data."] = None
 
     def open(self) -> tuple[TrainingData, TrainingData | None]:
-        """Index and check both."""
+        """Index and check the training and the validation data."""
         options = {"instruction": self.instruction, "cache_dir": self.cache_dir}
         opened = partial(TrainingData, **options, progress=sys.stderr)
         return opened(self.path), opened(self.validation) if self.validation else None
@@ -56,17 +56,17 @@ class TrainConfig(Recipe):
 
 
 def main(argv: list[str]) -> int:
-    """Run; the exit code."""
+    """Run and return the exit code."""
     return run(TrainConfig, start, argv, program="train.py", resumable=True)
 
 
 def start(config: TrainConfig) -> int:
-    """Train in the process group of the environment; the exit code."""
+    """Train in the process group of the environment; return the exit code."""
     device = distributed.local_device(os.environ)
     distributed.start(os.environ, device)
     try:
         return train(config, device)
-    except FloatingPointError as error:  # on all processes alike
+    except FloatingPointError as error:  # the same on all processes
         if os.environ.get("LOCAL_RANK", "0") == "0":
             say(f"train.py: {error}")
         return 1
@@ -83,10 +83,10 @@ def start(config: TrainConfig) -> int:
 
 
 def train(config: TrainConfig, device: torch.device) -> int:
-    """Train from where the run is; the exit code."""
+    """Start or resume the run; return the exit code."""
     is_main, text = distributed.rank() == 0, to_toml(config)
     resume = checkpoint.claim(config.output, text)
-    if len({*distributed.gather_objects(resume)}) > 1:  # nobody writes before everybody has looked
+    if len({*distributed.gather_objects(resume)}) > 1:  # no process writes before all have looked
         raise ValueError(
             f"{config.output}: expected one folder that all processes share, found other "
             "checkpoints on some of them"
@@ -105,7 +105,7 @@ def train(config: TrainConfig, device: torch.device) -> int:
 
     def stop(number: int, _: FrameType | None) -> None:
         signals.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)

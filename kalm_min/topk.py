@@ -1,9 +1,9 @@
-"""Exact nearest neighbours by inner product: the same ids from every device, backend and block size.
+"""Exact nearest neighbours by inner product: equal ids for every device, backend and block size.
 
 A float32 product differs in its last bits with the blocking, so two libraries order near-ties
-differently. Here float32 products only draw up a shortlist. All vectors lie on a grid of 2^-26: the
+differently. Here float32 products only select a shortlist. All vectors lie on a grid of 2^-26: the
 products of two unit vectors are then multiples of 2^-52 and every partial sum is below 2, which
-float64 holds exactly, so a float64 score is the same number in whatever order it was summed.
+float64 holds exactly, so a float64 score does not depend on the order of summation.
 
 Q queries    N documents    D dimension    S length of a shortlist    q, n  those of a block
 """
@@ -23,13 +23,13 @@ Span = tuple[int, int]
 _Pairs = tuple[Tensor, Tensor]  # ids and scores
 
 _GRID = np.float32(2.0**26)
-_HELD = 8192  # queries compared with all documents in one pass over these
+_HELD = 8192  # queries compared in one pass over the documents
 _QUERIES = {"cpu": 512, "cuda": 8192}  # multiplied at a time
 _DOCUMENTS = {"cpu": 8192, "cuda": 65_536}  # multiplied at a time
 _INDEXED = 65_536  # documents given to faiss at a time
-_SPARE = 64  # documents on a shortlist beyond k
-_RESCORED = {"cpu": 1 << 18, "cuda": 1 << 24}  # coordinates in float64 at a time; a cache-full
-_SAMPLE = 200_000  # documents an approximate index is trained on
+_SPARE = 64  # documents on a shortlist in addition to k
+_RESCORED = {"cpu": 1 << 18, "cuda": 1 << 24}  # float64 coordinates at a time, for the cache
+_SAMPLE = 200_000  # documents on which an approximate index is trained
 
 
 class Rows(Protocol):
@@ -40,14 +40,14 @@ class Rows(Protocol):
 
 
 class Neighbours(NamedTuple):
-    """The nearest documents of Q queries, best first, ties by id."""
+    """The nearest documents of Q queries, best first, ties in the order of ids."""
 
-    ids: Ints  # (Q, k); -1 where an approximate search found no more
-    scores: NDArray[np.float64]  # (Q, k) inner products; -inf where there is no id
+    ids: Ints  # (Q, k); -1 if an approximate search found no more
+    scores: NDArray[np.float64]  # (Q, k) inner products; -inf if there is no id
 
 
 def on_grid(vectors: Vectors | NDArray[np.float64]) -> Vectors:
-    """Round unit vectors to multiples of 2^-26, by less than float32's own error; idempotent."""
+    """Round unit vectors to multiples of 2^-26, by less than float32's error; idempotent."""
     return np.asarray(np.rint(vectors * _GRID) / _GRID, np.float32)
 
 
@@ -67,17 +67,17 @@ def top_k(
     Args:
         queries: (Q, D) unit or zero vectors on the grid (`on_grid`).
         documents: (N, D) likewise. They are read in blocks, twice per 8,192 queries.
-        k: at least 1; with fewer documents there are that many columns.
-        device: of the products.
-        backend: what draws up the shortlists; faiss is an extra, and uses a GPU where it has one.
+        k: at least 1; if there are fewer documents, the result has that many columns.
+        device: the device of the products.
+        backend: selects the shortlists; faiss is an extra, and uses a GPU if it has one.
         span: search documents span[0] to span[1] only; ids stay those of the full set.
-        exact: False leaves the scores float32 products and near-ties in any order, which is all
-            that evaluation needs, and reads the documents once.
-        index: an `approximate_index` of the same span. It draws up the shortlists, and some
-            neighbours are missed: measure how many with `recall`.
+        exact: False returns float32 products, with near-ties in any order, which is enough for
+            evaluation and reads the documents once.
+        index: an `approximate_index` of the same span, which selects the shortlists and misses
+            some neighbours: measure how many with `recall`.
 
-    Raises ValueError for vectors longer than 1, and for a torch that was told to multiply less
-    exactly than float32.
+    Raises ValueError for vectors longer than 1, and if torch is set to multiply less exactly than
+    float32.
     """
     if torch.get_float32_matmul_precision() != "highest":
         raise ValueError("torch.set_float32_matmul_precision: the search needs 'highest'")
@@ -96,7 +96,7 @@ def top_k(
         else:
             ids, scores = _shortlist(block, documents, span, size, backend)  # (q, S)
         if exact and index is None:
-            # The most by which a float32 product of unit vectors is off, however it was summed.
+            # The maximum error of a float32 product of unit vectors in any order of summation.
             error = 1.01 * (block.shape[1] + 2) * 2.0**-24
             # At least k documents reach scores[k - 1] - error exactly, and no document exceeds its
             # float32 score by more than error. So a shortlist that ends below the bound is proven
@@ -135,7 +135,7 @@ def _shortlist(queries: Tensor, documents: Rows, span: Span, size: int, backend:
     chunks = queries.split(_QUERIES.get(queries.device.type, 512))
     step = max(size, _DOCUMENTS.get(queries.device.type, 8192))
     best: list[_Pairs] = []
-    # One buffer for all products: fresh memory of this size costs as much as a pass over it.
+    # One buffer for all products: new memory of this size costs as much as a pass over it.
     scratch = queries.new_empty(len(chunks[0]) * min(step, span[1] - span[0]))
     for start, block in _blocks(documents, span, step):
         block = block.to(queries.device)
@@ -157,8 +157,8 @@ def _join(best: _Pairs, scores: Tensor, start: int) -> _Pairs:
     if scores.is_cuda:
         new, ids = scores.topk(min(size, scores.shape[1]))
     else:
-        # Only scores above the lowest on the list are looked at: a topk of all takes 5 to 10 times
-        # as long on a CPU, and numpy finds the few faster than torch.
+        # Only scores above the lowest on the list are compared: a topk of all takes 5 to 10 times
+        # as long on a CPU, and numpy finds these few faster than torch.
         is_above = (scores > best[1][:, -1:]).numpy()
         rows, columns = np.divmod(np.flatnonzero(is_above), scores.shape[1])
         counts = np.bincount(rows, minlength=len(scores))
@@ -172,14 +172,14 @@ def _join(best: _Pairs, scores: Tensor, start: int) -> _Pairs:
 
 
 def _keep(best: _Pairs, new: _Pairs, size: int) -> _Pairs:
-    """The `size` highest of two sets of (q, any) ids and scores."""
+    """The `size` highest of two sets of ids and scores, each (q, any number)."""
     ids, scores = (torch.cat(pair, 1) for pair in zip(best, new, strict=True))
     scores, order = scores.topk(min(size, scores.shape[1]))
     return ids.gather(1, order), scores
 
 
 def _shortlist_of_faiss(queries: Tensor, documents: Rows, span: Span, size: int) -> _Pairs:
-    """The same by faiss's flat search of one block after another, which holds one block in memory."""
+    """The same by faiss's flat search of one block after another, with one block in memory."""
     faiss = _import_faiss()
     knn = faiss.knn
     if queries.is_cuda and getattr(faiss, "get_num_gpus", int)():
@@ -193,7 +193,7 @@ def _shortlist_of_faiss(queries: Tensor, documents: Rows, span: Span, size: int)
 
 
 def _rescore(queries: Tensor, documents: Rows, ids: Tensor, is_candidate: Tensor, k: int) -> _Pairs:
-    """(q, k) ids and exact scores of the nearest of (q, S) candidates, -inf where there are fewer."""
+    """(q, k) ids and exact scores of the nearest of (q, S) candidates; -inf if there are fewer."""
     ids, order = ids.sort(1)  # so that a stable sort by score leaves ties in the order of ids
     rows, columns = is_candidate.gather(1, order).nonzero(as_tuple=True)  # (P,) pairs
     wanted, order = ids[rows, columns].sort()  # so that documents are read in order
@@ -211,7 +211,7 @@ def _rescore(queries: Tensor, documents: Rows, ids: Tensor, is_candidate: Tensor
 
 
 def _exhaustive(queries: Tensor, documents: Rows, k: int, span: Span) -> _Pairs:
-    """(q, k) ids and scores, every document scored in float64."""
+    """(q, k) ids and scores, with every document scored in float64."""
     ids = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     scores = ids.double()
     for start, block in _blocks(documents, span, _DOCUMENTS["cpu"]):
@@ -224,10 +224,10 @@ def _exhaustive(queries: Tensor, documents: Rows, k: int, span: Span) -> _Pairs:
 
 
 def approximate_index(documents: Rows, factory: str, span: Span | None = None) -> Any:
-    """A faiss index of the documents of `span`, or all, for corpora too large to multiply with.
+    """A faiss index of all documents, or those of `span`, for corpora too large for products.
 
     `factory` is for example "IVF4096,Flat;nprobe=64": after the semicolon, search parameters. Each
-    of several processes indexes its span, so that their number changes what is missed.
+    of several processes indexes its span, so their number affects which neighbours are missed.
     """
     faiss = _import_faiss()
     name, _, parameters = factory.partition(";")
@@ -248,7 +248,7 @@ def approximate_index(documents: Rows, factory: str, span: Span | None = None) -
 
 
 def recall(found: Ints, exact: Ints) -> float:
-    """The share of the (Q, k) ids of exact neighbours that are among the (Q, any) found ones."""
+    """The share of the (Q, k) ids of exact neighbours that are among the ids found."""
     hits = sum(len(np.intersect1d(a[a >= 0], b)) for a, b in zip(found, exact, strict=True))
     return hits / max(1, int((exact >= 0).sum()))
 

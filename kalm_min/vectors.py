@@ -4,8 +4,8 @@
     <folder>/shards/<name>.npy   (n, D) float32, unit length, on the grid of topk.py
 
 A text set is cut into shards after texts that their own hash chooses, and a shard is named by the
-hashes of its texts and their prompts. So a shard is found again whatever task, run or process needs
-it, a changed data set costs only the shards that changed, and a kill at most those being encoded.
+hashes of its texts and their prompts. So any task, run or process finds a shard again, a
+changed data set costs only the shards that changed, and a kill only those being encoded.
 """
 
 import copy
@@ -23,10 +23,10 @@ from kalm_min.embedder import Embedder
 from kalm_min.files import atomic_write, digest, read_json, text_hash, write_json
 from kalm_min.topk import Ints, Vectors, on_grid
 
-_LAYOUT = 2  # raised when shards are cut, named or encoded in another way
+_LAYOUT = 2  # rises when shards are cut, named or encoded differently
 
-# A shard ends after a text whose hash is divisible by _MEAN, so that an added or removed text moves
-# the bounds of its own shard only; and before it gets larger than what a kill may cost.
+# A shard ends after a text whose hash is divisible by _MEAN, so that an added or removed text
+# changes the bounds of only its own shard; and before it gets larger than what a kill may cost.
 _MEAN = 1024
 _LONGEST = 4096  # texts
 _LARGEST = 1 << 20  # characters
@@ -34,11 +34,11 @@ _LARGEST = 1 << 20  # characters
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextSet:
-    """n texts that can be read again by position, so that a large corpus is never held."""
+    """n texts that can be read again by position, so that a large corpus is never in memory."""
 
     hashes: Ints  # (n,) `text_hash` of the texts, without prompts
     sizes: Ints  # (n,) characters
-    prompts: tuple[str, ...]  # the different prompts that are put before texts
+    prompts: tuple[str, ...]  # the distinct prompts that are put before texts
     prompt_ids: Ints  # (n,) the position in `prompts` of each text's prompt
     read: Callable[[int, int], Sequence[str]]  # texts start to stop, without prompts
 
@@ -86,7 +86,7 @@ def describe(embedder: Embedder, checkpoint: str) -> dict[str, object]:
 
 
 def check_manifest(folder: Path, manifest: Mapping[str, object], *, begin: bool = True) -> None:
-    """Begin a folder of vectors, or raise ValueError where it holds those of another model."""
+    """Create the manifest of a folder, or raise ValueError if it is of another model."""
     path = folder / "manifest.json"
     if path.is_file():
         stored: dict[str, object] = read_json(path)
@@ -108,13 +108,13 @@ def write_array(path: Path, array: NDArray[Any]) -> None:
     """Write an .npy file, complete or not at all."""
     with atomic_write(path) as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-        file.write(array)  # np.save would report a full disk as so many items not written
+        file.write(array)  # np.save would report a full disk as a number of items not written
 
 
 def read_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """An .npy file, mapped for the moment only: what stays mapped counts as memory.
+    """Read an .npy file, mapped only briefly, since mapped pages count as memory.
 
-    Raises OSError if it does not exist, ValueError for anything but such an array.
+    Raises OSError if it does not exist, and ValueError if it is not the expected array.
     """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -129,7 +129,7 @@ def read_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDAr
 
 
 def unreadable(parts: Iterable[int], read: Callable[[int], object]) -> list[int]:
-    """The parts that `read` does not find, or finds damaged: they are to be made (again)."""
+    """The parts that `read` finds missing or damaged, which must be made (again)."""
     found: list[int] = []
     for part in parts:
         try:
@@ -142,18 +142,18 @@ def unreadable(parts: Iterable[int], read: Callable[[int], object]) -> list[int]
 class StoredVectors:
     """(n, D) float32 vectors of a text set, as `topk.Rows`: read from their files when needed.
 
-    Reading a row of a shard that does not exist raises FileNotFoundError: encode what is `missing`.
+    Reading a row of a missing shard raises FileNotFoundError: first `encode` what is `missing`.
     """
 
     def __init__(self, folder: Path | None, texts: TextSet, dimension: int) -> None:
-        """Find the shards of `texts` in a folder; without a folder, vectors stay in memory."""
+        """Find the shards of `texts` in a folder; without a folder, vectors are kept in memory."""
         self.folder, self.texts, self.dimension = folder, texts, dimension
         self.cuts = cuts(texts.hashes, texts.sizes)
         codes = np.array([text_hash(prompt) for prompt in texts.prompts], np.int64)
         pairs = np.stack([codes[texts.prompt_ids], texts.hashes], axis=1)  # (n, 2)
         parts = [pairs[start:stop].tobytes() for start, stop in pairwise(self.cuts.tolist())]
         self.names = [f"shards/{digest(part)[:32]}.npy" for part in parts]
-        self.key = digest(*self.names)[:32]  # of all texts and prompts, in order
+        self.key = digest(*self.names)[:32]  # a digest of all texts and prompts, in order
         self._in_memory: dict[int, Vectors] = {}
         self._stored_dimension = dimension
 
@@ -171,9 +171,9 @@ class StoredVectors:
         return unreadable(range(len(self.names)), self._shard)
 
     def encode(self, shard: int, embedder: Embedder, *, needs_disk: bool = True) -> None:
-        """Encode a shard and write it; what is encoded together is always the same texts.
+        """Encode a shard and write it; its texts are always encoded together.
 
-        A full disk is an OSError; with needs_disk=False the vectors stay in memory instead.
+        A full disk raises OSError; with needs_disk=False the vectors stay in memory instead.
         Raises ValueError for vectors that are not finite.
         """
         start, stop = self.cuts[shard : shard + 2].tolist()
@@ -209,7 +209,7 @@ class StoredVectors:
         return read_array(self.folder / self.names[shard], shape, np.dtype(np.float32))
 
     def __getitem__(self, key: slice | Ints) -> Vectors:
-        """The rows of a slice without step, or those numbered by an array in any order."""
+        """The rows of a slice without a step, or those in an array of numbers in any order."""
         numbers = np.arange(*key.indices(len(self))) if isinstance(key, slice) else key
         rows = np.empty((len(numbers), self.dimension), np.float32)
         order = np.argsort(numbers, kind="stable")

@@ -3,5 +3,5 @@
     plan -> runner -> one worker process per device -> one result file per task -> report
 
 The parent (`plan`, `local`, `runner`, `report`) never uses a device; a worker (`worker`, `adapter`)
-may die without losing anything but its current task. Every score is computed by mteb.
+that dies loses only its current task. Every score is computed by mteb.
 """

@@ -1,6 +1,6 @@
-"""An `Embedder` in the shape mteb asks for: an encoder and a search in one object, for one task.
+"""An `Embedder` as mteb requires it: an encoder and a search in one object, for one task.
 
-Texts are encoded once, at the full dimension; vectors of every Matryoshka dimension are cut from those.
+Texts are encoded once, at the full dimension, from which every Matryoshka dimension is cut.
 Vectors go through a store on disk, so a corpus is never held in memory, and other processes may have
 encoded it beforehand. `kalm_min.topk` searches, and mteb computes the scores.
 """
@@ -23,7 +23,7 @@ from kalm_min.vectors import StoredVectors, TextSet, cut_dimension
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_QUERIES = 8192  # searched between two reports of progress
+_QUERIES = 8192  # queries searched between two reports of progress
 
 Report = Callable[[int, int, bool], None]
 """Called with the texts and characters done since the last call, and whether more are encoded next."""
@@ -36,11 +36,11 @@ class Adapter:
     embedder: Embedder
     query_prompt: str = ""  # put before queries, and before every text of tasks without documents
     document_prompt: str = ""  # put before the documents of retrieval and reranking
-    store: Path | None = None  # of the vectors of this model with these settings; None: in memory
+    store: Path | None = None  # folder of this model's vectors with these settings; None: in memory
     report: Report = lambda *_: None
 
     def __post_init__(self) -> None:
-        """Begin with no text encoded, at the full dimension."""
+        """Start with no text encoded, at the full dimension."""
         from mteb.models import ModelMeta
 
         self.mteb_model_meta = ModelMeta.create_empty(
@@ -48,14 +48,14 @@ class Adapter:
         )
         self.dim = self.embedder.dimension
         self._encoded: dict[str, dict[str, Vectors]] = {"query": {}, "document": {}}
-        # By id() of the corpus, which is kept so that no other object gets its id.
+        # By id() of the corpus, which is kept alive so that no other object gets its id.
         self._corpora: dict[int, tuple[Dataset, StoredVectors]] = {}
         self._corpus_id = 0
 
     def encode(self, inputs: Any, *, prompt_type: object = None, **_: object) -> Vectors:
         """(n, dim) float32 unit vectors of the texts of a DataLoader, in their order.
 
-        A text that this task has encoded before is not encoded again.
+        A text that this task has already encoded is not encoded again.
         """
         kind = "document" if prompt_type == "document" else "query"
         encoded, texts = self._encoded[kind], inputs.dataset["text"][:]
@@ -74,10 +74,10 @@ class Adapter:
         return (torch.as_tensor(a) * torch.as_tensor(b)).sum(-1)
 
     def index(self, corpus: "Dataset", **_: object) -> None:
-        """Encode the documents that `search` looks at: a Dataset with id, text and perhaps title."""
+        """Encode the documents for `search`: a Dataset with id, text and optional title."""
 
         def read(start: int, stop: int) -> list[str]:
-            """Title and text in one, joined as mteb joins them; a title may be empty or None."""
+            """Title and text, joined as in mteb; a title may be empty or None."""
             part = corpus[start:stop]
             titles = part.get("title") or [""] * len(part["text"])
             pairs = zip(titles, part["text"], strict=True)
@@ -96,8 +96,8 @@ class Adapter:
         top_ranked: Mapping[str, Sequence[str]] | None = None,
         **_: object,
     ) -> dict[str, dict[str, float]]:
-        """The best documents of each query, with `top_ranked` among these only: {id: {id: cosine}}."""
-        # Only mteb knows how a conversation, or a query with an instruction, becomes a text.
+        """The best documents of each query, or of its `top_ranked` ones: {id: {id: cosine}}."""
+        # Only mteb knows how conversations and queries with instructions become texts.
         from mteb._create_dataloaders import create_dataloader
         from mteb.types import PromptType
 
@@ -129,7 +129,7 @@ class Adapter:
     def _stored(
         self, read: Callable[[int, int], Sequence[str]], count: int, kind: str
     ) -> StoredVectors:
-        """The vectors of texts at the full dimension, encoded where the store lacks them."""
+        """The vectors of texts at the full dimension, encoded if the store lacks them."""
         prompt = self.query_prompt if kind == "query" else self.document_prompt
         texts = TextSet.of(read, count, prompt)
         stored = StoredVectors(self.store, texts, self.embedder.dimension)
@@ -138,7 +138,7 @@ class Adapter:
         for shard, (start, stop) in enumerate(pairwise(stored.cuts.tolist())):
             if shard in missing:
                 stored.encode(shard, self.embedder, needs_disk=False)
-            # Counted as the plan counts: up to about the length that is encoded.
+            # As in the plan, count characters up to about the length that is encoded.
             sizes = np.minimum(texts.sizes[start:stop], 4 * self.embedder.max_length)
             self.report(stop - start, int(sizes.sum()), True)
         self.report(0, 0, False)

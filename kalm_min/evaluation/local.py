@@ -1,4 +1,4 @@
-"""Evaluation datasets in local folders: recognised, checked row by row, given to mteb as tasks.
+"""Evaluation datasets in local folders, recognised, checked row by row, and given to mteb as tasks.
 
     retrieval       corpus.jsonl (_id, title, text), queries.jsonl (_id, text), qrels/test.tsv
     reranking       test.jsonl   query, positive [texts], negative [texts]
@@ -9,7 +9,7 @@
     summarization   test.jsonl   text, human_summaries, machine_summaries, relevance
     bitext          one file per language pair (or test.jsonl)   sentence1, sentence2
 
-The type is read off the files and the columns of the first row; a `task.toml` beside them may set
+The type follows from the files and the columns of the first row; a `task.toml` beside them may set
 `type`, `instruction`, `symmetric`, `languages`, `main_metric`. `.jsonl.gz` is read too. Everything is
 checked while planning, before a model is loaded; mteb is imported only to build a task.
 """
@@ -52,7 +52,7 @@ _SUMMARY = r"((cosine|dot)_)?(spearman|pearson)"
 
 
 class Kind(NamedTuple):
-    """A type of task: mteb's name, its usual main score, a pattern of all its scores, the columns."""
+    """A type of task: mteb's name, usual main score, a pattern of all scores, and the columns."""
 
     type: str
     main_score: str
@@ -60,7 +60,7 @@ class Kind(NamedTuple):
     columns: Mapping[str, Field]
 
 
-# In this order: classification before clustering, which has its columns; bitext last.
+# The order matters: classification before clustering, which has its columns; bitext last.
 KINDS = {
     "retrieval": Kind("Retrieval", "ndcg_at_10", _RANKED, _DOCUMENT),
     "reranking": Kind("Reranking", "map_at_1000", _RANKED, _CANDIDATES),
@@ -88,24 +88,24 @@ _EXPECTED += ", or ".join(f"{', '.join(KINDS[name].columns)} ({name})" for name 
 
 @dataclass(frozen=True, slots=True)
 class LocalDataset:
-    """A dataset folder whose every row was read and found good."""
+    """A dataset folder in which every row was read and found valid."""
 
     name: str
     path: Path
     kind: str
-    revision: str  # a hash of every file that counts
+    revision: str  # a hash of every relevant file
     texts: int
     characters: int
     main_score: str
     instruction: str | None = None
-    symmetric: bool = False  # the instruction belongs on the documents too (retrieval, reranking)
+    symmetric: bool = False  # documents get the instruction too (retrieval, reranking)
     languages: Sequence[str] = ("und-Zyyy",)  # ISO 639-3 and 15924: undetermined
 
 
 def find_datasets(path: Path) -> list[LocalDataset]:
     """Read and check a dataset folder, or every dataset in a folder of folders.
 
-    Raises ValueError: one sentence for a folder that cannot be understood; for malformed rows their
+    Raises ValueError: one sentence for a folder that is not recognised; for malformed rows, their
     number and up to 20 lines `file:line: expected ..., found ...`.
     """
     if not path.is_dir():
@@ -124,7 +124,7 @@ def find_datasets(path: Path) -> list[LocalDataset]:
 
 
 def read_dataset(folder: Path, problems: list[str]) -> tuple[LocalDataset, dict[str, Rows]]:
-    """Read one dataset; what is wrong with its rows is added to `problems`.
+    """Read one dataset; errors in its rows are appended to `problems`.
 
     Returns the dataset and its rows by part: corpus, queries, qrels, train, test or a language pair.
     """
@@ -147,7 +147,7 @@ def read_dataset(folder: Path, problems: list[str]) -> tuple[LocalDataset, dict[
             ]
         if not rows[part] and len(problems) == before:
             problems.append(f"{path}:1: expected at least one row, found none")
-    if len(problems) == before:  # then every row can be compared with the others
+    if len(problems) == before:  # only then can rows be compared with one another
         problems += _check_rows(files, rows)
     lengths = [
         len(text)
@@ -163,13 +163,13 @@ def read_dataset(folder: Path, problems: list[str]) -> tuple[LocalDataset, dict[
 
 
 def _jsonl_files(folder: Path) -> dict[str, Path]:
-    """Name without suffix -> data file, sorted; a plain file wins over its gzipped twin."""
+    """Map names without suffix to data files, sorted; a plain file precedes its gzipped copy."""
     paths = [*sorted(folder.glob("*.jsonl.gz")), *sorted(folder.glob("*.jsonl"))]
     return dict(sorted((path.name.partition(".jsonl")[0], path) for path in paths))
 
 
 def _find_files(folder: Path, kind: str | None) -> tuple[str, dict[str, Path]]:
-    """The type, recognised unless given, and the file of each part."""
+    """The type, recognised unless it is given, and the file of each part."""
     parts = _jsonl_files(folder)
     kind = kind or _recognise(folder, parts)
     if kind == "bitext" and parts and "test" not in parts:
@@ -218,7 +218,7 @@ def _read_qrels(path: Path, problems: list[str]) -> Rows:
 
 
 def _check_rows(files: dict[str, Path], rows: dict[str, Rows]) -> Iterator[str]:
-    """Ids that clash or dangle, lists of different lengths, judgements of which none is positive."""
+    """Find duplicate or unknown ids, lists of unequal length, and judgements without a positive."""
     ids: dict[str, set[str]] = {"corpus": set(), "queries": set()}
     for part, row in ((part, row) for part, group in rows.items() for row in group):
         where = f"{files[part]}:{row['line']}"
@@ -240,9 +240,9 @@ def _check_rows(files: dict[str, Path], rows: dict[str, Rows]) -> Iterator[str]:
 def build_task(folder: Path) -> "AbsTask":
     """The mteb task of a dataset folder, its data loaded. Raises ValueError for malformed rows.
 
-    Two habits of mteb are kept on purpose: labels are numbers (a binary score needs to know the
-    positive class), and reranking candidates carry mteb's own ids (ties are broken by id). One is
-    not: clustering reads every text, where mteb's default samples 4 % of them.
+    Two conventions of mteb are kept on purpose: labels are numbers (a binary score needs to know the
+    positive class), and reranking candidates have mteb's ids (ties are broken by id). One is not:
+    clustering reads every text, of which mteb samples 4 % by default.
     """
     from datasets import Dataset
     from mteb import TaskMetadata, abstasks
@@ -266,14 +266,14 @@ def build_task(folder: Path) -> "AbsTask":
             for part, group in rows.items()
         }
         data = {"default": parts}
-        if "test" not in parts:  # of bitext, one subset per language pair
+        if "test" not in parts:  # bitext has one subset per language pair
             data = {part: {"test": pairs} for part, pairs in parts.items()}
     attributes = {
         "input_column_name": "text",
         "label_column_name": "label",
         "max_fraction_of_documents_to_embed": None,
         "min_score": 0,
-        "max_score": 5,  # of a scale that correlations do not depend on
+        "max_score": 5,  # correlations do not depend on the scale
         "metadata": TaskMetadata(
             name=dataset.name,
             description=f"a {dataset.kind} dataset in a folder",
@@ -291,7 +291,7 @@ def build_task(folder: Path) -> "AbsTask":
 
 
 def _search_data(rows: dict[str, Rows]) -> dict[str, object]:
-    """Retrieval as it is; reranking as retrieval among each query's own candidates."""
+    """Retrieval data unchanged; reranking as retrieval among each query's candidates."""
     from datasets import Dataset
 
     corpus = {str(row["_id"]): row for row in rows.get("corpus", ())}
@@ -310,7 +310,7 @@ def _search_data(rows: dict[str, Rows]) -> dict[str, object]:
                 relevant[query][document] = int(column == "positive")
     documents = {
         "id": list(corpus),
-        "title": [row.get("title") or "" for row in corpus.values()],  # None is not for mteb
+        "title": [row.get("title") or "" for row in corpus.values()],  # mteb does not accept None
         "text": [row["text"] for row in corpus.values()],
     }
     return {

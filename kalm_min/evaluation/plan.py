@@ -1,9 +1,9 @@
-"""What to evaluate: settings, tasks, instructions, and which results exist already.
+"""What to evaluate: settings, tasks, instructions, and the results that exist already.
 
 Benchmarks and task names are resolved by mteb (imported only then), folders by `local`. Every task
-gets its instruction from instructions.json, its size in characters, and the file its result belongs
-in. A result is reused only if it was made with the same weights, settings, instruction and data, and
-holds every requested dimension. The parent process needs nothing else: no torch and no device.
+gets its instruction from instructions.json, its size in characters, and the file for its result. A
+result is reused only if it has the same weights, settings, instruction and data and every requested
+dimension. The parent process needs nothing else: no torch and no device.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mteb import AbsTask
 
 _TABLES = Path(__file__).with_name("instructions.json")
-# The settings of a run that decide a score.
+# The settings of a run that affect a score.
 SETTINGS = ("instructions", "max_length", "dtype", "causal", "pooling")
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -42,7 +42,7 @@ class EvaluationConfig:
     tasks: Annotated[tuple[str, ...], "Single tasks of mteb, e.g. STS12 SciFact."] = ()
     data: Annotated[tuple[Path, ...], "Local dataset folders, or folders of dataset folders."] = ()
     output: Annotated[Path, "Folder of results; the same command again resumes."] = Path("results")
-    dims: Annotated[tuple[int, ...], "Matryoshka dimensions to score; the full one if none."] = ()
+    dims: Annotated[tuple[int, ...], "Matryoshka dimensions to score; if none, the full one."] = ()
     devices: Annotated[tuple[str, ...], "Devices, one worker each; all GPUs, or cpu, if none."] = ()
     instructions: Annotated[
         str,
@@ -51,19 +51,19 @@ class EvaluationConfig:
     max_length: Annotated[
         int | None, "Maximum tokens per text, prompt included; the checkpoint's limit if none."
     ] = None
-    dtype: Annotated[Precision, "auto is bfloat16 where native, else float32."] = "auto"
+    dtype: Annotated[Precision, "Dtype; auto: bfloat16 where native, else float32."] = "auto"
     causal: Annotated[bool | None, "Causal attention; the checkpoint's mode if none."] = None
-    pooling: Annotated[Literal["mean", "lasttoken"] | None, "The checkpoint's if none."] = None
+    pooling: Annotated[
+        Literal["mean", "lasttoken"] | None, "Pooling; the checkpoint's if none."
+    ] = None
     store: Annotated[Path | None, "Folder that keeps vectors for later runs."] = None
     shard: Annotated[str, "This machine's part of the plan, e.g. 2/4; all share one --output."] = ""
-    timeout: Annotated[
-        float, "Seconds after which a worker that neither encodes nor loads nor scores is replaced."
-    ] = 1800.0
+    timeout: Annotated[float, "Seconds without progress after which a worker is replaced."] = 1800.0
     dry_run: Annotated[bool, "Print the plan and stop."] = False
     datasets: Annotated[Path | None, "Mirror of the hub's datasets, instead of the network."] = None
-    prefetch: Annotated[bool, "Copy the tasks' datasets from the hub to --datasets; stop."] = False
+    prefetch: Annotated[bool, "Only copy the tasks' datasets from the hub to --datasets."] = False
     report_only: Annotated[bool, "Tabulate existing results; without --model, all of them."] = False
-    compare: Annotated[tuple[Path, ...], "Run nothing, tabulate results folders together."] = ()
+    compare: Annotated[tuple[Path, ...], "Run nothing; compare these results folders."] = ()
 
     def __post_init__(self) -> None:
         """Validate option combinations."""
@@ -93,9 +93,9 @@ class EvaluationConfig:
 class Instruction:
     """The instructions of a task; an empty one adds no prompt."""
 
-    query: str = ""  # also of every text where a task does not distinguish queries and documents
+    query: str = ""  # of every text if a task does not distinguish queries and documents
     document: str = ""  # of retrieval and reranking
-    origin: Literal["task", "type", "none"] = "none"  # what the table (or task.toml) names
+    origin: Literal["task", "type", "none"] = "none"  # the entry in the table (or task.toml)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +108,12 @@ class PlannedTask:
     revision: str
     characters: int  # to encode, each text once; 0 if unknown; orders and divides the work
     instruction: Instruction
-    folder: Path | None = None  # of a local dataset
-    repository: str = ""  # on the hub, of a task of mteb
+    folder: Path | None = None  # the folder of a local dataset
+    repository: str = ""  # the hub repository of a task of mteb
     mirror: Path | None = None  # the copy of the repository, by revision, to read instead
     splits: tuple[str, ...] = ("test",)
     subsets: tuple[str, ...] = ()
-    corpus_characters: int = 0  # those of documents to search, which several workers may encode
+    corpus_characters: int = 0  # of documents to search, which several workers may encode
     documents: int = 0
     aggregate: str = ""  # the task of mteb whose score is the mean of this one and others
 
@@ -136,7 +136,7 @@ class Plan:
         return self.results / f"{task.name}.json"
 
     def key(self, task: PlannedTask) -> dict[str, object]:
-        """Everything that decides a score, apart from the dimension."""
+        """Everything that affects a score, apart from the dimension."""
         return self.settings | {
             "checkpoint": self.checkpoint,
             "revision": task.revision,
@@ -160,7 +160,7 @@ class Plan:
             has_dims = {str(dim) for dim in self.dims} <= record["dims"].keys()
             return result if is_valid and has_dims else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None  # absent, torn or another program's: the task is run
+            return None  # absent, torn or another program's, so the task is run
 
 
 def make_plan(config: EvaluationConfig) -> Plan:
@@ -201,9 +201,9 @@ def make_plan(config: EvaluationConfig) -> Plan:
 
 
 def tasks_elsewhere(tasks: Sequence[PlannedTask], shard: str) -> frozenset[str]:
-    """The tasks that part `shard` ("2/4") leaves to other machines, which all compute the same.
+    """The tasks that part `shard` ("2/4") leaves to other machines; all machines compute the same.
 
-    The largest remaining task goes to the machine that has least so far.
+    The largest remaining task goes to the machine with the least work so far.
     """
     number, count = map(int, (shard or "1/1").split("/"))
     totals = [0] * count
@@ -231,7 +231,7 @@ def find_tasks(config: EvaluationConfig) -> list[PlannedTask]:
             instruction = Instruction(dataset.instruction, origin="task")
         if dataset.symmetric:
             instruction = replace(instruction, document=instruction.query)
-        is_corpus = dataset.kind == "retrieval"  # nearly all of its texts are documents
+        is_corpus = dataset.kind == "retrieval"  # nearly all of the texts are documents
         task = PlannedTask(
             name=dataset.name,
             type=kind,
@@ -248,7 +248,7 @@ def find_tasks(config: EvaluationConfig) -> list[PlannedTask]:
 
 
 def _mteb_tasks(config: EvaluationConfig, table: Mapping[str, Instruction]) -> list[PlannedTask]:
-    """A task of two benchmarks is run once, on the splits and subsets of both."""
+    """Tasks by name; a task of two benchmarks is run once, on the splits and subsets of both."""
     import mteb
 
     flag = "--benchmark"
@@ -294,18 +294,18 @@ def _mteb_tasks(config: EvaluationConfig, table: Mapping[str, Instruction]) -> l
 
 
 def _leaves(task: "AbsTask") -> "list[AbsTask]":
-    """The tasks that an aggregate averages; any other task by itself."""
+    """The tasks that an aggregate averages; for any other task, the task itself."""
     return getattr(task, "tasks", [task])
 
 
 def task_size(task: "AbsTask", max_length: int | None) -> tuple[int, int, int]:
     """Characters to encode, those of documents to search, and the number of these documents.
 
-    From the statistics that mteb ships of splits and subsets. A text is counted once per column, and
-    only up to about the length that is encoded (512 tokens where no maximum is given).
+    They come from the statistics that mteb ships. A text is counted once per column, and only up to
+    about the length that is encoded (512 tokens if no maximum is given).
     """
-    longest = 4 * (max_length or 512)  # characters of that many tokens
-    sampled = getattr(task, "max_document_to_embed", None)  # of a task that encodes a sample only
+    longest = 4 * (max_length or 512)  # characters of so many tokens
+    sampled = getattr(task, "max_document_to_embed", None)  # set if a task encodes only a sample
     characters = corpus_characters = documents = 0.0
     for split in task.eval_splits:
         statistics = (task.metadata.descriptive_stats or {}).get(split, {})
@@ -329,7 +329,7 @@ def instruction_table(style: str) -> dict[str, Instruction]:
 
     Sources of the wording. official-v1: the lists of the official evaluation script
     (HITsz-TMG/KaLM-Embedding, evaluate/utils.py), typing errors included; what it does not list
-    gets no instruction. v2: those lists as mteb's kalm_models.py corrects them, and the instructions
+    gets no instruction. v2: those lists as corrected in mteb's kalm_models.py, with the instructions
     of symmetric tasks for queries and documents alike (V2 section on data; rows "-query"/"-document"
     there). The v2 defaults of bitext mining, classification and clustering are what mteb's loader
     falls back on for these models.
@@ -356,7 +356,7 @@ def instruction_table(style: str) -> dict[str, Instruction]:
 
 
 def resolve_instruction(table: Mapping[str, Instruction], name: str, kind: str) -> Instruction:
-    """The instruction of a task: its own row, that of its first version, or its type's.
+    """The instruction of a task: from its own row, that of its first version, or that of its type.
 
     `kind` is mteb's name of the type. A task `X.v2` is the data of X, sampled or cleaned.
     """
@@ -367,8 +367,8 @@ def resolve_instruction(table: Mapping[str, Instruction], name: str, kind: str) 
 def official_means(benchmark: str, results: Mapping[str, dict]) -> dict[str, float | None]:
     """mteb's own summary of a benchmark (0 to 1): "Mean(Task)", "Mean(TaskType)" and each type.
 
-    `results` holds mteb's result of every task by name, without aggregates. Raises ValueError when
-    one is missing: mteb does not average a part of a benchmark, and neither does this.
+    `results` holds mteb's result of every task by name, without aggregates. Raises ValueError if
+    one is missing, since mteb does not average a part of a benchmark.
     """
     import mteb
     from mteb.abstasks.aggregated_task import AbsTaskAggregate
@@ -391,8 +391,8 @@ def prefetch(tasks: Iterable[PlannedTask], stream: TextIO) -> list[str]:
     """Copy the repositories of tasks from the hub to their mirror, each at its task's revision.
 
     Returns one sentence per repository that could not be copied; the same call again resumes it. A
-    copy is complete or absent. Its revision is in the path because `datasets` reads whatever a folder
-    holds, and the result would name the revision that was meant. Scripts are not copied.
+    copy is complete or absent. The path has the revision because `datasets` reads whatever is in a
+    folder, while the result names the requested revision. Scripts are not copied.
     """
     from huggingface_hub import snapshot_download
 
@@ -408,10 +408,10 @@ def prefetch(tasks: Iterable[PlannedTask], stream: TextIO) -> list[str]:
         options = {"repo_type": "dataset", "revision": task.revision, "ignore_patterns": ["*.py"]}
         try:
             snapshot_download(task.repository, local_dir=part, **options)
-        except Exception as error:  # the hub client raises a dozen kinds
+        except Exception as error:  # the hub client raises a dozen types
             failures.append(f"{what}: {' '.join(str(error).split())[:300]}")
             continue
-        shutil.rmtree(part / ".cache", ignore_errors=True)  # the client's own notes
+        shutil.rmtree(part / ".cache", ignore_errors=True)  # the client's bookkeeping
         with atomic_directory(folder) as complete:
             part.replace(complete)
     return failures

@@ -1,9 +1,9 @@
-"""Results as tables and pictures: scores with means, beside KaLM's releases, run against run.
+"""Results as tables and plots: scores with means, beside KaLM's releases, and run against run.
 
-Scores are mteb's, times 100. A mean says over what it was taken; under the name of an official
-benchmark stands only what mteb itself averages, and nothing while a task is missing. A result file
+Scores are mteb's, times 100. Every mean states what it was taken over; the mean of an official
+benchmark is the one that mteb computes, and is missing while a task is missing. A result file
 records everything it was made with, so a folder is tabulated and compared without the model, the
-datasets or mteb. The pictures need matplotlib (an extra).
+datasets or mteb. The plots need matplotlib (an extra).
 """
 
 import csv
@@ -39,7 +39,7 @@ class Row:
     name: str
     type: str
     metric: str
-    scores: Mapping[int, float]  # by dimension; nan where there is no result
+    scores: Mapping[int, float]  # by dimension; nan if there is no result
     seconds: float = nan
     published: Mapping[str, float] = field(default_factory=dict)  # by release, for the same task
 
@@ -53,7 +53,7 @@ def published_scores(task: PlannedTask) -> dict[str, float]:
 
 
 def plan_table(plan: Plan) -> str:
-    """The tasks, largest first: size, state, and the instruction with whether it is the type's."""
+    """The tasks, largest first: size, state, instruction, and whether that is the type's."""
     rows: list[list[str]] = []
     for task in plan.tasks:
         state = "elsewhere" if task.name in plan.elsewhere else "to do"
@@ -73,7 +73,7 @@ def plan_table(plan: Plan) -> str:
 
 
 def score_rows(plan: Plan) -> list[Row]:
-    """Every task (scores nan where it has no result), then means, then official benchmarks.
+    """Every task (nan without a result), then means, then official benchmarks.
 
     An aggregate (CQADupstackRetrieval) is one task; as in mteb, its score is the mean of its parts.
     """
@@ -165,9 +165,9 @@ def markdown(plan: Plan, rows: Sequence[Row], failures: Mapping[str, "Failure"])
 
 
 def describe(plan: Plan) -> str:
-    """The checkpoint, its settings, and what the workers made of settings that were left open.
+    """The checkpoint, its settings, and the values that workers chose for open settings.
 
-    More than one answer within a plan is a reason to look twice.
+    Several values within a plan deserve attention.
     """
     settings = [f"{key} {value}" for key, value in plan.settings.items() if value is not None]
     answers: set[str] = set()
@@ -185,7 +185,7 @@ def side_by_side(
     types: Mapping[str, str],
     differences: Sequence[tuple[str, str]],
 ) -> str:
-    """Scores of several runs as a table, with differences; means over the tasks of all columns only.
+    """Scores of several runs as a table, with differences; means over tasks that all columns have.
 
     `columns` is name -> task -> score, `types` task -> type; (a, b) of `differences` adds "a - b".
     """
@@ -208,9 +208,9 @@ def _number(score: float, form: str = ".2f", missing: str = "—") -> str:
 
 
 def comma_separated(plan: Plan, rows: Sequence[Row]) -> str:
-    """The same rows for programs: kind, name, type, score, one column per dimension, seconds.
+    """The rows as CSV: kind, name, type, score, one column per dimension, seconds.
 
-    Where a task was published, also each release's score and our largest dimension's minus it.
+    Published tasks also have each release's score and its difference to the largest dimension's.
     """
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
@@ -233,10 +233,10 @@ def read_plans(
     requested: Sequence[PlannedTask] = (),
     benchmarks: tuple[str, ...] = (),
 ) -> list[Plan]:
-    """One plan per checkpoint and settings in an output folder, or that of one folder of result files.
+    """One plan per checkpoint and settings in an output folder, or the plan of one results folder.
 
-    If no `dims` are given, they are those that all tasks have. Tasks that were `requested` join each
-    plan where it has no result of their name. Raises ValueError if there is no result.
+    The default `dims` are those that all tasks have. Each plan also gets those `requested` tasks of
+    which it has no result. Raises ValueError if there is no result.
     """
     plans: list[Plan] = []
     for results in (folder, *sorted(folder.glob("results/*/*/"))):
@@ -271,8 +271,8 @@ def read_plans(
 def comparison(folders: Sequence[Path], dims: Sequence[int] = ()) -> str:
     """Results folders side by side as Markdown; differences are to the first folder.
 
-    At one dimension, or each folder's largest. Raises ValueError for a folder without results, or
-    with those of several checkpoints or settings.
+    Scores are at one dimension, or at each folder's largest. Raises ValueError for a folder without
+    results, or with those of several checkpoints or settings.
     """
     if len(dims) > 1:
         raise ValueError(f"--compare: expected one of --dims, found {len(dims)}")
@@ -289,7 +289,7 @@ def comparison(folders: Sequence[Path], dims: Sequence[int] = ()) -> str:
                 f"{folder}: expected one checkpoint with one set of settings, found {found}"
             )
         plans[f"{name} ({plan.dims[0]})"] = plan
-        for task in plan.tasks:  # which differ in their data or score if not in instructions only
+        for task in plan.tasks:  # they differ in data or score, unless only in instructions
             versions.setdefault(task.name, set()).add(replace(task, instruction=Instruction()))
     same = {name: one.pop().type for name, one in versions.items() if len(one) == 1}
     left_out = ", ".join(sorted(versions.keys() - same))
@@ -313,7 +313,7 @@ def comparison(folders: Sequence[Path], dims: Sequence[int] = ()) -> str:
 
 
 def draw(folder: Path, rows: Sequence[Row]) -> list[str]:
-    """Draw mean scores by type, and by dimension if there are several; nothing without matplotlib.
+    """Plot mean scores by type, and by dimension if there are several, if matplotlib is installed.
 
     Returns the names of the PNG files written into `folder`.
     """

@@ -1,4 +1,4 @@
-"""Run a plan: one worker process per device, and no failure costs another task its result.
+"""Run a plan with one worker process per device, so that no failure affects another task.
 
 The parent hands out one job at a time: a task, or a slice of a large corpus that any worker encodes
 into the store before its task runs. A worker that dies, hangs, runs out of memory or writes anything
@@ -29,12 +29,12 @@ from kalm_min.files import digest
 
 WORKER = (sys.executable, "-m", "kalm_min.evaluation.worker")
 _ATTEMPTS = 3
-_STARTS = 2  # times a device may fail to start before it is given up
-_SILENCE = 300.0  # seconds without a heartbeat; library calls that hold the GIL are shorter
-_SLICES = 10  # per device's fair share, so that all devices finish at about the same time
-_SLICE_DOCUMENTS = 50_000  # at least, because every slice opens the dataset again
-_SCORING = 0.02  # of a corpus's cost remains when its vectors are stored
-_MAX_LINE = 1 << 20  # bytes; no message is that long
+_STARTS = 2  # times a worker may fail to start before its device is given up
+_SILENCE = 300.0  # seconds without a heartbeat; library calls that hold the GIL take less
+_SLICES = 10  # slices per device's fair share, so that all devices end at about the same time
+_SLICE_DOCUMENTS = 50_000  # the minimum, because every slice opens the dataset again
+_SCORING = 0.02  # share of a corpus's cost that remains once its vectors are stored
+_MAX_LINE = 1 << 20  # bytes, more than any message has
 _LOG_LINES = 15
 
 
@@ -59,7 +59,7 @@ class Job:
 
 
 def make_jobs(tasks: Iterable[PlannedTask], devices: int) -> list[Job]:
-    """The jobs in the order they start: the largest first, slices of a corpus before its task.
+    """The jobs in starting order: the largest first, slices of a corpus before its task.
 
     A corpus larger than half a device's fair share is cut into slices of a tenth of that share.
     """
@@ -72,7 +72,7 @@ def make_jobs(tasks: Iterable[PlannedTask], devices: int) -> list[Job]:
         if devices < 2 or corpus <= fair / 2 or count < 2:
             jobs.append((size, Job(task, size)))
             continue
-        # All of one rank, so that a corpus is complete before the slices of the next begin.
+        # Equal ranks, so that a corpus is complete before the slices of the next one begin.
         rank = fair / _SLICES
         jobs += [(rank, Job(task, corpus / count, (i, count))) for i in range(count)]
         jobs.append((rank, Job(task, size - (1 - _SCORING) * corpus)))
@@ -80,7 +80,7 @@ def make_jobs(tasks: Iterable[PlannedTask], devices: int) -> list[Job]:
 
 
 def next_job(jobs: list[Job], running: Iterable[Job]) -> Job | None:
-    """Take the first job whose task waits for no slice off the list; None while all of them wait."""
+    """Remove and return the first job whose task waits for no slice; None while all wait."""
     sliced = {job.task.name for job in (*jobs, *running) if job.part}
     for i, job in enumerate(jobs):
         if job.part or job.task.name not in sliced:
@@ -90,7 +90,7 @@ def next_job(jobs: list[Job], running: Iterable[Job]) -> Job | None:
 
 @dataclass(slots=True)
 class _Slot:
-    """A device, the worker process on it and that worker's job; times are time.monotonic()."""
+    """A device, its worker process and that worker's job; times are from time.monotonic()."""
 
     name: str
     device: str
@@ -104,16 +104,16 @@ class _Slot:
     last_heartbeat: float = 0.0
     texts: int = 0
     characters: int = 0
-    log_start: int = 0  # where in the log the current job begins
+    log_start: int = 0  # offset in the log at which the current job begins
     busy: float = 0.0  # seconds spent on jobs
 
     def send(self, line: Mapping[str, object]) -> None:
-        """Write a line to the worker's stdin: the settings it starts with, or a job."""
+        """Write a line to the worker's stdin: its settings at the start, then a job."""
         assert self.process and self.process.stdin
         self.log_start = self.log.stat().st_size
         self.started = self.last_progress = self.last_heartbeat = time.monotonic()
         self.texts = self.characters = 0
-        with suppress(BrokenPipeError):  # the end of its stdout will report that it died
+        with suppress(BrokenPipeError):  # the end of its stdout will report its death
             self.process.stdin.write(json.dumps(line).encode() + b"\n")
             self.process.stdin.flush()
 
@@ -143,10 +143,10 @@ class Runner:
     plan: Plan
     _: KW_ONLY
     devices: Sequence[str]  # for example "cuda:0", "cuda:1"; "cpu" may be given several times
-    environment: Mapping[str, str]  # of the workers; their share of the cores is added
+    environment: Mapping[str, str]  # of the workers, to which their share of the cores is added
     logs: Path  # folder for one log file per worker, and timeline.jsonl with every attempt
     timeout: float  # seconds without progress after which a worker is replaced
-    stream: TextIO  # where progress is shown
+    stream: TextIO  # for progress
     store: Path | None = None  # folder that keeps vectors; if None, until their task is done
     command: Sequence[str] = WORKER
 
@@ -160,7 +160,7 @@ class Runner:
             name = f"{device}#{i}" if self.devices.count(device) > 1 else device
             self.slots.append(_Slot(name, device, self.logs / f"worker{i}.log"))
         self.environment = worker_environment(self.environment, len(self.slots))
-        # Of this model and these tasks: another run at the same time must not lose its vectors.
+        # Named by model and tasks: another run at the same time must not lose its vectors.
         run = f"{self.plan.results.name}-{digest(*sorted(task.name for task in selected))[:8]}"
         self.scratch = (self.logs.parent / f".vectors-{run}").absolute()
         self.failures: dict[str, Failure] = {}
@@ -170,7 +170,7 @@ class Runner:
         self.done_characters, self.done_tasks = 0.0, 0
 
     def run(self) -> dict[str, Failure]:
-        """Run everything and return the failures by task name. However it ends, no child is left."""
+        """Run everything and return the failures by task name; no child survives in any case."""
         if self.jobs:
             begun = time.monotonic()
             with Progress(self.total, "characters", self.stream, interval=60) as self.progress:
@@ -183,12 +183,12 @@ class Runner:
                 busy = [f"{slot.name} {slot.busy / elapsed:.0%}" for slot in self.slots]
                 self.progress.line(f"busy during {format_duration(elapsed)}: {', '.join(busy)}")
         self.failures |= {job.task.name: self.start_failure for job in self.jobs}
-        with suppress(OSError):  # keeps what failed tasks have encoded
+        with suppress(OSError):  # keep what failed tasks have encoded
             self.scratch.rmdir()
         return self.failures
 
     def _loop(self) -> None:
-        """Until every job has ended, or no device is left that starts a worker."""
+        """Run until every job has ended, or no device is left that can start a worker."""
         while self.jobs or any(slot.job for slot in self.slots):
             for slot in self.slots:
                 if not slot.process and self.jobs and slot.failed_starts < _STARTS:
@@ -207,7 +207,7 @@ class Runner:
             self._show()
 
     def _start(self, slot: _Slot) -> None:
-        """Start a worker, and a thread that passes on its lines."""
+        """Start a worker and a thread that forwards its lines."""
         slot.log.parent.mkdir(parents=True, exist_ok=True)
         with slot.log.open("a", encoding="utf-8") as log:
             log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(self.command)}\n")
@@ -248,7 +248,7 @@ class Runner:
 
     def _handle(self, slot: _Slot, process: subprocess.Popen[bytes], line: bytes) -> None:
         """Act on a line from a worker, or on the end of its output."""
-        if slot.process is not process:  # killed since
+        if slot.process is not process:  # it was killed in the meantime
             return
         slot.last_heartbeat = time.monotonic()
         job, message = slot.job, None
@@ -263,7 +263,7 @@ class Runner:
                 slot.last_progress = time.monotonic()
                 slot.texts, slot.characters = texts, characters
             case {"event": "unusable", "error": str(error)}:
-                slot.failed_starts = _STARTS  # The next attempt would end in the same way.
+                slot.failed_starts = _STARTS  # The next attempt would fail in the same way.
                 self._replace(slot, error)
             case {"event": "done" | "failed", "task": name} if not job or name != job.task.name:
                 self._replace(slot, f"reported on {name}, which it was not given")
@@ -283,7 +283,7 @@ class Runner:
                 self._replace(slot, f"died ({reason})")
 
     def _check_life(self, slot: _Slot) -> None:
-        """Replace a worker that makes no progress, or that does not even send heartbeats."""
+        """Replace a worker that makes no progress or sends no heartbeats."""
         if slot.process is None or (slot.job is None and slot.is_ready):
             return
         now = time.monotonic()
@@ -294,7 +294,7 @@ class Runner:
             self._replace(slot, f"gave no sign of life for {format_duration(_SILENCE)}")
 
     def _replace(self, slot: _Slot, reason: str) -> None:
-        """Kill a worker; its job is the next one again, or is given up."""
+        """Kill a worker; put its job at the head of the list again, or give it up."""
         job, was_ready = slot.job, slot.is_ready
         slot.kill()
         if job:
@@ -308,7 +308,7 @@ class Runner:
             self.progress.line(f"worker {slot.name} did not start: {reason}")
 
     def _end(self, slot: _Slot, job: Job, outcome: str, reason: str = "") -> None:
-        """Take a worker's job away, print how it ended and record the attempt in the timeline."""
+        """End a worker's job, print its outcome and record the attempt in the timeline."""
         seconds, end, score = time.monotonic() - slot.started, time.time(), "failed"
         slot.job = None
         slot.busy += seconds
@@ -329,12 +329,12 @@ class Runner:
             number = f"[{self.done_tasks:{len(str(len(self.tasks)))}}/{len(self.tasks)}] {job}"
             parts = number, f"{job.task.main_score} {score}", format_duration(seconds), slot.name
             self.progress.line("  ".join(parts) + f"\n    {reason}" * (outcome == "failed"))
-        if outcome == "failed" and job.part is None:  # what a slice lacks is encoded by its task
+        if outcome == "failed" and job.part is None:  # the task encodes what a slice lacks
             self.failures[job.task.name] = slot.failure(reason)
         span = {"task": str(job), "type": job.task.type, "host": platform.node()}
         span |= {"device": slot.name, "start": round(end - seconds, 3), "end": round(end, 3)}
         with suppress(OSError), (self.logs / "timeline.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(span | {"outcome": outcome}) + "\n")  # no reason to stop a run
+            file.write(json.dumps(span | {"outcome": outcome}) + "\n")  # not a reason to stop a run
 
     def _show(self) -> None:
         """Show what is done, and what each worker is doing."""

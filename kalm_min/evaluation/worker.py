@@ -1,11 +1,11 @@
-"""One evaluation worker: a process that holds a model on a device and runs the jobs it is given.
+"""An evaluation worker: a process that holds a model on a device and runs jobs.
 
-Lines of JSON come in on stdin, first the settings, then orders (`Runner` has both); events go out on
-stdout: "ready" | "alive" | "progress", texts, characters | "done", task
+It reads lines of JSON from stdin, first the settings, then jobs (see `Runner`), and writes events
+to stdout: "ready" | "alive" | "progress", texts, characters | "done", task
 | "failed", task, error, memory | "unusable", error
 
 A task's result is one file, complete or absent, before "done" is sent. Whatever a library prints goes
-to stderr (the log). When stdin closes the parent is gone or finished, and the worker ends at once.
+to stderr (the log). When stdin closes, the parent is gone or finished, and the worker ends at once.
 """
 
 import copy
@@ -39,7 +39,7 @@ Order = dict[str, Any]
 
 
 class Pipe:
-    """Events to the parent, on the real stdout; all else that is written there goes to stderr."""
+    """Sends events to the parent on the real stdout; other output to stdout goes to stderr."""
 
     def __init__(self) -> None:
         self.stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -56,7 +56,7 @@ class Pipe:
             self.stream.flush()
 
     def progress(self, texts: int, characters: int, is_encoding: bool) -> None:
-        """Count what is done, and report it at most once per second."""
+        """Count the work done, and report it at most once per second."""
         self.texts += texts
         self.characters += characters
         self.is_encoding = is_encoding
@@ -65,10 +65,10 @@ class Pipe:
             self.send("progress", texts=self.texts, characters=self.characters)
 
     def heartbeat(self) -> None:
-        """Report that the process is alive, and outside encoding that it computes.
+        """Report that the process is alive and, outside encoding, that it computes.
 
-        Libraries that load data and compute scores report no progress; a second of CPU time stands
-        for it. Not while texts are encoded: waiting for a GPU that hangs takes CPU time too.
+        Libraries that load data and compute scores report no progress; a second of CPU time counts
+        instead. It does not while texts are encoded, as waiting for a hung GPU takes CPU time too.
         """
         used = time.process_time()
         while True:
@@ -108,7 +108,7 @@ def main() -> None:
     tokens_per_batch = embedder.tokens_per_batch
     while True:
         order = orders.get()
-        # A job that broke a worker before gets half the batch at each further attempt.
+        # A job that broke a worker gets half the batch at each further attempt.
         embedder.tokens_per_batch = max(1, tokens_per_batch >> order["attempt"])
         pipe.texts, pipe.characters, pipe.is_encoding = 0, 0, False
         try:
@@ -138,10 +138,10 @@ def evaluate_task(
 ) -> dict[str, Any]:
     """Run one task at every dimension and return the content of its result file.
 
-    That is mteb's own result at the largest dimension, which mteb reads, with a further entry
-    "kalm_min": the key that says when the result holds, what was used, and all dimensions.
+    That is mteb's result at the largest dimension, which mteb can read, with an additional entry
+    "kalm_min": the key under which the result is valid, what was used, and all dimensions.
 
-    An order with a "slice" only puts vectors of that part of the corpora into the store; it gives {}.
+    A job with a "slice" only stores the vectors of that part of the corpora and returns {}.
     """
     import mteb
     from datasets import disable_progress_bars
@@ -152,7 +152,7 @@ def evaluate_task(
     template = embedder.instruction_template
     prompts = {kind: text and template.format(instruction=text) for kind, text in texts.items()}
     manifest = describe(embedder, key["checkpoint"])
-    # Vectors of other models and settings may stand beside these.
+    # Vectors of other models and settings may be beside these.
     store = Path(order["store"]) / digest(json.dumps(manifest, sort_keys=True))[:16]
     check_manifest(store, manifest)
     adapter = Adapter(embedder, prompts["query"], prompts["document"], store, report)
@@ -167,7 +167,7 @@ def evaluate_task(
     results: dict[str, dict[str, Any]] = {}
     for dim in dims:
         adapter.dim = dim
-        # The same data in the random state it was loaded in, so that no dimension affects the next.
+        # The same data and initial random state, so that no dimension affects the next.
         task = copy.copy(loaded)
         task.rng_state, task.np_rng = copy.deepcopy((loaded.rng_state, loaded.np_rng))
         outcome = mteb.evaluate(
@@ -197,11 +197,11 @@ def evaluate_task(
 
 
 def _load_task(order: Order) -> Any:
-    """The mteb task of an order, with its data.
+    """The mteb task of a job, with its data.
 
-    Raises ValueError where a part that is read only if it is found was not: the candidates of
-    reranking, the instructions of instruction tasks. With HF_HUB_OFFLINE=1 `datasets` does not find
-    them in its cache, nor in a copy without its README.md, and mteb would call it the same task.
+    Raises ValueError if a part that mteb treats as optional is missing: reranking candidates or
+    the instructions of instruction tasks. With HF_HUB_OFFLINE=1 `datasets` finds neither in its
+    cache, nor in a copy without its README.md, and mteb would still call it the same task.
     """
     import mteb
 

@@ -1,4 +1,4 @@
 """Hard negatives and ranking-consistency filtering: encode once to disk, then cheap passes.
 
-texts (which there are) -> vectors -> top-k -> rules (status of rows, negatives) -> files and report
+texts (of each task) -> vectors -> top-k -> rules (status of rows, negatives) -> files and report
 """

@@ -1,12 +1,12 @@
 """From a training folder and a model to the same folder with mined negatives.
 
-Index the texts of every task, encode what the store lacks, search, judge rows and choose negatives,
-write task by task, report. Beside the data, <output>/.mining/tasks/ holds a record per finished task;
-the store has vectors (vectors.py) and, in neighbours/<key>/<depth>/, what a search found.
+A run indexes the texts of every task, encodes what the store lacks, searches, filters rows, chooses
+negatives, writes task by task, and reports. Beside the data, <output>/.mining/tasks/ holds a record
+per finished task; the store holds vectors (vectors.py) and neighbours (neighbours/<key>/<depth>/).
 
 Each phase leaves files that are complete or absent and skips what exists, so the same command
 resumes after a kill, and another choice of negatives encodes nothing. Work is distributed to the
-processes in pieces that do not depend on how many there are; they meet between phases.
+processes in pieces that do not depend on their number; they wait for one another between phases.
 """
 
 import io
@@ -34,7 +34,7 @@ from kalm_min.topk import Ints, Neighbours, approximate_index, merge, recall, to
 from kalm_min.training import distributed
 from kalm_min.vectors import StoredVectors, TextSet
 
-_LAYOUT = 2  # raised when the same settings give another output
+_LAYOUT = 2  # rises when the same settings give another output
 _RECALL_QUERIES = 256
 _QUERIES = 8192  # per file of neighbours
 _NEIGHBOUR = np.dtype([("id", np.int64), ("score", np.float32)])
@@ -47,38 +47,38 @@ T = TypeVar("T")
 class MiningConfig(Rules):
     """Mine hard negatives."""
 
-    model: Annotated[str, "Model that embeds: a folder or a hub id."]
+    model: Annotated[str, "Embedding model: a folder or a hub id."]
     data: Annotated[Path, "Training data: a JSONL(.gz) file, or a folder of tasks."]
     output: Annotated[Path, "Folder of the mined data."]
     pool: Annotated[Path | None, 'JSONL(.gz) of {"text"} to mine; none: each task\'s texts.'] = None
-    instruction: Annotated[str | None, "Of the queries of tasks and lines without one."] = None
+    instruction: Annotated[str | None, "Instruction for queries that have none."] = None
     scorer: Annotated[str | None, "Model whose scores are written, for distillation."] = None
     store: Annotated[Path | None, "Folder of the vectors; none: inside the output folder."] = None
-    search: Annotated[Literal["torch", "faiss"], "Search library. Both find the same."] = "torch"
+    search: Annotated[Literal["torch", "faiss"], "Search library; both find the same."] = "torch"
     index: Annotated[
         str | None, 'Approximate search with a faiss factory string: "IVF4096,Flat;nprobe=64".'
     ] = None
     max_length: Annotated[
-        int | None, "Tokens kept of a text, instruction included; none: the model's own limit."
+        int | None, "Tokens kept per text, instruction included; none: the model's limit."
     ] = None
     device: Annotated[str | None, "cpu, cuda, ...; none: a GPU per process, else the CPU."] = None
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        "What the model computes in; auto is bfloat16 where native, else float32.",
+        "Dtype of the model; auto: bfloat16 where native, else float32.",
     ] = "auto"
-    cache_dir: Annotated[Path | None, "Folder of the line indices; none: beside the data."] = None
-    dry_run: Annotated[bool, "Print what there is to do, and do nothing."] = False
+    cache_dir: Annotated[Path | None, "Folder for line indices; none: beside the data."] = None
+    dry_run: Annotated[bool, "Print what would be done, and do nothing."] = False
 
 
 class StoredNeighbours(NamedTuple):
     """The `depth` nearest documents of `size` queries, in files of _QUERIES queries each."""
 
-    folder: Path  # its name is how many neighbours the files hold
+    folder: Path  # its name is the number of neighbours per query in the files
     size: int
     depth: int
 
     def missing(self) -> list[slice]:
-        """The queries of each file that does not exist, or cannot be read."""
+        """The queries of each file that does not exist or cannot be read."""
         starts = vectors.unreadable(range(0, self.size, _QUERIES), self._load)
         return [slice(start, min(start + _QUERIES, self.size)) for start in starts]
 
@@ -89,7 +89,7 @@ class StoredNeighbours(NamedTuple):
         vectors.write_array(self._path(queries.start), pairs)
 
     def read(self, numbers: Ints) -> tuple[Ints, Scores]:
-        """(len(numbers), depth) ids, -1 for none, and scores of some queries."""
+        """(len(numbers), depth) ids (-1 for none) and scores of some queries."""
         pairs = np.empty((len(numbers), self.depth), _NEIGHBOUR)
         starts = numbers // _QUERIES * _QUERIES
         for start in np.unique(starts).tolist():
@@ -106,15 +106,15 @@ class StoredNeighbours(NamedTuple):
 
 
 class _Task(NamedTuple):
-    """A task. Its documents are the positives, and the negatives where it is its own corpus."""
+    """A task. Its documents are the positives and, if it is its own corpus, the negatives."""
 
     text_index: TextIndex
     texts: list[TextSet]  # of queries, documents and corpus, with plain instructions as prompts
-    vectors: list[StoredVectors]  # of the same, encoded or not
+    vectors: list[StoredVectors]  # the same texts, encoded or not
 
 
 class Miner:
-    """A run on one of its processes. Anything a person can mend is a ValueError of one sentence."""
+    """A run on one of its processes. ValueErrors report in one sentence what a user can correct."""
 
     def __init__(self, config: MiningConfig, device: torch.device, stream: TextIO) -> None:
         """Open the data; `stream` shows progress."""
@@ -135,7 +135,7 @@ class Miner:
         self._task = lru_cache(maxsize=1)(self._open_task)
 
     def run(self) -> tuple[dict[str, int], list[str]]:
-        """Mine every task that is not finished; sums over all rows, and what deserves a look."""
+        """Mine every unfinished task; return totals over all rows, and remarks."""
         config, everything = self.config, range(len(self.names))
         if self.rank == 0:  # temporary files of killed runs
             for folder in (config.output, *self.work.glob("**/")):
@@ -145,7 +145,7 @@ class Miner:
         for number in self._share(everything, "read", "tasks"):
             self._read(number).save(self._path("index", number, "npz"))
         distributed.barrier()
-        if config.scorer is not None:  # before the other, so that one model is held at a time
+        if config.scorer is not None:  # first, so that only one model is in memory at a time
             self._open_model(config.scorer, "scorer")
         embedder = self._open_model(config.model, "model")
         unfinished = [number for number in everything if not self._is_finished(number)]
@@ -153,7 +153,7 @@ class Miner:
         todo = [number for number in unfinished if not self.data.settings[number].label_based]
         finished = len(self.names) - len(unfinished)
         self.stream.write(f"{finished} of {len(self.names)} tasks are finished\n")
-        distributed.barrier()  # nobody writes before everybody has looked
+        distributed.barrier()  # no process writes before all have looked
         self._encode(todo, embedder, "encode", lambda number: self._task(number).vectors)
         self._search(todo)
         del embedder
@@ -173,7 +173,7 @@ class Miner:
         return report.totals(tasks), report.remarks(tasks)
 
     def plan(self) -> str:
-        """What a run would do, as a Markdown table; nothing is written.
+        """What a run would do, as a Markdown table, without writing anything.
 
         A task whose neighbours are all stored already shows how many rows the rules would keep.
         """
@@ -199,7 +199,7 @@ class Miner:
         return table(head, rows, right=range(1, 8))
 
     def _open_data(self) -> tuple[TrainingData, TextSet | None]:
-        """The data and the pool, checked, and the output folder."""
+        """Open and check the data, the pool and the output folder."""
         config = self.config
         data = TrainingData(
             config.data,
@@ -211,7 +211,7 @@ class Miner:
         return data, config.pool and open_pool(config.pool, config.cache_dir)
 
     def _open_model(self, model: str, name: str) -> Embedder:
-        """A model; its manifest is kept, and checked against the folder of its vectors."""
+        """Open a model; keep its manifest and check it against the folder of its vectors."""
         config = self.config
         dtype = None if config.dtype == "auto" else config.dtype
         load = partial(Embedder.from_pretrained, model, self.device, dtype)
@@ -231,20 +231,20 @@ class Miner:
         title: str,
         vectors_of: Callable[[int], list[StoredVectors]],
     ) -> None:
-        """Encode the shards that are missing; each process takes some."""
+        """Encode the missing shards, which are shared among the processes."""
         wanted: dict[str, tuple[int, int, int]] = {}
         for number in todo:
             for part, stored in enumerate(vectors_of(number)):
                 for shard in stored.missing():
                     wanted.setdefault(stored.names[shard], (number, part, shard))
-        distributed.barrier()  # nobody encodes before everybody has looked
+        distributed.barrier()  # no process encodes before all have looked
         opened = lru_cache(maxsize=1)(vectors_of)
         for number, part, shard in self._share(wanted.values(), title, "shards"):
             opened(number)[part].encode(shard, embedder)
         distributed.barrier()
 
     def _search(self, todo: Iterable[int]) -> None:
-        """Find the neighbours of queries that have none stored; each process searches its span."""
+        """Find the neighbours of queries without stored ones; each process searches its span."""
         config, device = self.config, self.device
         work = {number: self._neighbours(number).missing() for number in todo}
         distributed.barrier()
@@ -273,7 +273,7 @@ class Miner:
         distributed.barrier()
 
     def _write(self, number: int) -> None:
-        """Write all files of a task. Its record says that it is finished: deleted first, written last."""
+        """Write all files of a task; its record, the mark of the end, is deleted first, written last."""
         output, data, task_name = self.config.output, self.config.data, self.data.task_names[number]
         name, record, page = self.names[number], self._path("tasks", number, "json"), None
         if self.data.settings[number].label_based:
@@ -314,7 +314,7 @@ class Miner:
         return index_task(self.data, number, with_negatives=self.pool is None)
 
     def _index(self, number: int) -> TextIndex:
-        """As it was read when the run began; a dry run, which writes nothing, reads it now."""
+        """The index read when the run began; a dry run, which writes nothing, reads it now."""
         if self.config.dry_run:
             return self._read(number)
         return TextIndex.load(self._path("index", number, "npz"))
@@ -332,7 +332,7 @@ class Miner:
         return _Task(index, texts, [self._vectors(one) for one in texts])
 
     def _vectors(self, texts: TextSet, name: str = "model") -> StoredVectors:
-        """The vectors of texts by the model or the scorer, instructions put in its template."""
+        """The vectors of texts by the model or the scorer, with instructions in its template."""
         template = str(self.manifests[name]["instruction_template"])
         dimension = int(str(self.manifests[name]["dimension"]))
         prompts = tuple(template.format(instruction=x) if x else "" for x in texts.prompts)
@@ -341,11 +341,11 @@ class Miner:
     def _neighbours(self, number: int) -> StoredNeighbours:
         """The stored lists of a task, long enough for the rules.
 
-        A longer list that is stored already is taken: it begins with the shorter one. (Those of an
-        approximate index may not.)
+        A longer stored list is used, since it begins with the shorter one. (Those of an approximate
+        index may not.)
         """
         config, (index, _, (queries, _, corpus)) = self.config, self._task(number)
-        # Labelled answers take positions in the list; more than this of them (a class) may shorten it.
+        # Labelled answers take positions in the list; more than these (a class) may shorten it.
         asked = np.repeat(index.queries["hash"][index.row_query], np.diff(index.starts))
         labelled = int(np.unique(asked, return_counts=True)[1].max()) + 1
         depth = min(config.depth + min(labelled, config.depth + 100), len(corpus))
@@ -366,10 +366,10 @@ class Miner:
     def _to_score(
         self, number: int, selection: Selection
     ) -> tuple[list[StoredVectors], list[tuple[Ints, Ints]], list[Bools]]:
-        """What the scorer scores: the pairs of queries with positives, and with negatives.
+        """The pairs for the scorer: queries with positives, and with negatives.
 
-        Returns its vectors of the queries, positives and negatives that are written, each once;
-        which of them form each pair; and where the scores of the pairs belong in the selection.
+        Returns its vectors of the queries, positives and negatives that are written, each once; the
+        two that form each pair; and where the scores of the pairs belong in the selection.
         """
         index, texts, _ = self._task(number)
         kept = selection.status == KEPT
@@ -394,7 +394,7 @@ class Miner:
         return record["made_with"] == made_with and is_written == (record["summary"]["kept"] > 0)
 
     def _made_with(self, number: int, index: TextIndex) -> dict[str, object]:
-        """All that a task's output depends on."""
+        """Everything on which a task's output depends."""
         task = {"data": index.fingerprint, "settings": asdict(self.data.settings[number])}
         return self.made_with | self.manifests | task
 
@@ -402,7 +402,7 @@ class Miner:
         return self.work / folder / f"{self.names[number]}.{suffix}"
 
     def _share(self, items: Iterable[T], title: str, unit: str) -> Iterator[T]:
-        """This process's share of some work; the first process shows its own."""
+        """This process's share of some work; the first process shows its progress."""
         share = list(items)[self.rank :: self.world]
         with Progress(len(share), unit, self.stream, title=title) as progress:
             for item in share:
@@ -411,7 +411,7 @@ class Miner:
 
 
 def _file_name(task: str) -> str:
-    """A name that a file may have, and that reading the folder again does not skip."""
+    """A valid file name that is not skipped when the folder is read again."""
     name = task.replace("/", "%2F")
     return f"%2E{name[1:]}" if name.startswith(".") else name.replace("README", "%52EADME")
 
@@ -434,7 +434,7 @@ def _check_output(output: Path, data: Path, names: Iterable[str]) -> None:
 def _mined_lines(
     data: TrainingData, index: TextIndex, selection: Selection, corpus: TextSet
 ) -> Iterator[str]:
-    """The kept rows as they are, with their new negatives and scores."""
+    """The kept rows with their new negatives and scores, otherwise unchanged."""
 
     def rounded(scores: Scores) -> list[float]:  # to the digits that float32 vectors justify
         return [round(score, 6) for score in scores.tolist()]

@@ -1,9 +1,9 @@
-"""What mining did, for a person to judge: README.md beside the data, with a plot in README.png.
+"""The report of mining: README.md beside the data, with a plot in README.png.
 
-Over all tasks: rows in, kept and dropped by reason; where positives ranked; scores of positives,
-chosen negatives and unlabelled candidates; what deserves a look. Per task a page with dropped rows
-and what ranked above them, suspected false negatives, and kept rows. No time or path is in it, so
-the same run gives the same bytes. The plot needs matplotlib (an extra).
+It covers all tasks: rows read, kept and dropped by reason; ranks of positives; scores of positives,
+chosen negatives and unlabelled candidates; and remarks. Each task has a page with dropped rows and
+what ranked above them, suspected false negatives, and kept rows. No time or path is included, so the
+same run gives the same bytes. The plot needs matplotlib (an extra).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +24,7 @@ from kalm_min.vectors import TextSet
 
 PAGES = "README.tasks"  # folder of the tasks' pages; reading the data skips the name
 
-_RANKS = (1, 2, 6, 11, 21, 51, 101)  # where the bins of the positive's rank begin
+_RANKS = (1, 2, 6, 11, 21, 51, 101)  # the first ranks of the bins of the positive's rank
 _RANK_NAMES = ("1", "2-5", "6-10", "11-20", "21-50", "51-100", "101-", "below the list")
 _KINDS = {
     "kept": "positives of kept rows",
@@ -33,16 +33,16 @@ _KINDS = {
     "unlabelled": "all listed unlabelled candidates",
 }
 _SHOWN = 20  # dropped rows, and suspected negatives, per task
-_SUSPECT = 0.95  # of the positive's score: what NV-Retriever would not take
-_CUT = 240  # characters of a text
+_SUSPECT = 0.95  # share of the positive's score above which NV-Retriever takes no negative
+_CUT = 240  # characters shown of a text
 _COUNTS = ("rows", "kept", "inconsistent", "short", "kept_with_fewer", "negatives", "suspects")
 
-Summary = dict[str, Any]  # counts and histograms of a task, as its record holds them
+Summary = dict[str, Any]  # counts and histograms of a task, as stored in its record
 Tasks = Mapping[str, Summary]
 
 
 def summarise(index: TextIndex, selection: Selection, corpus: int) -> Summary:
-    """Counts and histograms of a task mined from a corpus of so many texts."""
+    """Counts and histograms of a task and of the corpus it was mined from."""
     status = selection.status
     kept = status == KEPT
     chosen = selection.negatives[kept] >= 0  # (kept, n)
@@ -77,14 +77,14 @@ def copied(rows: int) -> Summary:
 
 
 def totals(tasks: Tasks) -> dict[str, int]:
-    """Sums over tasks. Every row is one of kept, inconsistent, short."""
+    """Sums over tasks. Every row is either kept, inconsistent or short."""
     total = {name: sum(one[name] for one in tasks.values()) for name in _COUNTS}
     assert total["rows"] == total["kept"] + total["inconsistent"] + total["short"]
     return total
 
 
 def remarks(tasks: Tasks) -> list[str]:
-    """What deserves a look: wrong rows, tasks beyond the model, corpora too small for the ranks."""
+    """Remarks: wrong rows, tasks that the model cannot judge, corpora too small for the ranks."""
     found: list[str] = []
     for task, one in tasks.items():
         if one["inconsistent"] > one["rows"] / 2:
@@ -99,7 +99,7 @@ def remarks(tasks: Tasks) -> list[str]:
 
 
 def sentence(total: Mapping[str, int]) -> str:
-    """Where all rows went."""
+    """One sentence that accounts for all rows."""
     return (
         f"{total['rows']:,} rows = {total['kept']:,} kept + {total['inconsistent']:,} that failed "
         f"the consistency filter + {total['short']:,} with too few negatives"
@@ -107,7 +107,7 @@ def sentence(total: Mapping[str, int]) -> str:
 
 
 def _ranks(selection: Selection) -> Ints:
-    """(R,) rank of the best positive; -1 where it is below every listed document."""
+    """(R,) rank of the best positive; -1 if it is below every listed document."""
     return np.where(selection.beyond, -1, selection.ahead + 1)
 
 
@@ -121,7 +121,7 @@ def _suspects(index: TextIndex, selection: Selection) -> Bools:
 def examples(
     data: TrainingData, index: TextIndex, selection: Selection, corpus: TextSet, summary: Summary
 ) -> str:
-    """A task's page, rows to read: dropped ones, suspected false negatives, kept ones."""
+    """A task's page with example rows: dropped, with suspected false negatives, and kept."""
     ranks, suspects = _ranks(selection), _suspects(index, selection)
     failed = f"{summary['inconsistent']:,} rows failed the consistency filter"
     suspected = f"{summary['suspects']:,} suspected false negatives"
@@ -143,7 +143,7 @@ def examples(
     lines: list[str] = []
     for title, which, kind, numbers, scores, count in parts:
         rows = np.flatnonzero(which)
-        # At random, but always the same ones, in their order.
+        # A random but always identical sample, in order.
         hashes = index.queries["hash"][index.row_query[rows]]
         keys = rules.random_keys(hashes, rows[:, None], 0)[:, 0]
         sample = sorted(rows[np.argsort(keys, kind="stable")[:count]].tolist())
@@ -167,7 +167,7 @@ def examples(
 
 
 def _clip(text: str) -> str:
-    """A text in a line, as code, so that nothing in it is taken for Markdown."""
+    """A text on one line, as code, so that nothing in it is read as Markdown."""
     text = " ".join(text.split()).replace("``", "` `")
     return f"`` {text if len(text) <= _CUT else text[: _CUT - 1] + '…'} ``"
 
@@ -175,7 +175,7 @@ def _clip(text: str) -> str:
 def write(
     folder: Path, tasks: Tasks, model: Mapping[str, object], settings: Mapping[str, object]
 ) -> None:
-    """Write README.md and, where matplotlib is installed, README.png into `folder`.
+    """Write README.md and, if matplotlib is installed, README.png into `folder`.
 
     `tasks` holds the summaries by name, `model` the manifest of its vectors.
     """
@@ -215,7 +215,7 @@ def write(
 
 
 def _table(tasks: Tasks, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """One line per task, its name a link to its page."""
+    """One line per task, whose name links to its page."""
     cells = [
         [f"[{task}]({PAGES}/{quote(task)}.md)" if one["corpus"] else task, *row]
         for (task, one), row in zip(tasks.items(), rows, strict=True)
@@ -232,7 +232,7 @@ def _percentiles(histogram: Sequence[int]) -> str:
 
 
 def _plot(folder: Path, tasks: Tasks) -> bool:
-    """One bar per task, its rows by the positive's rank; False without matplotlib."""
+    """Plot each task's rows by the positive's rank; return False without matplotlib."""
     try:
         from matplotlib import colormaps
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -32,26 +32,26 @@ _LAST = np.uint64(2**64 - 1)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rules:
-    """How rows are judged and negatives chosen."""
+    """How rows are filtered and negatives chosen."""
 
     rank_range: Annotated[tuple[int, int], "First and last rank of a negative, from 1."] = (50, 100)
-    num_negatives: Annotated[int, "Negatives per row, where there are as many candidates."] = 7
+    num_negatives: Annotated[int, "Negatives per row, if there are enough candidates."] = 7
     consistency_top_k: Annotated[
-        int | None, "Drop a row whose best positive ranks lower than this; none keeps every row."
+        int | None, "Drop a row whose best positive ranks worse than this; none: keep every row."
     ] = 50
-    official_rank: Annotated[bool, "Ranks of the official code: positives count, off by one."] = (
+    official_rank: Annotated[bool, "Rank like the official code: positives count, off by one."] = (
         False
     )
-    choice: Annotated[Literal["random", "top"], "Any candidates, or the highest."] = "random"
+    choice: Annotated[Literal["random", "top"], "Random or top-ranked candidates."] = "random"
     min_score: Annotated[float | None, "Lowest score (cosine) of a negative."] = None
     max_score: Annotated[float | None, "Highest score (cosine) of a negative."] = None
     absolute_margin: Annotated[
-        float | None, "A negative scores at least this much less than the row's best positive."
+        float | None, "Minimum score difference of the row's best positive and a negative."
     ] = None
     relative_margin: Annotated[
         float | None, "The same as a share of the positive's score: 0.05 is NV-Retriever's 95 %."
     ] = None
-    short_rows: Annotated[Literal["keep", "drop"], "Rows with too few candidates."] = "keep"
+    short_rows: Annotated[Literal["keep", "drop"], "Rows with too few negatives."] = "keep"
     seed: Annotated[int, "Seed of the random choice."] = 0
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class Rules:
 
     @property
     def depth(self) -> int:
-        """How many unlabelled candidates a list of neighbours must hold."""
+        """The number of unlabelled candidates that a list of neighbours must hold."""
         return max(self.rank_range[1], (self.consistency_top_k or 0) + self.official_rank)
 
 
@@ -75,25 +75,25 @@ class Choice(NamedTuple):
 
     status: Ints  # (B,) KEPT, INCONSISTENT or SHORT
     ahead: Ints  # (B,) unlabelled candidates listed above the best positive
-    columns: Ints  # (B, n) of the negatives among the neighbours, highest score first; -1 is none
+    columns: Ints  # (B, n) indices among the neighbours, highest score first; -1 for none
 
 
 def choose(
     scores: Scores, is_unlabelled: Bools, is_listed: Bools, best: Scores, keys: Codes, rules: Rules
 ) -> Choice:
-    """Judge rows and choose their negatives.
+    """Filter rows and choose their negatives.
 
-    With `official_rank` every document counts, a row fails when the score at the 0-based position k
-    is higher than its best positive's (so rank k + 1 still passes), and of a range only 0-based
-    positions are taken, first included, last not. (The official code also lets every row pass when
-    its list is not longer than k. That is not repeated.)
+    With `official_rank` every document counts, a row fails if the score at the 0-based position k
+    is higher than its best positive's (so rank k + 1 still passes), and a range is one of 0-based
+    positions, including the first but not the last. (The official code also lets every row pass if
+    its list is not longer than k, which is not repeated here.)
 
     Args:
         scores: (B, K) of the neighbours, the highest first.
-        is_unlabelled: (B, K) which neighbours are unlabelled candidates.
-        is_listed: (B, K) which positions hold a neighbour at all.
+        is_unlabelled: (B, K) whether each neighbour is an unlabelled candidate.
+        is_listed: (B, K) whether each position holds a neighbour.
         best: (B,) score of each row's best positive.
-        keys: (B, K) random; the lowest are chosen.
+        keys: (B, K) random numbers; the lowest are chosen.
         rules: the settings.
     """
     off = int(rules.official_rank)
@@ -108,7 +108,7 @@ def choose(
     if rules.absolute_margin is not None:
         allowed &= scores <= (best - np.float32(rules.absolute_margin))[:, None]
     if rules.relative_margin is not None:
-        # A share of the magnitude: a share of a negative score would be a limit above it.
+        # A share of the magnitude, since a share of a negative score would be a limit above it.
         allowed &= scores <= (best - np.float32(rules.relative_margin) * np.abs(best))[:, None]
     columns = _take(allowed, keys, rules)
     status = np.full(len(best), KEPT)
@@ -120,7 +120,7 @@ def choose(
 
 
 def _take(allowed: Bools, keys: Codes, rules: Rules) -> Ints:
-    """(B, n) columns of the chosen, in order; -1 where there are fewer."""
+    """(B, n) columns of the chosen neighbours, in order; -1 if there are fewer."""
     count, n = allowed.shape[1], rules.num_negatives
     positions = np.broadcast_to(np.arange(count, dtype=np.uint64), allowed.shape)
     priority = np.where(allowed, keys >> 1 if rules.choice == "random" else positions, _LAST)
@@ -135,8 +135,8 @@ def _take(allowed: Bools, keys: Codes, rules: Rules) -> Ints:
 def random_keys(queries: Ints, candidates: Ints, seed: int) -> Codes:
     """(B, K) random numbers for (B,) query and (B, K) candidate hashes.
 
-    A function of seed and the two texts alone, so a row's negatives do not depend on the rows around
-    it, on the order of the file or on who computed them.
+    They depend on the seed and the two texts alone, so a row's negatives do not depend on other
+    rows, on the order of the file or on the process that computes them.
     """
     state = _pairs(queries[:, None], candidates) + np.uint64(seed * 0xD1342543DE82EF95 % 2**64)
     # The finaliser of splitmix64 (Steele, Lea and Flood 2014).
@@ -161,7 +161,7 @@ def labelled_pairs(index: TextIndex) -> Codes:
 
 
 def _is_in(pairs: Codes, known: Codes) -> Bools:
-    """Which pairs are among sorted ones; np.isin would sort the known ones again for every block."""
+    """Whether each pair is among sorted ones; np.isin would sort those again for every block."""
     return known[np.minimum(np.searchsorted(known, pairs), len(known) - 1)] == pairs
 
 
@@ -175,11 +175,11 @@ class Selection(NamedTuple):
 
     status: Ints  # (R,) KEPT, INCONSISTENT or SHORT
     ahead: Ints  # (R,) listed unlabelled candidates that score higher than the best positive
-    beyond: Bools  # (R,) the best positive scores less than every listed neighbour: rank not known
-    negatives: Ints  # (R, n) numbers in the corpus, the highest score first; -1 is none
+    beyond: Bools  # (R,) the best positive scores less than every listed neighbour: rank unknown
+    negatives: Ints  # (R, n) numbers in the corpus, the highest score first; -1 for none
     negative_scores: Scores  # (R, n)
     positive_scores: Scores  # (P,) in the order of TextIndex.positives
-    top: Ints  # (R,) the unlabelled candidate with the highest score; -1 where there is none
+    top: Ints  # (R,) the unlabelled candidate with the highest score; -1 for none
     top_scores: Scores  # (R,)
     histogram: Ints  # (BINS,) scores of all listed unlabelled candidates
 
@@ -192,14 +192,14 @@ def select(
     neighbours: Callable[[Ints], tuple[Ints, Scores]],
     rules: Rules,
 ) -> Selection:
-    """Judge every row of a task and choose its negatives, block by block.
+    """Filter the rows of a task and choose their negatives, block by block.
 
     Args:
         index: the task.
         corpus: (N,) hashes of the texts that were searched.
         queries: vectors of index.queries.
-        documents: vectors of index.documents, which hold the positives.
-        neighbours: gives (B, K) ids in the corpus and scores for (B,) numbers of queries.
+        documents: vectors of index.documents, which include the positives.
+        neighbours: maps (B,) numbers of queries to (B, K) ids in the corpus and scores.
         rules: the settings.
     """
     labelled = labelled_pairs(index)
@@ -247,5 +247,5 @@ def _at(values: NDArray[Any], columns: Ints, none: float) -> NDArray[Any]:
 
 
 def score_histogram(scores: Scores) -> Ints:
-    """(BINS,) how many scores lie in each fiftieth from -1 to 1; others count in the outer bins."""
+    """(BINS,) the number of scores in each fiftieth from -1 to 1, others in the outer bins."""
     return np.histogram(np.clip(scores.astype(np.float64), -1, 1), BINS, (-1, 1))[0]

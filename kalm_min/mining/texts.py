@@ -1,10 +1,10 @@
-"""Which texts a task holds, by number: one pass over its rows, after which everything is arrays.
+"""The numbered texts of a task: one pass over its rows, after which everything is arrays.
 
     rows -> queries    (unique by instruction and text)
          -> documents  (unique by text: positives, then negatives, in order of appearance)
-         -> which query and which positives each row has
+         -> the query and the positives of each row
 
-A text is a 64-bit hash and a position (row, slot) where it can be read again, so a task of many
+A text is a 64-bit hash and the position (row, slot) where it can be read again, so a task of many
 millions of rows is never a list of strings. The numbers are a function of the data alone.
 """
 
@@ -26,8 +26,8 @@ from kalm_min.topk import Ints
 from kalm_min.vectors import TextSet
 
 Table = NDArray[np.void]
-# One text: hash without instruction, number of the instruction, where to read it (slot 0 is the
-# query, then come positives and negatives), characters with instruction.
+# A text: hash without instruction, number of the instruction, where to read it (slot 0 is the
+# query, followed by positives and negatives), characters with instruction.
 TEXT = np.dtype([(name, np.int64) for name in ("hash", "instruction", "row", "slot", "size")])
 _POOL = {"text": Field("a non-empty string of valid Unicode", is_text, required=True)}
 
@@ -36,15 +36,15 @@ _POOL = {"text": Field("a non-empty string of valid Unicode", is_text, required=
 class TextIndex:
     """The texts of a task and how its R rows use them."""
 
-    first: int  # number of its first row in TrainingData; its rows follow one another
-    instructions: tuple[str, ...]  # the different ones; "" is none
+    first: int  # number of its first row in TrainingData; its rows are consecutive
+    instructions: tuple[str, ...]  # the distinct ones; "" for none
     queries: Table  # (n,) of TEXT
     documents: Table  # (n,) of TEXT
-    row_query: Ints  # (R,) number of each row's query
+    row_query: Ints  # (R,) the number of each row's query
     starts: Ints  # (R + 1,) row r has positives[starts[r] : starts[r + 1]]
     positives: Ints  # (P,) numbers of documents
-    groups: Ints  # (R,) hash of the class label; 0 is none
-    fingerprint: str  # a digest of every row: changes when anything in the task does
+    groups: Ints  # (R,) hash of the class label; 0 for none
+    fingerprint: str  # a digest of every row, which changes with anything in the task
 
     def __len__(self) -> int:
         return len(self.row_query)
@@ -58,7 +58,7 @@ class TextIndex:
 
     @classmethod
     def load(cls, path: Path) -> "TextIndex":
-        """Read what `save` wrote."""
+        """Read a file that `save` wrote."""
         with np.load(path, allow_pickle=False) as file:
             arrays = dict[str, Any](file)
         for name in ("first", "fingerprint", "instructions"):
@@ -75,7 +75,7 @@ class _UniqueTexts:
         self._instructions, self._table = instructions, array("q")
 
     def add(self, text: str, instruction: str, row: int, slot: int, *, apart: bool = False) -> int:
-        """The text's number; `apart` distinguishes equal texts with different instructions."""
+        """Return the text's number; `apart` separates equal texts with different instructions."""
         code = text_hash(text)
         prompt = self._instructions.setdefault(instruction, len(self._instructions))
         number = self._numbers.setdefault(code + (prompt << 64 if apart else 0), len(self._numbers))
@@ -88,10 +88,10 @@ class _UniqueTexts:
 
 
 def index_task(data: TrainingData, task: int, *, with_negatives: bool) -> TextIndex:
-    """Read task number `task` once; its negatives are documents too where it is its own corpus.
+    """Read task number `task` once; its negatives are documents too if it is its own corpus.
 
-    A document that several rows of a symmetric task hold under different instructions is encoded
-    with the first one's.
+    A document that occurs with several instructions in a symmetric task is encoded with the first
+    of them.
     """
     first = sum(data.task_sizes[:task])
     instructions: dict[str, int] = {}
@@ -123,9 +123,9 @@ def index_task(data: TrainingData, task: int, *, with_negatives: bool) -> TextIn
 
 
 def text_sets(data: TrainingData, index: TextIndex) -> list[TextSet]:
-    """The queries and the documents of a task, their prompts the plain instructions."""
+    """The queries and the documents of a task, with the plain instructions as prompts."""
 
-    @lru_cache(maxsize=1)  # the texts of a row come together
+    @lru_cache(maxsize=1)  # the texts of a row are read together
     def texts(row: int) -> tuple[str, ...]:
         example = data[row]
         return (example.query, *example.positives, *example.negatives)
@@ -137,7 +137,7 @@ def text_sets(data: TrainingData, index: TextIndex) -> list[TextSet]:
 
 
 def open_pool(path: Path, cache_dir: Path | None = None) -> TextSet:
-    """The unique texts of a JSONL(.gz) file of {"text"}; ValueError with file:line for other lines."""
+    """The unique texts of a JSONL(.gz) file of {"text"}. Raises ValueError with file:line."""
     file, unique = JsonlFile(path, cache_dir), _UniqueTexts({})
     for row in range(len(file)):
         record = file[row]
@@ -150,7 +150,7 @@ def open_pool(path: Path, cache_dir: Path | None = None) -> TextSet:
 def _text_set(
     table: Table, instructions: tuple[str, ...], read: Callable[[int, int], str]
 ) -> TextSet:
-    """The texts of a table of TEXT; read(row, slot) gives one of them."""
+    """The texts of a table of TEXT, each of which read(row, slot) returns."""
     rows_and_slots = table[["row", "slot"]]
     return TextSet(
         hashes=table["hash"],

@@ -1,1 +1,1 @@
-"""Training: one step that is exact on any number of processes, and a loop that can be killed."""
+"""Training: a step that is exact on any number of processes, in a loop that may be killed."""

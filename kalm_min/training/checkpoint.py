@@ -1,4 +1,4 @@
-"""The model a run starts from, and its folder, which explains itself and from which it resumes.
+"""The model from which a run starts, and the folder that records the run and resumes it.
 
     <output>/config.toml, environment.json, log.jsonl    the settings, the machine, every step
     <output>/checkpoints/step_00001000/ and so on        complete ones only
@@ -37,17 +37,17 @@ from kalm_min.training import distributed, parallel
 
 _STATE, _OPTIMIZER = "state.json", "optimizer.safetensors"
 
-# Shards are put together one tensor at a time, on the CPU of rank 0; other ranks get nothing.
+# Shards are joined one tensor at a time, on the CPU of rank 0; other ranks get nothing.
 _ALL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _TRAINABLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSource:
-    """The model to start from: either `path`, or `tokenizer` and sizes of a fresh one."""
+    """The model to start from: `path`, or `tokenizer` and the sizes of a fresh model."""
 
     path: Annotated[str | None, "Checkpoint to start from: a folder or a hub id."] = None
-    tokenizer: Annotated[Path | None, "Folder of a tokenizer, to train a fresh model with."] = None
+    tokenizer: Annotated[Path | None, "Folder of the tokenizer of a fresh model."] = None
     hidden_size: Annotated[int, "Dimension of a fresh model's hidden states and vectors."] = 256
     intermediate_size: Annotated[int, "Dimension of a fresh model's feed-forward layers."] = 1024
     num_hidden_layers: Annotated[int, "Layers of a fresh model."] = 4
@@ -56,12 +56,12 @@ class ModelSource:
     initializer_range: Annotated[float, "Standard deviation of a fresh model's weights."] = 0.02
     init_seed: Annotated[int, "Seed of a fresh model's weights, or of a fresh adapter's."] = 0
     causal: Annotated[
-        bool | None, "Causal attention; none: the checkpoint's, bidirectional for a fresh model."
+        bool | None, "Causal attention; none: the checkpoint's, or false for a fresh model."
     ] = None
-    pooling: Annotated[Pooling | None, "none: the checkpoint's, mean for a fresh model."] = None
+    pooling: Annotated[Pooling | None, "Pooling; none: the checkpoint's, or mean."] = None
     max_length: Annotated[int, "Maximum number of tokens per text, instruction included."] = 512
     instruction_template: Annotated[
-        str | None, "Turns an {instruction} into a prompt; none: the checkpoint's."
+        str | None, "Template of a prompt, with {instruction}; none: the checkpoint's."
     ] = None
 
     def __post_init__(self) -> None:
@@ -78,10 +78,10 @@ class ModelSource:
 def open_model(
     source: ModelSource, resume: Path | None, device: torch.device, lora: LoRAConfig | None = None
 ) -> Embedder:
-    """The embedder that a run starts with, or resumes from a checkpoint: float32 on `device`.
+    """The embedder with which a run starts or resumes, in float32 on `device`.
 
-    With LoRA it is the checkpoint of `source`, frozen, under the adapter of `resume` or a fresh
-    one, which changes nothing. Raises ValueError for what cannot be trained or opened.
+    With LoRA it is the checkpoint of `source`, frozen, with the adapter of `resume` or a fresh one
+    (an update of zero). Raises ValueError for what cannot be trained or opened.
     """
     lora = lora if lora is not None and lora.rank else None
     if resume is not None and lora is None:
@@ -100,7 +100,7 @@ def open_model(
         config = ModelConfig(
             vocab_size=-(-tokenizer.vocab_size // 64) * 64,  # odd numbers of rows are slow on a GPU
             max_position_embeddings=max(512, source.max_length),
-            # The sizes, which have the same names.
+            # The sizes, which have the same names in both classes.
             **{k: v for k, v in asdict(source).items() if k in ModelConfig.__dataclass_fields__},
         )
         model = Qwen2(config)
@@ -156,8 +156,8 @@ def save(
 def save_model(path: Path, embedder: Embedder) -> None:
     """Write a finished model; every process calls it, rank 0 writes.
 
-    With LoRA it is merged, and the adapter by itself is written to `adapter/` beside it first: a
-    model at `path` is the end of the run.
+    With LoRA the model is merged, and the adapter alone is first written to `adapter/` beside it,
+    since a model at `path` marks the end of the run.
     """
     weights = cast("dict[str, Tensor]", get_model_state_dict(embedder.model, options=_ALL))
     if distributed.rank() == 0:
@@ -172,8 +172,8 @@ def save_model(path: Path, embedder: Embedder) -> None:
 def restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Give the optimizer the moments of the checkpoint, bit for bit.
 
-    One tensor at a time: torch's `set_optimizer_state_dict` needs all of them in the memory of
-    every process. Raises ValueError where the checkpoint is of other parameters.
+    This takes one tensor at a time: torch's `set_optimizer_state_dict` needs all of them in the
+    memory of every process. Raises ValueError if the checkpoint has other parameters.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with safe_open(path / _OPTIMIZER, framework="pt") as reader:
@@ -181,7 +181,7 @@ def restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optim
         if stored and stored != trainable.keys():
             different = ", ".join(sorted(stored ^ trainable.keys())[:5])
             raise ValueError(f"{path / _OPTIMIZER}: of another model, differing in {different}")
-        # In one order on every process: laying out shards is a joint act.
+        # In the same order on every process, since laying out shards is collective.
         for name, parameter in trainable.items() if stored else ():
             optimizer.state[parameter] = {
                 kind: parallel.shard_like(reader.get_tensor(f"{kind}/{name}").clone(), parameter)
@@ -190,7 +190,7 @@ def restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optim
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The `state` that the checkpoint `path` was saved with."""
+    """The `state` with which the checkpoint `path` was saved."""
     return read_json(path / _STATE)
 
 
@@ -200,14 +200,14 @@ def newest(root: Path) -> Path | None:
 
 
 def best(root: Path) -> Path | None:
-    """The checkpoint with the highest validation score, the first of equals; None without scores."""
+    """The checkpoint with the highest validation score, the first of equals; None without any."""
     states = ((path, read_state(path).get("validation")) for path in sorted(root.glob("step_*")))
     scores = {path: score for path, score in states if score is not None}
     return max(scores, key=scores.__getitem__, default=None)
 
 
 def prune(root: Path, keep: int) -> None:
-    """Delete all checkpoints but the best and the `keep` newest, and what interrupted writes left."""
+    """Delete all but the best and `keep` newest checkpoints, and remains of interrupted writes."""
     for unfinished in root.glob(".step_*.tmp"):
         shutil.rmtree(unfinished)
     kept = [best(root), *sorted(root.glob("step_*"))[-keep:]]
@@ -217,12 +217,12 @@ def prune(root: Path, keep: int) -> None:
 
 
 def claim(output: Path, config_toml: str) -> Path | None:
-    """Check that `output` is free or of this very configuration; the newest checkpoint to resume.
+    """Check that `output` is free or of this configuration; return the newest checkpoint.
 
     Raises ValueError naming the settings that differ.
     """
     path, checkpoint = output / "config.toml", newest(output / "checkpoints")
-    # Where nothing has been trained there is nothing to protect.
+    # If nothing has been trained, there is nothing to protect.
     if checkpoint is not None and path.is_file():
         old, new = dict(flatten(read_toml(path))), dict(flatten(tomllib.loads(config_toml)))
         changed = [
@@ -256,7 +256,7 @@ def write_description(output: Path, config_toml: str, device: torch.device) -> N
 
 
 def cut_log(path: Path, last_step: int) -> None:
-    """Drop what was logged after the step a run resumes from, and a last line torn by a kill."""
+    """Drop what was logged after the step to resume from, and a last line that a kill tore."""
     if not path.is_file():
         return
     kept = ""

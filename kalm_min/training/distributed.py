@@ -2,8 +2,8 @@
 
 W  processes    n  rows of this process    N  rows of all processes
 
-Alone, a process has rank 0 and world size 1: the same step runs on a laptop, in a unit test and on
-many nodes. Starting the processes is torchrun's business.
+A single process has rank 0 and world size 1, so the same step runs on a laptop, in a unit test and
+on many nodes. torchrun starts the processes.
 """
 
 import gc
@@ -18,19 +18,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-# torch 2.13 renames both and warns at the old names, which 2.11 has alone.
+# torch 2.13 renames both and warns about the old names, the only ones that 2.11 has.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 # Processes wait for one another on the CPU, apart from a step's exchanges and with a longer timeout;
-# a process that is gone ends the wait at once, because its connections close.
+# the loss of a process ends the wait at once, because its connections close.
 _wait_group: dist.ProcessGroup | None = None
 
 T = TypeVar("T")
 
 
 def start(environment: Mapping[str, str], device: torch.device) -> None:
-    """Join the group that torchrun's variables describe; nothing happens without them."""
+    """Join the group that torchrun's variables describe; without them, do nothing."""
     global _wait_group
     if "WORLD_SIZE" in environment:
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -46,14 +46,14 @@ def stop() -> None:
     global _wait_group
     if dist.is_initialized():
         _wait_group = None
-        gc.collect()  # wrapped models are reference cycles that hold on to the group's threads
+        gc.collect()  # wrapped models are reference cycles that keep the group's threads alive
         dist.destroy_process_group()
 
 
 def hard_exit(code: int) -> NoReturn:
     """Exit; a process that was in a group skips the interpreter's shutdown."""
-    # Caches of torch keep a sharded model's group alive past `stop`, and a thread of it that wants
-    # the interpreter during shutdown aborts the process, whose work was done.
+    # Caches of torch keep a sharded model's group alive after `stop`, and one of its threads that
+    # needs the interpreter during shutdown would abort the process, whose work is done.
     if "WORLD_SIZE" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -62,12 +62,12 @@ def hard_exit(code: int) -> NoReturn:
 
 
 def is_loss_of_peer(error: RuntimeError) -> bool:
-    """Whether an exchange failed because another process, or the way to it, is gone."""
+    """Whether an exchange failed because another process, or the connection to it, was lost."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def local_device(environment: Mapping[str, str]) -> torch.device:
-    """The GPU of this process, or the CPU where there is none."""
+    """The GPU of this process, or the CPU if there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(environment.get("LOCAL_RANK", "0")))
@@ -92,7 +92,7 @@ def barrier() -> None:
 
 
 def gather_objects(value: T) -> list[T]:
-    """A small Python object of every process, by rank, however long one of them takes."""
+    """A small Python object from every process, by rank, however long one of them takes."""
     values = [value] * world_size()
     if dist.is_initialized():
         dist.all_gather_object(values, value, group=_wait_group)
@@ -100,9 +100,9 @@ def gather_objects(value: T) -> list[T]:
 
 
 def rank_zero_first(action: Callable[[], T]) -> T:
-    """Call `action` on rank 0, then on the others, which find what it left (an index, say).
+    """Call `action` on rank 0, then on the others, which find its result (an index, for example).
 
-    A ValueError on rank 0 is raised on all.
+    A ValueError on rank 0 is raised on all ranks.
     """
     results: list[T] = []
     error: ValueError | None = None
@@ -117,7 +117,7 @@ def rank_zero_first(action: Callable[[], T]) -> T:
 
 
 def mean(value: Tensor) -> Tensor:
-    """The mean over processes of a tensor of equal shape on each."""
+    """The mean over processes of a tensor that has the same shape on each."""
     value = value.clone()
     if dist.is_initialized():
         dist.all_reduce(value)
@@ -125,7 +125,7 @@ def mean(value: Tensor) -> Tensor:
 
 
 def row_counts(rows: int, device: torch.device) -> list[int]:
-    """How many rows (or of whatever else) each process has, by rank."""
+    """The number of rows (or other items) of each process, by rank."""
     if world_size() == 1:
         return [rows]
     counts = torch.empty(world_size(), dtype=torch.int64, device=device)
@@ -134,15 +134,15 @@ def row_counts(rows: int, device: torch.device) -> list[int]:
 
 
 def max_over_ranks(number: int, device: torch.device) -> int:
-    """The largest number any process has, so that all decide alike."""
+    """The largest number on any process, so that all processes decide alike."""
     return max(row_counts(number, device))
 
 
 def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
     """The (n, ...) rows of each process, n from `row_counts`, to (N, ...) by rank, with gradient.
 
-    The gradient of a row is the sum of what every process's loss gives it, so the mean of the
-    processes' losses has exactly the gradient of one process with all rows. (A gather without
+    The gradient of a row is the sum of its gradients from all processes' losses, so the mean of the
+    losses has exactly the gradient of one process with all rows. (A gather without
     gradient, or with that of the local slice only, gives a wrong direction or 1/W of the scale.)
     """
     if world_size() == 1:
@@ -156,8 +156,8 @@ def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
 class _GatherEqual(torch.autograd.Function):
     """all_gather forward, reduce_scatter (sum) backward; every process has as many rows.
 
-    torch 2.13 warns that torch.distributed.nn.functional.all_gather is deprecated; what it names
-    instead is private, and 2.11 does not have it.
+    torch 2.13 deprecates torch.distributed.nn.functional.all_gather in favour of a private
+    function, which 2.11 does not have.
     """
 
     @staticmethod

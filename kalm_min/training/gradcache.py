@@ -5,10 +5,10 @@ n  texts of this process's share of the batch    D  dimension
 A contrastive loss couples all texts of a batch, but only through their vectors:
 
     1. embed all texts, chunk by chunk, without a graph               -> vectors (n, D)
-    2. the loss of the vectors and its gradient with respect to them  -> g (n, D)
+    2. compute the loss and its gradient with respect to the vectors  -> g (n, D)
     3. embed each chunk again, with a graph, and send its rows of g back through it
 
-Memory is that of one chunk whatever n is; the gradient is the same (Gao et al. 2021, "Scaling Deep
+The memory is that of one chunk for any n; the gradient is the same (Gao et al. 2021, "Scaling Deep
 Contrastive Learning Batch Size under Memory Limited Setup"). Step 3 repeats step 1 exactly because
 the decoder has no dropout. With one chunk, steps 1 and 3 are the same forward pass: plain backward.
 """
@@ -33,7 +33,7 @@ def cached_backward(
     rounds: int | None = None,
     sharded: bool = False,
 ) -> Tensor:
-    """Add the gradient of `loss` of all vectors to the parameters; return the loss, detached.
+    """Add the gradient of the loss of all vectors to the parameters; return the detached loss.
 
     Args:
         embed: (b, D) vectors of a packed chunk.

@@ -1,4 +1,4 @@
-"""Distribution applied to a finished model, from outside: the model knows nothing of processes.
+"""Distributes a finished model from outside: the model itself does not depend on processes.
 
 Both strategies give the gradient of the mean of the processes' losses. Activation checkpointing and
 the compilation of each layer come before either.
@@ -22,21 +22,21 @@ from kalm_min.training import distributed
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
-    """How the model is distributed over processes, and what is kept for backward."""
+    """How the model is distributed over processes, and what is kept for the backward pass."""
 
     strategy: Annotated[
         Literal["ddp", "fsdp"],
         "ddp: a copy on every process; fsdp: parameters and optimizer state sharded (FSDP2).",
     ] = "ddp"
-    gradient_checkpointing: Annotated[bool, "Recompute layers in backward: less memory."] = False
-    compile: Annotated[bool, "torch.compile each layer: pays on CUDA, first step slow."] = False
+    gradient_checkpointing: Annotated[bool, "Recompute layers in backward to save memory."] = False
+    compile: Annotated[bool, "torch.compile each layer: faster on CUDA, slow first step."] = False
 
 
 def wrap(model: Qwen2, config: ParallelConfig, *, bfloat16: bool = False) -> nn.Module:
-    """Distribute a model, in place, whose parameters are the same on every process.
+    """Distribute, in place, a model whose parameters are the same on every process.
 
-    Returns what to call in place of it. With `bfloat16`, fsdp gathers and computes in bfloat16 and
-    reduces gradients in float32; ddp leaves the precision to autocast. Raises ValueError where
+    Returns the module to call instead. With `bfloat16`, fsdp gathers and computes in bfloat16 and
+    reduces gradients in float32; ddp leaves the precision to autocast. Raises ValueError if
     compilation is requested and there is no compiler.
     """
     model.gradient_checkpointing = config.gradient_checkpointing
@@ -50,7 +50,7 @@ def wrap(model: Qwen2, config: ParallelConfig, *, bfloat16: bool = False) -> nn.
         return model
     if config.strategy == "ddp":
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
-    # Inputs stay as they are: the rotary tables must keep float32.
+    # Inputs are not cast: the rotary tables must keep float32.
     dtypes = (torch.bfloat16, torch.float32) if bfloat16 else (None, None)
     policy = MixedPrecisionPolicy(*dtypes, cast_forward_inputs=False)
     for module in (*model.layers, model):
@@ -59,20 +59,20 @@ def wrap(model: Qwen2, config: ParallelConfig, *, bfloat16: bool = False) -> nn.
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether every forward of the model is a joint act of all processes."""
+    """Whether every forward pass of the model is collective."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def no_sync(model: nn.Module) -> AbstractContextManager[None]:
-    """Backward passes inside leave the gradients local; the next one outside averages all of them.
+    """Keep the gradients of backward passes inside local; the next one outside averages them all.
 
-    Sharded models reduce after every backward: to keep full gradients would cost the memory saved.
+    Sharded models always reduce, since full gradients would need the memory that is saved.
     """
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor put together from its shards, which every process must call; others unchanged."""
+    """The full tensor of a sharded one (a collective call); others are returned unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -1,6 +1,6 @@
 """One training step, from a batch of texts to gradients on the parameters.
 
-n  different texts of this process     B  its queries     N  candidates of all processes     D  dimension
+n  distinct texts of this process    B  its queries    N  candidates everywhere    D  dimension
 
     texts -> ids -> chunks of at most `tokens_per_batch` tokens -> vectors (n, D)
     vectors -> queries (B, D), candidates of all processes (N, D) -> ContrastiveBatch -> loss
@@ -34,20 +34,20 @@ class LossConfig:
 
     temperature: Annotated[float, "Divides the cosine similarity."] = 0.01
     gamma: Annotated[float, "Exponent of the focal weight (1 - p)^gamma; V2 uses 0.5."] = 0.0
-    matryoshka_dims: Annotated[tuple[int, ...], "Leading dimensions that can be used alone."] = ()
+    matryoshka_dims: Annotated[tuple[int, ...], "Leading dimensions to train for use alone."] = ()
     matryoshka_weights: Annotated[tuple[float, ...], "One weight per dimension."] = ()
     mixing: Annotated[bool, "Add two negatives per query, mixed from its own (V2)."] = False
-    distillation_weight: Annotated[float, "Share of the KL to the teacher; V2.5 uses 0.7."] = 0.0
-    distillation_temperature: Annotated[float, "Divides both scores in the KL term."] = 0.05
-    memory_gib: Annotated[float, "GiB for scores; beyond it they are computed twice."] = 1.0
+    distillation_weight: Annotated[float, "Share of the KL term in the loss; V2.5 uses 0.7."] = 0.0
+    distillation_temperature: Annotated[float, "Divides both models' scores in the KL."] = 0.05
+    memory_gib: Annotated[float, "GiB for scores; beyond it, they are computed twice."] = 1.0
     mask_false_negatives: Annotated[
-        bool, "Known positives of the query, its own text and its class are not its negatives."
+        bool, "Exclude a query's known positives, its own text and its class from its negatives."
     ] = True
     false_negative_margin: Annotated[
-        float | None, "Maximum of a negative's cosine minus the positive's; Qwen3 uses 0.1."
+        float | None, "Mask negatives with a cosine above the positive's plus this; Qwen3: 0.1."
     ] = None
-    query_negatives: Annotated[bool, "The other queries of a batch are negatives too."] = False
-    document_negatives: Annotated[bool, "A query's negatives are its positive's too."] = False
+    query_negatives: Annotated[bool, "Use the other queries of a batch as negatives."] = False
+    document_negatives: Annotated[bool, "Use a query's negatives as its positive's too."] = False
 
     def __post_init__(self) -> None:
         """Validate values and their combinations."""
@@ -69,7 +69,7 @@ class LossConfig:
 
 
 class TokenBatch(NamedTuple):
-    """A batch of texts as token ids, each different text once."""
+    """A batch of texts as token ids, each distinct text once."""
 
     sequences: list[list[int]]  # n token lists
     indices: Tensor  # (B + documents,) int64: the sequence of each query, then of each document
@@ -77,7 +77,7 @@ class TokenBatch(NamedTuple):
 
 
 def tokenize(batch: TextBatch, tokenizer: Tokenizer, *, max_length: int) -> TokenBatch:
-    """Token ids of every different text of the batch."""
+    """Token ids of every distinct text of the batch."""
     texts = [*batch.queries, *batch.documents]
     unique = {text: index for index, text in enumerate(dict.fromkeys(texts))}
     sequences = tokenizer.encode(list(unique), max_length=max_length)
@@ -97,9 +97,9 @@ def contrastive_step(
     """Add the gradient of the global batch's mean loss to the parameters.
 
     Args:
-        batch: this process's share of the global batch, as many queries on every process.
+        batch: this process's share of the global batch, with equally many queries on every process.
         embed: (b, D) vectors of a packed chunk on `device`.
-        tokens_per_batch: tokens of one chunk; bounds the memory, changes no result.
+        tokens_per_batch: maximum tokens of a chunk; bounds the memory and changes no result.
         no_sync, sharded: see `cached_backward`.
 
     Returns:
@@ -128,11 +128,11 @@ def contrastive_step(
 def contrastive_batch(
     vectors: Tensor, text: TextBatch, *, query_negatives: bool = False, gather: bool = True
 ) -> ContrastiveBatch:
-    """The queries of this process and the candidates of all, or of this one without `gather`.
+    """The queries of this process and the candidates of all, or without `gather` of this one.
 
     Args:
-        vectors: (B + documents, D) of queries, then documents; every process has as many queries.
-        query_negatives: the queries are candidates too, before the documents of their process.
+        vectors: (B + documents, D), queries first; every process has equally many queries.
+        query_negatives: queries are candidates too, placed before the documents of their process.
     """
 
     def tensor(values: np.ndarray) -> Tensor:
@@ -172,9 +172,9 @@ def contrastive_batch(
 def contrastive_loss(
     batch: ContrastiveBatch, config: LossConfig
 ) -> tuple[Tensor, dict[str, float]]:
-    """The mean loss over the queries, and how many pairs of each kind it was computed over.
+    """The mean loss over the queries, and the number of pairs of each kind that it covers.
 
-    Beside the counts of `count_pairs`: "document_document", negatives of the positives; "mixed".
+    Adds to those of `count_pairs` "document_document" (negatives of positives) and "mixed".
     """
     margin = config.false_negative_margin
     counts: dict[str, Tensor] = {}
@@ -201,7 +201,7 @@ def contrastive_loss(
         document_negatives=batch.document_meta[3] == 0 if config.document_negatives else None,
         memory_gib=config.memory_gib,
     )
-    # Before backward, in which a tile that is computed again counts again.
+    # Before the backward pass, in which a tile that is computed again would count again.
     numbers = torch.stack([*counts.values()]).tolist()
     found: dict[str, float] = dict(zip(counts, numbers, strict=True))
     documents = found["hard"] + found["in_batch"] + found["cross_device"]

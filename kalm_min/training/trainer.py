@@ -3,8 +3,8 @@
     for every batch of the sampler, tokenized ahead of time in a thread:
         gradient of the global batch (step.py), clip, update, log, now and then validate and save
 
-A step is a pure function of the configuration, the data and the step's number, so a run that is
-killed resumes bit for bit (on a CPU; a GPU's sums may reorder).
+A step is a pure function of the configuration, the data and the step's number, so a killed run
+resumes bit for bit (on a CPU; a GPU may change the order of sums).
 """
 
 import ctypes
@@ -35,17 +35,17 @@ from kalm_min.training.step import LossConfig, TokenBatch, contrastive_step, tok
 from kalm_min.training.validation import validate
 
 _PREPARED = 4  # batches tokenized ahead of the step
-_NAMED = 20  # examples of a failed step that are named
+_NAMED = 20  # examples of a failed step that the error names
 
-# glibc keeps what chunks of ever other sizes leave in pieces: 7 GiB around a model of 0.03 GiB.
+# glibc keeps the fragments that chunks of varying sizes leave: 7 GiB with a model of 0.03 GiB.
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 _TRIM_EVERY = 16  # steps on a CPU
 
-LogLine = dict[str, Any]  # a line of log.jsonl: of a step, or {"step": ..., "validation": ...}
+LogLine = dict[str, Any]  # a line of log.jsonl: a step's, or {"step": ..., "validation": ...}
 
 
 def check_range(config: object, low: float, high: float, *names: str) -> None:
-    """Raise a ValueError for the first of the settings that is outside of [low, high], unless None."""
+    """Raise a ValueError for the first setting that is neither None nor in [low, high]."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
@@ -55,12 +55,12 @@ def check_range(config: object, low: float, high: float, *names: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig:
-    """Which examples meet in a batch."""
+    """Which examples form a batch."""
 
     batch_size: Annotated[int, "Queries per optimizer step, over all processes."] = 512
-    homogeneous_ratio: Annotated[float, "Share of a batch that is of one task; 0 mixes all."] = 1.0
+    homogeneous_ratio: Annotated[float, "Share of a batch from one task; 0 mixes all."] = 1.0
     num_negatives: Annotated[int, "Maximum number of hard negatives drawn per query."] = 7
-    size_exponent: Annotated[float, "A task's share is size^this; 0: equal shares."] = 1.0
+    size_exponent: Annotated[float, "Tasks count as size^exponent; 0: equal shares."] = 1.0
     seed: Annotated[int, "Seed of the order of examples and of the texts drawn from them."] = 0
 
     def __post_init__(self) -> None:
@@ -71,14 +71,14 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
-    """AdamW; the defaults are those of the public fine-tuning script (paper notes, section 1.2)."""
+    """AdamW; the defaults are those of the public fine-tuning script."""
 
     learning_rate: Annotated[float, "Peak learning rate."] = 1e-5
     warmup_ratio: Annotated[float, "Share of all steps that warm up from 0 to the peak."] = 0.1
     weight_decay: Annotated[float, "Decay of weight matrices; biases and norms never decay."] = 0.0
     betas: Annotated[tuple[float, float], "Decay rates of both moments."] = (0.9, 0.999)
     eps: Annotated[float, "Added to the square root of the second moment."] = 1e-8
-    max_grad_norm: Annotated[float, "L2 norm that all gradients together are clipped to."] = 1.0
+    max_grad_norm: Annotated[float, "L2 norm to which all gradients together are clipped."] = 1.0
 
     def __post_init__(self) -> None:
         check_range(self, 0, 1, "warmup_ratio")
@@ -89,13 +89,13 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoopConfig:
-    """How long to train, and what to do on the way."""
+    """The length of training, its precision, checkpoints and validation."""
 
     epochs: Annotated[int, "Passes over the data."] = 1
-    max_steps: Annotated[int | None, "Stop after so many steps, with a learning rate of 0."] = None
-    tokens_per_batch: Annotated[int, "Tokens per forward; bounds the memory alone."] = 16_384
+    max_steps: Annotated[int | None, "Maximum number of steps; none: all of the epochs."] = None
+    tokens_per_batch: Annotated[int, "Tokens per forward pass; affects memory only."] = 16_384
     precision: Annotated[
-        Literal["auto", "float32", "bfloat16"], "Of matrix products; auto: bfloat16 where native."
+        Literal["auto", "float32", "bfloat16"], "Dtype of products; auto: bfloat16 where native."
     ] = "auto"
     save_every: Annotated[int, "Steps between checkpoints."] = 500
     keep_checkpoints: Annotated[int, "Newest checkpoints to keep, besides the best validated."] = 3
@@ -103,7 +103,7 @@ class LoopConfig:
         Literal["stop", "skip"], "Stop at a step whose loss or gradient is not finite, or skip it."
     ] = "stop"
     validate_every: Annotated[int, "Steps between validations."] = 500
-    validation_limit: Annotated[int, "Pairs per held-out task that a validation looks at."] = 500
+    validation_limit: Annotated[int, "Pairs per held-out task that a validation uses."] = 500
 
     def __post_init__(self) -> None:
         counts = ("epochs", "max_steps", "tokens_per_batch", "save_every", "keep_checkpoints")
@@ -112,7 +112,7 @@ class LoopConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """How to train, whatever the model and the data."""
+    """How to train, apart from the model and the data."""
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -122,7 +122,7 @@ class Recipe:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, matrices with weight decay and vectors without."""
+    """AdamW over the trainable parameters; matrices have weight decay, vectors do not."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.dim() > 1], "weight_decay": config.weight_decay},
@@ -145,10 +145,10 @@ def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
 class Trainer:
     """One run: `run` takes it from `step` to `total_steps`.
 
-    Raises ValueError where recipe, data and number of processes do not fit.
+    Raises ValueError if recipe, data and number of processes do not fit.
     """
 
-    embedder: Embedder  # float32 weights on this process's device; of `resume` where given
+    embedder: Embedder  # float32 weights on this process's device; those of `resume` if given
     data: TrainingData
     validation: TrainingData | None  # held-out pairs
     output: Path  # the run's folder
@@ -196,14 +196,14 @@ class Trainer:
             self.sampler.load_state_dict(state["sampler"])
 
     def run(self, report: Callable[[LogLine], None], signals: Sequence[int] = ()) -> int:
-        """Train to the end; 0 when it was reached, else the number of the signal that stopped it.
+        """Train to the end; return 0, or the number of the signal that stopped the run.
 
         Args:
-            report: is given every log line, on rank 0.
-            signals: numbers of the signals received so far. One on any process makes all save and
-                return after the current step.
+            report: called with every log line, on rank 0.
+            signals: numbers of the signals received so far. One on any process makes all processes
+                save and return after the current step.
 
-        Raises FloatingPointError where loss or gradient is not finite, before the weights change.
+        Raises FloatingPointError if loss or gradient is not finite, before the weights change.
         """
         loop, is_main = self.recipe.training, distributed.rank() == 0
         checkpoints, log_path = self.output / "checkpoints", self.output / "log.jsonl"
@@ -218,7 +218,7 @@ class Trainer:
                 report(line)
 
         def validated() -> float | None:
-            """The score to keep checkpoints by; every process takes part."""
+            """Validate on every process; return the score by which checkpoints are kept."""
             if self.validation is None:
                 return None
             size, limit = self.recipe.sampling.batch_size, loop.validation_limit
@@ -231,7 +231,7 @@ class Trainer:
         def is_due(every: int) -> bool:
             return self.step % every == 0 or self.step == self.total_steps
 
-        # Without a checkpoint a run begins anew, whatever an earlier start has logged.
+        # Without a checkpoint a run starts over, even if an earlier start has logged steps.
         mode = "a" if self.step else "w"
         with (log_path if is_main else Path(os.devnull)).open(mode, encoding="utf-8") as log:
             if self.step == 0:
@@ -249,7 +249,7 @@ class Trainer:
                 stop = distributed.max_over_ranks(max(signals, default=0), self.embedder.device)
                 if stop or is_due(loop.save_every):
                     if is_main:
-                        os.fsync(log.fileno())  # no checkpoint knows of steps that the log lost
+                        os.fsync(log.fileno())  # no checkpoint may be ahead of the log on disk
                     epoch, step = divmod(self.step, len(self.sampler))
                     sampler = self.sampler.state_dict() | {"epoch": epoch, "step": step}
                     state = {"step": self.step, "sampler": sampler, "validation": score}
@@ -279,7 +279,7 @@ class Trainer:
         return indices, tasks.pop() if len(tasks) == 1 else "mixed", tokens
 
     def _train_step(self, indices: list[int], task: str, batch: TokenBatch) -> LogLine:
-        """One update: gradient of the global batch, clipping, AdamW; what the log says of it."""
+        """One update: gradient of the global batch, clipping, AdamW; return its log line."""
         config, device = self.recipe, self.embedder.device
         rate = learning_rate(config.optimizer, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
@@ -296,7 +296,7 @@ class Trainer:
         )
         parameters, max_norm = self.embedder.model.parameters(), config.optimizer.max_grad_norm
         norm = parallel.full_tensor(nn.utils.clip_grad_norm_(parameters, max_norm)).item()
-        # Means over processes, so that all decide alike.
+        # Means over processes, so that all processes decide alike.
         values = torch.tensor([value.item(), *counts.values()], dtype=torch.float64, device=device)
         loss, *means = distributed.mean(values).tolist()
         per_query = {name: mean / len(indices) for name, mean in zip(counts, means, strict=True)}
@@ -313,7 +313,7 @@ class Trainer:
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step()
         else:
-            # Examples with a vector that is not finite, else any.
+            # Examples with a vector that is not finite, or else the first ones.
             owners = np.append(np.arange(len(indices)), batch.text.document_owner)
             broken = np.unique(owners[~finite.cpu().numpy()])
             for positions in (broken, range(len(indices))):

@@ -1,6 +1,6 @@
-"""Accuracy of held-out retrieval during training: whether a run learns, cheap enough to look often.
+"""Accuracy of held-out retrieval during training: cheap enough to show often whether a run learns.
 
-Not to be compared between runs on other data, and no substitute for `evaluate.py`.
+It cannot be compared between runs on different data and does not replace `evaluate.py`.
 """
 
 from collections.abc import Callable
@@ -26,8 +26,8 @@ def validate(
 ) -> dict[str, float]:
     """Accuracy@1 and mean reciprocal rank over the first `limit` pairs of each held-out task.
 
-    Texts are encoded inside of `autocast()`; with `together` every process encodes all of them, as a
-    sharded model must, otherwise its share.
+    Texts are encoded inside `autocast()`; with `together` every process encodes all of them, as a
+    sharded model requires, otherwise its share.
 
     Returns "accuracy" and "mrr" against every document of a task, "in_batch_accuracy" and
     "in_batch_mrr" against the positives of a batch of queries (means over tasks), and
