@@ -14,7 +14,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked gpu where there is none."""
+    """Skip the tests marked gpu on a machine without one."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
@@ -29,7 +29,7 @@ WORDS = "the cat sat on a mat while one dog ran far from its house to see blue b
 
 
 def build_model(folder, *, causal=True, pooling="mean", max_length=32, seed=0, **sizes):
-    """Write a random tiny Qwen2 with a byte-level BPE tokenizer of its own; return its Embedder."""
+    """Write a random tiny Qwen2 with its own byte-level BPE tokenizer; return its Embedder."""
     from tokenizers import Tokenizer as FastTokenizer
     from tokenizers import decoders, models, pre_tokenizers, trainers
 

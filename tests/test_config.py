@@ -234,7 +234,7 @@ PATHS = st.text("ab/._ é", min_size=1).map(Path)
     )
 )
 def test_to_toml_reads_back_equal(tmp_path_factory, config):
-    """The configuration written beside a run is the configuration of the run."""
+    """The configuration written with a run reads back as that of the run."""
     file = tmp_path_factory.mktemp("config") / "config.toml"
     file.write_text(to_toml(config), encoding="utf-8", newline="")
     assert run(str(file)) == config
@@ -281,7 +281,7 @@ def test_what_a_person_can_mend_is_one_sentence(capsys, monkeypatch, error, code
 
 
 def test_an_error_of_the_program_is_not_hidden():
-    """What no person can mend by another request keeps its traceback; success passes through."""
+    """An error that no other request can correct keeps its traceback; success passes through."""
     with pytest.raises(ZeroDivisionError):
         act(ZeroDivisionError())
     assert act(None, "--seed", "3") == 3

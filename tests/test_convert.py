@@ -27,7 +27,7 @@ def row(query: str, **more) -> dict:
 
 @pytest.fixture
 def hub(tmp_path):
-    """Two tasks as the hub publishes them: shards, and a column of empty lists."""
+    """Two tasks as the hub publishes them, with shards and a column of empty lists."""
     folder = tmp_path / "hub"
     write(folder / "paq" / "train-00000-of-00002.parquet", [row("0"), row("1")], row_group_size=1)
     write(folder / "paq" / "train-00001-of-00002.parquet", [row("2")])
@@ -65,7 +65,7 @@ def test_a_folder_of_tasks(hub, tmp_path, flags, capsys):
 
 
 def test_a_file_alone_is_a_task(tmp_path):
-    """As in training data, a file of the folder is a task of its name."""
+    """As in training data, a single file in the folder is a task of its name."""
     write(tmp_path / "hub" / "nli.parquet", [row("0")])
     assert convert(tmp_path / "hub", tmp_path / "out") == 0
     assert TrainingData(tmp_path / "out").task_names == ["nli"]
@@ -86,7 +86,7 @@ def test_a_second_run_skips_what_is_finished(hub, tmp_path, capsys):
 
 
 def test_an_interrupted_file_is_absent(hub, tmp_path, monkeypatch):
-    """A kill in the middle of a file leaves the finished ones and nothing of this one."""
+    """A kill in the middle of a file keeps the finished ones and leaves nothing of this one."""
     check = kalm_min.convert.problem_with_line
 
     def killed(record):

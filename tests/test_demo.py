@@ -1,4 +1,4 @@
-"""The demo's text: two sides that share nothing, the same every time."""
+"""The demo's text: training and evaluation share nothing and are always the same."""
 
 import importlib
 import json
@@ -58,7 +58,7 @@ def library(tmp_path):
 
 
 def test_definitions(demo, library):
-    """Modules, classes and functions are found with what they say; tests of the library are not."""
+    """Modules, classes and functions are found with their documentation, but not tests."""
     found = {(one.module, one.name): one for one in demo.collect(library)}
     assert sorted(found) == [
         ("alpha", ""),
@@ -83,14 +83,14 @@ def test_definitions(demo, library):
 
 
 def test_methods_stay_with_their_class(demo, library):
-    """What is inside a definition falls on its side."""
+    """Everything inside a definition is assigned with it."""
     box = [one for one in demo.collect(library) if one.name.startswith("Box")]
     assert len(box) == 3
     assert len({one.is_held_out for one in box}) == 1
 
 
 def test_words_of_code(demo):
-    """The baseline reads names of code as words, so that it is no straw man."""
+    """The baseline splits identifiers into words, so that it is a fair one."""
     expected = ["get", "content", "type", "http", "response", "3"]
     assert demo.words("getContent_type(HTTPResponse, 3)") == expected
 
@@ -116,7 +116,7 @@ def test_nothing_is_on_both_sides(demo, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_demo_runs(tmp_path):
-    """The whole story, with two steps of training: it ends well and leaves what it promises."""
+    """The full demo, with two training steps, succeeds and writes all promised files."""
     command = [sys.executable, "examples/demo.py", "--output", str(tmp_path / "demo")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The Embedder: vectors that do not depend on company, and folders that others open."""
+"""The Embedder: vectors independent of other texts, and folders that other libraries open."""
 
 import json
 import shutil
@@ -92,7 +92,7 @@ def test_a_shared_prompt_is_invisible(
     make_model, tmp_path_factory, pooling, closing, texts, prompt, max_length
 ):
     """fp32: under a prompt a text's vector is that of prompt and text joined by hand, whatever
-    its tokens do at the seam and wherever it is cut; and it does not depend on its company."""
+    its tokens do at the seam and wherever it is cut; and it does not depend on other texts."""
     folder = tmp_path_factory.getbasetemp() / f"prompted-{pooling}-{closing}"
     if not folder.exists():
         make_model(folder, pooling=pooling)
@@ -157,7 +157,7 @@ def test_similarity_is_the_cosine(tiny):
 
 
 def test_out_of_memory_halves_the_batch(tiny, monkeypatch):
-    """A device that cannot hold a batch gets half of it, and nothing is lost."""
+    """A device without memory for a batch gets half of it, and no text is lost."""
     expected = tiny.encode(TEXTS)
     forward, sizes = tiny.model.forward, []
 
@@ -229,7 +229,7 @@ def test_attention_mode_is_never_guessed(folder):
 
 
 def test_maximum_length_stays_within_the_positions(folder):
-    """sentence-transformers' file wins; without it the smaller of the tokenizer's and the model's."""
+    """sentence-transformers' file wins; else the smaller of tokenizer's and model's limit."""
     assert load(folder).max_length == 32
     (folder / "sentence_bert_config.json").unlink()
     for stated, expected in ((17, 17), (131_072, 512), (10**30, 512), (None, 512)):

@@ -63,7 +63,7 @@ def test_bad_input_is_one_sentence_and_no_file(
 
 
 def test_a_wrong_model_or_output(tiny_model_dir, tmp_path, capsys):
-    """A model or an input that is not there, an output that is not .npy."""
+    """A model or an input that does not exist, and an output that is not .npy."""
     absent = str(tmp_path / "absent.txt")
     assert main([absent, "--model", str(tiny_model_dir), "--output", str(tmp_path / "v.npy")]) == 2
     assert capsys.readouterr().err == f"kalm_min.encode: {absent}: No such file or directory\n"

@@ -9,7 +9,7 @@ from kalm_min import files
 
 
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
-    """A failure leaves what was there, and nothing beside it; the umask decides who may read."""
+    """A failure leaves the old file and nothing beside it; the umask sets the permissions."""
     path = tmp_path / "new" / "a.txt"
     files.write_text(path, "old\r\n")
     with pytest.raises(KeyboardInterrupt), files.atomic_write(path, "w") as file:  # noqa: PT012
@@ -89,7 +89,7 @@ def test_the_nearest_name():
 
 
 def test_digests_depend_on_every_part(tmp_path):
-    """Neither the cut between parts nor the name of a file is lost; a lone surrogate has a hash."""
+    """The boundary between parts and the names of files count; a lone surrogate has a hash."""
     assert files.digest("ab", "c") != files.digest("a", "bc")
     assert files.digest("a") == files.digest(b"a")
     (tmp_path / "x").write_bytes(b"1")

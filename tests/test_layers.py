@@ -111,7 +111,7 @@ def imports(name: str) -> Iterator[str]:
 
 
 def part_of(name: str) -> str:
-    """The longest entry of LAYERS that holds `name`."""
+    """The longest entry of LAYERS that contains `name`."""
     parts = [part for part in LAYERS if inside(name, part)]
     assert parts, f"{name} has no layer: give it one in docs/design.md and here"
     return max(parts, key=len)
@@ -142,7 +142,7 @@ def test_confined_imports(name):
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_only_declared_dependencies(name):
-    """The core stands on its runtime dependencies; an extra is named in CONFINED with its modules."""
+    """The core uses only its runtime dependencies; CONFINED names each extra with its modules."""
     for other in imports(name):
         root = other.partition(".")[0]
         assert root in {*RUNTIME, *CONFINED, *sys.stdlib_module_names, "kalm_min"}, other

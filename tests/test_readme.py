@@ -1,4 +1,4 @@
-"""The README keeps its word: its Python runs, its commands parse, its files exist."""
+"""The README is correct: its Python runs, its commands parse, its files exist."""
 
 import re
 import shlex
@@ -46,25 +46,25 @@ def test_evaluation_commands(arguments):
 
 
 def test_its_files_exist():
-    """Every path of the project that it names is there."""
+    """Every path of the project that it names exists."""
     named = set(re.findall(r"[\w./]+\.(?:py|toml|md|txt)\b", README)) - {
         "config.toml",
         "summary.md",
     }
-    places = [ROOT, ROOT / "kalm_min", ROOT / "kalm_min/model", ROOT / "kalm_min/losses"]
-    places.append(ROOT / "kalm_min/training")
-    missing = [name for name in named if not any((place / name).exists() for place in places)]
+    folders = [ROOT, ROOT / "kalm_min", ROOT / "kalm_min/model", ROOT / "kalm_min/losses"]
+    folders.append(ROOT / "kalm_min/training")
+    missing = [name for name in named if not any((folder / name).exists() for folder in folders)]
     assert not missing
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.name)
 def test_recipes_parse(path):
-    """Every recipe is a configuration of train.py, but for what only its user knows."""
+    """Every recipe is a configuration of train.py, except for what only the user knows."""
     text = path.read_text(encoding="utf-8")
-    own = [] if re.search(r"^(path|tokenizer) = ", text, re.MULTILINE) else ["--model.path", "m"]
+    model = [] if re.search(r"^(path|tokenizer) = ", text, re.MULTILINE) else ["--model.path", "m"]
     parse(
         train.TrainConfig,
-        [str(path), "--data.path", "d", "--output", "o", *own],
+        [str(path), "--data.path", "d", "--output", "o", *model],
         program="train.py",
         description="",
     )

@@ -1,4 +1,4 @@
-"""The recipes in configs/ are configurations of train.py, and say where their values are from."""
+"""The recipes in configs/ are configurations of train.py and begin with a comment."""
 
 import sys
 from pathlib import Path

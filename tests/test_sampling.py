@@ -318,7 +318,7 @@ def test_a_capped_task_shows_other_examples_each_epoch():
 
 
 def test_rounds_of_a_heavy_task_come_one_by_one():
-    """Three rounds of a task are three shuffles: an example does not meet itself in a batch."""
+    """Three rounds of a task are three shuffles: no example occurs twice in a batch."""
     batches = one_epoch({"task_sizes": [40], "batch_size": 8, "task_draws": [120]})
     assert len(batches) == 15
     assert all(len(set(batch)) == 8 for batch in batches)
@@ -415,7 +415,7 @@ def test_partition_within_budget(lengths, budget):
 
 @given(lengths_lists, budgets)
 def test_longest_first_and_stable(lengths, budget):
-    """Texts come in falling length; those of equal length in their own order."""
+    """Texts come in order of decreasing length; those of equal length keep their order."""
     order = [int(i) for batch in token_budget_batches(lengths, budget) for i in batch]
     assert order == sorted(range(len(lengths)), key=lambda i: -lengths[i])
 

@@ -1,4 +1,4 @@
-"""Averaging checkpoints: the arithmetic, what is refused, and that the result is a whole model."""
+"""Averaging checkpoints: the arithmetic, the refusals, and a result that is a complete model."""
 
 import json
 import shutil

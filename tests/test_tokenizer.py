@@ -53,7 +53,7 @@ def test_what_is_missing_or_damaged_is_named(folder):
 
 
 def test_texts_are_checked_by_position():
-    """The first bad one is named by its place."""
+    """The first bad one is named by its position."""
     check_texts(["fine", "", "🐦"])
     with pytest.raises(ValueError, match=r"texts\[2\]: expected a string, found int"):
         check_texts(["a", "b", 3])

@@ -31,7 +31,7 @@ def crowded():
 
 
 def oracle(queries, documents, k):
-    """Every product in float64, sorted whole."""
+    """Every product in float64, sorted completely."""
     scores = queries.astype(np.float64) @ documents.astype(np.float64).T
     ids = np.broadcast_to(np.arange(len(documents)), scores.shape)
     order = np.lexsort((ids, -scores))[:, :k]
@@ -87,7 +87,7 @@ def test_parts_merge_to_the_whole(parts):
 
 @pytest.mark.parametrize("backend", ["torch", "faiss"])
 def test_blocks_do_not_show(monkeypatch, backend):
-    """Near-ties of float32 products fall alike whatever the block sizes are."""
+    """Near-ties of float32 products are ordered alike for all block sizes."""
     if backend == "faiss":
         pytest.importorskip("faiss")
     queries, documents = crowded()

@@ -1,4 +1,4 @@
-"""Vectors on disk: shards named by what they hold, cut so that a changed corpus keeps most of them."""
+"""Vectors on disk: shards named by content, cut so that a changed corpus keeps most of them."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def embedder(tiny_model_dir):
 
 
 class Encoder:
-    """Stands for an embedder: random vectors that depend on the text and its prompt alone."""
+    """A stand-in for an embedder: random vectors that depend only on the text and its prompt."""
 
     dtype = "float16"
 
@@ -73,7 +73,7 @@ def test_no_shard_is_larger_than_a_kill_may_cost():
 
 @pytest.mark.parametrize("on_disk", [True, False])
 def test_rows_by_slice_and_by_number(tmp_path, on_disk):
-    """Rows come back in the order asked for, from disk or memory, each text encoded once."""
+    """Rows come in the requested order, from disk or memory, and each text is encoded once."""
     encoder = Encoder()
     found = encoded(TEXTS, tmp_path if on_disk else None, encoder=encoder)
     assert encoder.encoded == TEXTS
@@ -87,7 +87,7 @@ def test_rows_by_slice_and_by_number(tmp_path, on_disk):
 
 
 def test_each_text_has_its_prompt(embedder, tmp_path):
-    """Texts of one set may have different prompts; each is encoded behind its own."""
+    """Texts of one set may have different prompts; each is encoded after its own."""
     texts = ["the cat", "a dog", "one house"]
     both = TextSet(
         hashes=np.array([vectors.text_hash(text) for text in texts]),

@@ -1,4 +1,4 @@
-"""The check of every line on all cores: the same summary, and the same complaints in order."""
+"""The check of every line on all cores: the same summary, and the same errors in the same order."""
 
 import io
 import json
@@ -55,7 +55,7 @@ lines = st.builds(line, st.sampled_from([None, "x", "y"]), st.sampled_from([None
 @given(st.lists(lines, min_size=1, max_size=30))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_summary_is_that_of_the_lines(tmp_path_factory, many_ranges, records):
-    """Tasks, rows, groups: whatever the order of lines and wherever a range ends."""
+    """Tasks, rows and groups, for any order of lines and any end of a range."""
     file = checked(write(tmp_path_factory.mktemp("data") / "x.jsonl", records))
     tasks = list(dict.fromkeys(record.get("task") for record in records))
     expected = []

@@ -18,7 +18,7 @@ GOOD = {"query": "q", "pos": ["p"]}
 
 
 def write(path: Path, records: list) -> Path:
-    """Records, or lines of text as they are, as a .jsonl or .jsonl.gz file."""
+    """Write records, or raw lines of text, to a .jsonl or .jsonl.gz file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in records]
     content = "".join(f"{line}\n" for line in lines).encode()
@@ -60,7 +60,7 @@ def test_a_folder_of_tasks(tmp_path):
 
 
 def test_a_single_file(tmp_path):
-    """A file alone is one task of its name, with its own settings; the rest beside it is ignored."""
+    """A single file is one task of its name, with its settings; other files are ignored."""
     path = write(tmp_path / "only.jsonl.gz", [record("x")])
     write(tmp_path / "only.toml", ["symmetric = true"])
     write(tmp_path / "recipe.toml", ["learning_rate = 1"])
@@ -98,7 +98,7 @@ def test_the_task_column(tmp_path_factory, files):
 
 
 def test_settings_of_tasks_named_by_lines(tmp_path):
-    """Tasks of the "task" column find their settings too."""
+    """Tasks of the "task" column get their settings too."""
     path = write(tmp_path / "all.jsonl", [record("0", task="qa"), record("1", task="news")])
     write(tmp_path / "qa.toml", ["in_batch_negatives = false"])
     data = TrainingData(path)

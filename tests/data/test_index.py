@@ -65,7 +65,7 @@ def test_lines(tmp_path, name, content, lines):
 def test_any_text_survives_any_chunking(tmp_path, monkeypatch, texts, final, chunk):
     """Strings come back as written, with their line numbers, wherever a chunk ends.
 
-    U+2028 and its like (str.splitlines ends lines at them) stay inside their string.
+    U+2028 and similar characters, at which str.splitlines ends lines, stay inside their string.
     """
     monkeypatch.setattr(index, "_CHUNK", chunk)
     lines = [
@@ -144,7 +144,7 @@ def test_a_huge_line(tmp_path):
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz"])
 def test_a_changed_file_is_read_anew(tmp_path, name):
-    """The cache of the old content is neither believed nor kept; other files' caches stay."""
+    """The cache of the old content is neither used nor kept; other files' caches stay."""
     other = JsonlFile(write(tmp_path / f"x.jsonl.v{name}", b'{"a": 9}'))
     path = write(tmp_path / name, b"\n".join(LINES))
     JsonlFile(path)
@@ -184,7 +184,7 @@ def test_a_change_while_reading_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize("damage", ["empty", "cut", "noise", "absent", "fits nothing"])
 @pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz"])
 def test_a_torn_cache_is_rebuilt(tmp_path, name, damage):
-    """Whatever a crash or another program made of the cache, the records are right."""
+    """The records are right, whatever a crash or another program did to the cache."""
     path = write(tmp_path / name, b"\n".join(LINES))
     offsets = JsonlFile(path).sidecar("index")
     content = offsets.read_bytes()
@@ -226,7 +226,7 @@ def test_a_kill_while_building_leaves_nothing_to_believe(tmp_path, monkeypatch):
 
 
 def test_cache_folder(tmp_path):
-    """Given a cache folder nothing is written beside the data, and equal names do not meet."""
+    """With a cache folder, nothing is written beside the data, and equal names do not collide."""
     files = []
     for part in ("one", "two"):
         (tmp_path / part).mkdir()
@@ -253,7 +253,7 @@ def test_read_only_data(tmp_path, monkeypatch):
 
 
 def test_data_that_became_read_only(tmp_path, monkeypatch):
-    """An index beside the data serves; what else must be kept goes where it can be written."""
+    """An index beside the data is used; new files go to a folder that can be written."""
     path = write(tmp_path / "data" / "x.jsonl", b"\n".join(LINES))
     offsets = JsonlFile(path).sidecar("index")
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")

@@ -86,7 +86,7 @@ def test_every_text_gets_its_turn(tmp_path):
 
 
 def test_the_draw_is_a_function_of_seed_epoch_and_example(tmp_path):
-    """Not of what was read before; another seed or epoch draws anew."""
+    """It does not depend on earlier reads; another seed or epoch draws anew."""
     files = {"t.jsonl": [row(i, i % 4) for i in range(200)]}
     data, again = label_based(tmp_path, files), TrainingData(tmp_path)
     wanted = [data.example(i, **PLAN) for i in range(200)]
@@ -108,7 +108,7 @@ def test_the_texts_of_a_line_are_not_trained_on(tmp_path):
 
 
 def test_duplicates_of_the_query(tmp_path):
-    """A copy of the query teaches nothing: it is the positive only where there is nothing else."""
+    """A copy of the query teaches nothing: it is the positive only if there is no other text."""
     records = [{"query": "same", "group": "a"}] * 3 + [{"query": "other", "group": "a"}]
     data = label_based(tmp_path, {"t.jsonl": [*records, *[{"query": "b", "group": "b"}] * 2]})
     drawn = [data.example(0, **{**PLAN, "epoch": epoch}).positives[0] for epoch in range(50)]
@@ -160,7 +160,7 @@ def test_a_task_that_cannot_be_label_based(tmp_path, records, problem):
 
 
 def test_lines_without_positives_need_a_label_based_task(tmp_path):
-    """A row of text and group is no pair; the sentence names the setting that makes it one."""
+    """A row of text and group is not a pair; the error names the setting that makes it one."""
     path = write(tmp_path / "t.jsonl", [row(0, "a", pos=["p"]), row(1, "a"), row(2, "b", pos=[])])
     for _ in range(2):
         with pytest.raises(ValueError, match="expected 'pos'") as error:

@@ -1,4 +1,4 @@
-"""The check of declared fields, as datasets for evaluation use it; lines: test_dataset.py."""
+"""The check of declared fields, as evaluation datasets use it; test_dataset.py covers lines."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""mteb, imported once, and eight small datasets of one's own."""
+"""mteb, imported once, and eight small local datasets."""
 
 import json
 import random
@@ -26,7 +26,7 @@ def write_rows(path, rows):
 
 
 def write_datasets(folder, seed=0):
-    """One dataset of each type, the folder named after the type."""
+    """Write one dataset of each type, in a folder named after the type."""
     draw = random.Random(seed)
 
     def text(least=3, most=8):

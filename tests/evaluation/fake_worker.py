@@ -1,4 +1,4 @@
-"""A worker that speaks the protocol and does what the name of its task says, without torch."""
+"""A worker that follows the protocol and acts as the name of its task says, without torch."""
 
 import json
 import os

@@ -43,7 +43,7 @@ SUMMARIES = [
     for i in range(3)
 ]
 
-# Task -> files of its repository. A name's ending says how the rows are written.
+# Task -> files of its repository. The suffix of a name gives the format of the rows.
 REPOSITORIES = {
     "STS12": {
         "test.jsonl.gz": pairs(12, score=lambda i: i % 5 + 0.5),
@@ -102,7 +102,7 @@ CONFIGS = {
 
 
 def write_repository(folder, task):
-    """The files of a task's repository, README.md with its configurations among them."""
+    """Write the files of a task's repository, including README.md with its configurations."""
     lines = ["---", "language: en"]
     if task in CONFIGS:
         lines.append("configs:")
@@ -130,7 +130,7 @@ def write_repository(folder, task):
 
 
 def listed(folder, revision, path):
-    """What the hub's API says of a repository."""
+    """The hub API's answer about a repository."""
     names = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
     if "/tree/" in path:
         tree = [
@@ -148,7 +148,7 @@ def digest(path):
 
 @contextmanager
 def serve(repositories):
-    """A hub of {"owner/name": (revision, folder)}; yields its address and the paths asked for."""
+    """Serve a hub of {"owner/name": (revision, folder)}; yield address and requested paths."""
     asked = []
 
     class Handler(BaseHTTPRequestHandler):

@@ -163,7 +163,7 @@ def test_every_text_is_encoded_once_for_all_dimensions(embedder, library):
 
 
 def test_another_corpus_in_the_same_place_is_searched_anew(embedder, library):
-    """Bug to avoid: rankings of one corpus looked up for another."""
+    """Bug to avoid: using the rankings of one corpus for another."""
     corpus, queries = library
     adapter = Adapter(embedder)
     first = search(adapter, corpus, queries, 3)
@@ -184,7 +184,7 @@ def test_vectors_that_are_no_numbers_are_refused(embedder):
 
 
 def test_a_corpus_in_slices_ranks_as_a_whole(embedder, library, monkeypatch, tmp_path):
-    """Promise: the same scores and ranks, to the bit, whoever encoded the corpus into the store."""
+    """Promise: the same scores and ranks, to the bit, whichever process encoded the corpus."""
     corpus, queries = library
     monkeypatch.setattr(vectors, "_MEAN", 16)
     options = {"query_prompt": QUERY, "document_prompt": DOCUMENT}

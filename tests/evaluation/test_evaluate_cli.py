@@ -36,7 +36,7 @@ def evaluate(tiny_model_dir, tmp_path_factory):
 
 
 def test_a_run_and_its_repetition(mteb, evaluate, eight, datasets):
-    """Promise: one failing task is exit code 1 and named; the same again starts nothing anew."""
+    """Promise: one failing task gives exit code 1 and is named; a rerun repeats nothing else."""
     (datasets / "classification" / "task.toml").write_text('main_metric = "ap"')
     wanted = ("--data", eight / "sts", datasets / "classification", "--dims", "32", "8", *PLAIN)
     first = evaluate(*wanted)
@@ -67,7 +67,7 @@ def test_a_run_and_its_repetition(mteb, evaluate, eight, datasets):
 
 
 def test_a_folder_is_tabulated_and_compared_without_running(mteb, evaluate, eight, tmp_path):
-    """Promise: --report-only gives the run's own tables; nothing is needed but the folder."""
+    """Promise: --report-only gives the tables of the run and needs only the folder."""
     wanted = ("--data", eight / "sts", eight / "pair", "--output", "tables", *PLAIN)
     assert evaluate(*wanted).returncode == 0
     folder = evaluate.folder / "tables"
@@ -122,7 +122,7 @@ def test_a_wrong_request_is_one_sentence_and_exit_code_2(mteb, evaluate, dataset
 
 
 def test_the_parent_imports_no_torch(mteb, eight, tiny_model_dir):
-    """Promise: the parent never touches a device; for one's own data it does not load mteb either."""
+    """Promise: the parent never uses a device, and loads mteb only for mteb's tasks."""
     code = (
         "import sys, evaluate; from pathlib import Path;"
         "from kalm_min.evaluation.plan import EvaluationConfig, make_plan;"

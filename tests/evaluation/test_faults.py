@@ -1,4 +1,4 @@
-"""Twelve tasks on three workers, one of them broken in every way: what is left, and what is reported.
+"""Twelve tasks on three workers, with one task broken in every way: what remains and is reported.
 
 The workers are real (model, pipe, files); only the evaluation itself is a stand-in.
 """
@@ -66,7 +66,7 @@ def scores(plan):
     ],
 )
 def test_a_fault_costs_its_own_task(tiny_model_dir, tmp_path, fault, reason):
-    """Promise: every other result is complete and right, the table names the rest, a repetition mends it."""
+    """Promise: other results are complete and right, the table names the task, a rerun succeeds."""
     plan, failures = run(tiny_model_dir, tmp_path, fault)
     assert list(failures) == ["broken"]
     assert reason in failures["broken"].reason

@@ -89,7 +89,7 @@ def test_a_malformed_row_is_told_by_file_and_line(datasets, file, line, complain
 
 
 def test_all_malformed_rows_are_counted(datasets):
-    """One bad line hides no other, also not one of another dataset."""
+    """One bad line hides no other, in the same dataset or another."""
     for _ in range(30):
         append(datasets / "sts" / "test.jsonl", "[]")
     append(datasets / "pair" / "test.jsonl", "{}")
@@ -100,7 +100,7 @@ def test_all_malformed_rows_are_counted(datasets):
 
 @pytest.mark.parametrize("content", ["", '{"question": "q", "answer": "a"}\n'])
 def test_a_folder_that_is_no_dataset(tmp_path, content):
-    """One sentence that names what was expected and what is there."""
+    """One sentence names what was expected and what was found."""
     with pytest.raises(ValueError, match=r"expected corpus.jsonl, .* found neither"):
         find_datasets(tmp_path)
     (tmp_path / "test.jsonl").write_text(content)
@@ -233,7 +233,7 @@ def test_instructions_reach_the_texts(embedder, eight, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_score_that_is_no_number_is_an_error(embedder, datasets, tmp_path):
-    """Average precision of three classes does not exist; the task fails instead of passing."""
+    """There is no average precision of three classes, so the task fails instead of passing."""
     (datasets / "classification" / "task.toml").write_text('main_metric = "ap"')
     with pytest.raises(ValueError, match="main score is not a number"):
         evaluate_task(embedder, order(datasets, "classification", tmp_path / "store"), [32])

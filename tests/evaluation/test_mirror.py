@@ -1,4 +1,4 @@
-"""The mirror of the hub's datasets, against a server that answers as the hub does."""
+"""The mirror of the hub's datasets, against a server that answers like the hub."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ TASKS = ("STS12", "SciFact", "AskUbuntuDupQuestions")
 
 @pytest.fixture
 def evaluate(mteb, tiny_model_dir, tmp_path):
-    """evaluate(hub, *arguments): the finished process of evaluate.py in a home of its own."""
+    """evaluate(hub, *arguments): the finished process of evaluate.py with its own home folder."""
 
     def run(address, *arguments):
         environment = {"PATH": os.environ["PATH"], "HF_HOME": str(tmp_path / "home")}
@@ -85,7 +85,7 @@ def test_a_repository_that_cannot_be_had(evaluate, repositories, tmp_path):
 
 
 def test_another_revision_is_not_used(mteb, tiny_model_dir, eight, tmp_path):
-    """Bug to avoid: `datasets` reads whatever a folder holds and calls it the revision asked for."""
+    """Bug to avoid: `datasets` reads any content of a folder as the requested revision."""
     config = EvaluationConfig(
         model=str(tiny_model_dir), tasks=("STS12",), data=(eight / "sts",), datasets=tmp_path
     )

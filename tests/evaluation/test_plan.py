@@ -79,7 +79,7 @@ def finish(plan, task, **changes):
                 "task",
             ),
         ),
-        # V2: symmetric tasks on both sides, other documents bare.
+        # V2: queries and documents of symmetric tasks; other documents have none.
         (
             "v2",
             "QuoraRetrieval",
@@ -133,7 +133,7 @@ def test_a_table_of_ones_own(tmp_path):
 
 
 def test_task_toml_instruction_and_symmetry(config, datasets):
-    """One's own instruction wins, on both sides if the task is symmetric; none means none."""
+    """A dataset's instruction wins, on documents too if it is symmetric; "none" adds none."""
     (datasets / "retrieval" / "task.toml").write_text('instruction = "Find it"\nsymmetric = true')
     (task,) = config(data=(datasets / "retrieval",)).tasks
     assert task.instruction == Instruction("Find it", "Find it", "task")
@@ -161,7 +161,7 @@ def test_a_result_holds_for_its_settings_only(config):
 
 
 def test_the_folder_of_results_is_that_of_earlier_versions(config):
-    """Bug to avoid: another hash of the same settings, and no old result is found again."""
+    """Bug to avoid: a different hash of the same settings, which would lose all earlier results."""
     plan = config()
     assert plan.results.name == f"{plan.checkpoint[:12]}-864b3a7a"
     assert plan.results.parent.name == "local__model"
@@ -269,7 +269,7 @@ def test_machines_share_the_tasks_evenly(sizes, machines):
 
 
 def test_characters_are_those_that_are_encoded():
-    """Long texts count up to the limit, texts of a column once, of a sampled task the sample."""
+    """Long texts count up to the limit, texts of a column once, sampled tasks by their sample."""
     column = {"total_text_length": 100_000, "average_text_length": 1000, "unique_texts": 50}
     part = {"documents_text_statistics": column, "num_documents": 100, "label_statistics": None}
     metadata = SimpleNamespace(descriptive_stats={"test": part, "train": part})

@@ -44,7 +44,7 @@ def test_tables(finished):
 
 
 def test_what_was_published_stands_beside(finished):
-    """Promise: each release's score and the difference, in Markdown and CSV; means over the same tasks."""
+    """Promise: each release's score and the difference in both formats; means over equal tasks."""
     scores = {"STS12": {32: 0.8, 8: 0.7}, "SciFact": {32: 0.75, 8: 0.5}, "own": {32: 0.9, 8: 0.9}}
     plan = finished("r", scores, {"SciFact": "Retrieval"})
     rows = score_rows(plan)
@@ -71,7 +71,7 @@ def test_what_was_published_stands_beside(finished):
 
 
 def test_another_part_of_a_task_is_another_task(finished):
-    """Bug to avoid: STS17 over all its languages, or one's own folder of the name, beside STS17 (en-en)."""
+    """Bug to avoid: comparing STS17 over all languages, or a local STS17, with STS17 (en-en)."""
     plan = finished("r", {"STS17": {32: 0.8}})
     assert published_scores(plan.tasks[0])["v2"] == 86.16
     for changes in ({"subsets": ("en-en", "ko-ko")}, {"subsets": ()}, {"splits": ("dev",)}):
@@ -88,7 +88,7 @@ def test_another_part_of_a_task_is_another_task(finished):
 )
 @pytest.mark.filterwarnings("ignore")
 def test_the_published_scores_give_the_published_means(mteb, benchmark, means):
-    """Every task of both benchmarks is there, with its own parts, and no number was mistyped."""
+    """Every task of both benchmarks is present with its parts, and no number is mistyped."""
     tasks = mteb.get_benchmark(benchmark).tasks
     entries = {task.metadata.name: PUBLISHED["tasks"][task.metadata.name] for task in tasks}
     for version, (over_tasks, over_types) in means.items():
@@ -125,7 +125,7 @@ def test_every_checkpoint_is_a_plan_of_its_own(finished, tmp_path):
 
 
 def test_dimensions_are_those_in_common(finished, tmp_path):
-    """Those asked for, where some are; a task without them is missing and not averaged as nothing."""
+    """Requested dimensions, if any; a task without them is missing and not averaged as zero."""
     plan = finished("r", {"a": {32: 0.5}})
     finished("r", {"b": {32: 0.7, 8: 0.6}})
     assert read_plans(tmp_path / "r")[0].dims == (32,)
@@ -141,7 +141,7 @@ def test_dimensions_are_those_in_common(finished, tmp_path):
 
 
 def test_files_that_are_no_results_are_passed_over(finished, tmp_path):
-    """Torn files, mteb's own notes and results of other programs."""
+    """Torn files, files of mteb and results of other programs are skipped."""
     plan = finished("r", SCORES)
     (plan.results / "model_meta.json").write_text("{}")
     (plan.results / "torn.json").write_text('{"kalm_min": {"key"')
@@ -168,7 +168,7 @@ TYPES = {"y": "Retrieval", "else": "Retrieval"}
 
 
 def test_differences_and_means_over_what_is_common(finished, tmp_path):
-    """Promise: a task that one of them lacks is shown and in no mean."""
+    """Promise: a task that one folder lacks is shown but is in no mean."""
     finished("a", A, TYPES)
     finished("b", B, TYPES)
     text = comparison([tmp_path / "a", tmp_path / "b"])
@@ -202,7 +202,7 @@ def test_three_folders_at_one_dimension(finished, tmp_path):
 
 
 def test_other_data_under_the_same_name_is_left_out(finished, tmp_path):
-    """Bug to avoid: a difference of data read as one of models."""
+    """Bug to avoid: taking a difference in data for one between models."""
     finished("a", A)
     finished("b", B, revision="2")
     text = comparison([tmp_path / "a", tmp_path / "b"])
@@ -234,7 +234,7 @@ def picture_rows(count, dims=(896, 64)):
 
 @pytest.mark.parametrize("count", [1, 60])
 def test_what_there_is_is_drawn(tmp_path, count):
-    """No curve of one dimension, no picture without a complete task."""
+    """No curve for one dimension, and no plot without a complete task."""
     pytest.importorskip("matplotlib")
     assert draw(tmp_path, picture_rows(count)) == ["types.png", "dimensions.png"]
     for name in ("types.png", "dimensions.png"):

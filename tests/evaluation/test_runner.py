@@ -134,7 +134,7 @@ def test_a_crash_is_tried_again_with_less(plan, tmp_path):
 
 
 def test_a_hanging_worker_is_killed_with_its_children(plan, tmp_path):
-    """Promise: no sign of life for the timeout ends the worker and all it started."""
+    """Promise: a worker without progress for the timeout ends, with all processes it started."""
     every = plan("hang-1", "ok-2", "slow-3")
     failures = runner(every, tmp_path, timeout=0.5).run()
     assert list(failures) == ["hang-1"]
@@ -167,7 +167,7 @@ def test_ctrl_c_ends_the_children_and_keeps_results(plan, tmp_path):
 
 
 def test_what_is_done_is_not_done_again(plan, tmp_path):
-    """A second run starts no worker; a torn file is made anew."""
+    """A second run starts no worker; a torn file is written again."""
     every = plan("ok-1", "ok-2")
     runner(every, tmp_path).run()
     before = [every.result_path(task).stat().st_mtime_ns for task in every.tasks]
@@ -249,7 +249,7 @@ def test_workers_share_the_cores(plan, tmp_path):
 
 
 def test_progress_is_shown(plan, tmp_path):
-    """Lines without a terminal: the share of all characters that is done, and every worker's job."""
+    """Without a terminal, lines show the share of characters done and every worker's job."""
     stream = io.StringIO()
     run = runner(plan("ok-1", "ok-2"), tmp_path, devices=("cpu",), stream=stream)
     (slot,) = run.slots
@@ -262,7 +262,7 @@ def test_progress_is_shown(plan, tmp_path):
 
 
 def test_the_timeline_lists_every_attempt(plan, tmp_path):
-    """What was worked at where and when, of failures too, in the order it ended."""
+    """Every attempt with its device and times, failures included, in the order of their ends."""
     runner(plan("once-1", "error-2"), tmp_path, devices=("cpu",)).run()
     spans = [span for _, span in read_jsonl(tmp_path / "logs" / "timeline.jsonl")]
     listed = [(span["task"], span["type"], span["device"], span["outcome"]) for span in spans]
@@ -309,7 +309,7 @@ def test_noise_on_stdout_goes_to_the_log(tmp_path):
 
 
 def test_a_worker_takes_the_threads_it_is_given():
-    """OMP_NUM_THREADS of the user's shell holds for the workers; else they share the cores."""
+    """OMP_NUM_THREADS of the user's shell applies to workers; otherwise they share the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     assert worker_environment({"OMP_NUM_THREADS": "3"}, 1)["OMP_NUM_THREADS"] == "3"
     assert worker_environment({}, 1)["OMP_NUM_THREADS"] == str(cores)

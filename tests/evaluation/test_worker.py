@@ -1,4 +1,4 @@
-"""mteb's own tasks through the worker, from folders that stand in for the hub's repositories."""
+"""mteb's tasks through the worker, from folders that replace the hub's repositories."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ def embedder(tiny_model_dir):
 
 @pytest.fixture
 def order(mteb, tmp_path, monkeypatch):
-    """order(task, subset): what a worker is given of a task whose dataset is in a mirror."""
+    """order(task, subset): the job for a task whose dataset is in a mirror."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -67,7 +67,7 @@ def test_an_official_task_scores_as_with_sentence_transformers(
 
 
 def test_reranking_without_candidates_is_refused(embedder, order):
-    """Bug to avoid: mteb ranking the whole corpus under the name of a reranking task."""
+    """Bug to avoid: mteb ranking the full corpus under the name of a reranking task."""
     given = order("AskUbuntuDupQuestions")
     card = Path(given["mirror"]) / "README.md"
     card.write_text(card.read_text().replace("config_name: top_ranked", "config_name: other"))
@@ -85,7 +85,7 @@ def test_an_error_names_its_cause(embedder, order):
 
 
 def test_a_task_in_slices_has_the_same_result(mteb, embedder, eight, tmp_path, monkeypatch):
-    """Promise: what other workers put into the store is found, and changes no digit of any score."""
+    """Promise: vectors that other workers stored are used, and change no digit of any score."""
     monkeypatch.setattr(vectors, "_MEAN", 8)
     key = {"query_instruction": "", "document_instruction": "", "checkpoint": "c"}
     key |= {"splits": ["test"], "subsets": []}

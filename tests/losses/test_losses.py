@@ -97,7 +97,7 @@ def test_shared_products_and_tiles_equal_a_wrapped_loss(seed, dims, memory_gib):
 
 @pytest.mark.parametrize("memory_gib", [1.0, 1e-7])
 def test_a_mask_function_sees_every_tile(memory_gib):
-    """It gives what a mask gives, and its cosines are those of the tile and of the positives."""
+    """It has the effect of a mask, and receives the cosines of the tile and of the positives."""
     q, d, labels, mask = random_case(11)
     seen = torch.zeros_like(mask)
 
@@ -131,7 +131,7 @@ def test_gradcheck(gamma):
 
 
 def test_masked_documents_have_no_gradient():
-    """A document masked for every query moves nothing, whatever its similarity."""
+    """A document that is masked for every query has no effect, whatever its similarity."""
     q, d, labels, _ = random_case(7)
     other = next(n for n in range(len(d)) if n not in labels.tolist())
     mask = torch.zeros(len(q), len(d), dtype=torch.bool)
@@ -213,7 +213,7 @@ def test_masks_find_each_kind_of_false_negative_and_nothing_else():
         "self": [[0, 0], [0, 6], [1, 2], [1, 7], [2, 4], [2, 8]],  # positives and queries
         "foreign": [[2, n] for n in (0, 1, 2, 3, 6, 7)],  # query 2 sees documents 4 and 5 only
         "positive": [[0, 1]],  # 11 is another positive of query 0
-        "query": [[0, 3]],  # the text of query 0 as somebody's document
+        "query": [[0, 3]],  # the text of query 0 as another query's document
         "group": [[0, 4], [0, 8]],  # documents 0 and 4, queries 0 and 2 are of class 7
         "margin": [[1, 1]],  # the query is not looked at
     }

@@ -71,7 +71,7 @@ def mixes_of(q, d, mixes, i):
 
 @given(seed=st.integers(0, 10**6))
 def test_mixes_are_the_formula(seed):
-    """h and s of the V2 report to 1e-12, and nothing for a query with fewer than two negatives."""
+    """h and s of the V2 report to 1e-12, and no mix for a query with fewer than two negatives."""
     q, d, _, mixes = case(seed)
     found = mixed_cosines(q, d, **mixes)
     for i in range(len(q)):
@@ -116,7 +116,7 @@ def test_distillation_is_the_formula(seed):
 
 
 def test_a_student_that_agrees_learns_nothing():
-    """KL is 0 with zero gradient where the scores differ by a constant only, or are of one document."""
+    """KL is 0 with zero gradient if scores differ only by a constant, or there is one document."""
     q, d, _, mixes = case(2)
     rows = mixes["rows"]
     similarity = torch.cosine_similarity(q[:, None], d[rows], dim=2)

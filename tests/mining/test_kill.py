@@ -1,4 +1,4 @@
-"""kill -9 of mine.py at any of its writes, over all phases: the next run ends as if nothing had been.
+"""kill -9 of mine.py at any write of any phase: the next run ends as if nothing had happened.
 
 KILLS=20 makes 20 of the test's points.
 """
@@ -55,7 +55,7 @@ def run(point, after, arguments):
 
 @pytest.mark.slow
 def test_killed_at_random_points(tiny_model_dir, make_model, tmp_path):
-    """Reading, encoding, searching, scoring, writing: whatever write is the last, the bytes are the same."""
+    """Reading, encoding, searching, scoring, writing: equal bytes after a kill at any write."""
     rng = random.Random(0)
     make_model(tmp_path / "scorer", seed=3)
     for task in ("one", "two"):

@@ -58,7 +58,7 @@ def run(model, data, output, *flags):
 
 
 def contents(folder):
-    """Everything a user sees of a mined folder."""
+    """Everything that a user sees in a mined folder."""
     return {
         path.relative_to(folder): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -121,7 +121,7 @@ def test_report_shows_rows_to_judge(mined):
 
 
 def test_no_positive_is_mined(toy, mined):
-    """No negative is a positive of its query in any row, the query itself, or there twice."""
+    """No negative is a positive of its query in any row, the query itself, or a duplicate."""
     for task in ("planted", "twice", "labels"):
         answers = {}
         for row in rows_of(toy, task):
@@ -142,7 +142,7 @@ def test_wrong_pairs_are_dropped(mined):
 
 
 def test_a_tiny_corpus_fills_nothing_up(mined):
-    """With three documents there is no rank beyond the third, and no row is filled up."""
+    """With three documents there is no rank beyond the third, and no row is padded."""
     rows = rows_of(mined, "labels")
     assert len(rows) == 20
     assert all(row["neg"] == [] for row in rows)
@@ -158,7 +158,7 @@ def test_output_is_training_data(toy, mined):
 
 
 def test_scores_are_the_models_cosines(mined, tiny_model_dir):
-    """Scores are those of query and documents under their instructions, both sides where symmetric."""
+    """Scores are those of queries with their instructions, and of documents too if symmetric."""
     from kalm_min import Embedder
 
     model = Embedder.from_pretrained(tiny_model_dir, dtype="float32")
@@ -188,7 +188,7 @@ def test_second_run_skips_and_other_rules_encode_nothing(mined, toy, tiny_model_
 
 
 def test_other_rules_unfinished(toy, mined, tiny_model_dir, tmp_path, monkeypatch):
-    """A run with other rules that dies while writing leaves nothing that the first takes for its own."""
+    """A run with other rules that dies while writing leaves nothing that the first would reuse."""
     output = tmp_path / "out"
     shutil.copytree(mined, output)
 
@@ -234,7 +234,7 @@ def test_damaged_files_are_made_again(toy, mined, tiny_model_dir, tmp_path):
 
 
 def test_dry_run_writes_nothing(toy, mined, tiny_model_dir, capsys):
-    """It says how much there is to do, and what the rules would keep when that is known."""
+    """It reports the work to do and, if known, what the rules would keep."""
     nowhere = toy.parent / "nowhere"
     store = ("--store", str(mined / ".mining"))
     assert run(tiny_model_dir, toy, nowhere, *RULES, *store, "--dry-run") == 0

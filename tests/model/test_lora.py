@@ -193,7 +193,7 @@ def test_sentence_transformers_opens_both_forms(tiny_model_dir, tmp_path, causal
     [["q_proj", "v_proj"], ["layers.1.mlp.up_proj", "self_attn.o_proj"], "all-linear"],
 )
 def test_we_open_theirs(tiny_model_dir, tmp_path, targets):
-    """What peft saves, whichever way the projections were chosen, without any file of ours."""
+    """We open what peft saves, however the projections were chosen, without any file of ours."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModel
 

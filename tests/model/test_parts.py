@@ -62,7 +62,7 @@ def written_out(x, lengths, prefix):
 
 @given(lengths=LENGTHS, prefix=st.integers(1, 5), seed=st.integers(0, 99))
 def test_attention_under_a_shared_prefix_is_that_of_the_whole_texts(lengths, prefix, seed):
-    """What follows the prefix, and the prefix itself, as if it stood in every text, float64."""
+    """The prefix and what follows it, as if the prefix were in every text, float64."""
     generator = torch.Generator().manual_seed(seed)
     total, e = prefix + sum(lengths), 8
     tensors = [

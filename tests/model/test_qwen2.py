@@ -81,7 +81,7 @@ def test_modes_differ(tmp_path):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_packing_is_invisible(causal, tmp_path):
-    """A sequence gives the same hidden states alone and in any company and order, float64."""
+    """A sequence gives the same hidden states alone and in any batch and order, float64."""
     tiny().save_pretrained(tmp_path)
     model = load_model(tmp_path, dtype=torch.float64)
     ids = sequences(lengths=(5, 9, 9, 1, 9, 2))
@@ -93,7 +93,7 @@ def test_packing_is_invisible(causal, tmp_path):
 
 @pytest.mark.parametrize("case", ["grouped", "qwen3"])
 def test_a_shared_prefix_is_invisible(case, tmp_path):
-    """Hidden states after the prefix are those of the whole texts; so are all gradients; float64."""
+    """Hidden states after the prefix and all gradients are those of the full texts, float64."""
     tiny(**CASES[case]).save_pretrained(tmp_path)
     model = load_model(tmp_path, dtype=torch.float64)
     prefix, *own = sequences(lengths=(4, 5, 9, 9, 1, 2))

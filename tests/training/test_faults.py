@@ -161,7 +161,7 @@ def fake_checkpoint(root, step, score=None):
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
-    """Of equals the first; without scores only the newest; half-made and half-deleted ones go."""
+    """The first of equals; only the newest without scores; unfinished and half-deleted ones go."""
     for step, score in ((5, 0.2), (10, 0.7), (15, 0.7), (20, None), (25, 0.1)):
         fake_checkpoint(tmp_path, step, score)
         checkpoint.prune(tmp_path, 2)
@@ -234,7 +234,7 @@ def two_nodes(arguments, output, restarts):
     launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
     launcher += ["--rdzv-id", port, "--local-addr", "127.0.0.1", "--max-restarts", restarts]
     line = [sys.executable, *launcher, ROOT / "train.py", *arguments, "--output", output]
-    # Else the agents of torch keep one store for all rounds, and in it the addresses of the dead.
+    # Otherwise torch's agents keep one store for all rounds, with the addresses of dead processes.
     separate = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return [
         subprocess.Popen(

@@ -113,7 +113,7 @@ def test_processes_agree(arguments, finished, tmp_path, strategy):
 
 @pytest.mark.slow
 def test_what_cannot_be_adapted_is_one_sentence(arguments, finished, tiny_model_dir, tmp_path):
-    """A fresh model, a projection that is not there, an adapter as base: exit code 2, one line."""
+    """A fresh model, an unknown projection, an adapter as base: exit code 2, one line."""
     fresh = ["--model.tokenizer", tiny_model_dir, *arguments[2:]]
     other = ["--model.path", finished / "adapter", *arguments[2:]]
     for given, extra, message in (

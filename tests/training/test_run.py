@@ -19,7 +19,7 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Two tasks of 40 pairs about numbered things, and a validation file."""
+    """Two tasks of 40 pairs about numbered items, and a validation file."""
     folder = tmp_path_factory.mktemp("data")
     rng = random.Random(0)
     words = ["cat", "dog", "bird", "house", "mat", "blue", "far", "see", "run", "sat"]
@@ -75,7 +75,7 @@ def test_a_finished_run_explains_itself(unbroken):
 
 
 def test_the_log_is_cut_where_a_run_resumes(tmp_path):
-    """Later steps go, and a line torn by a kill with all after it; what stays is as it was."""
+    """Later steps, and a line torn by a kill with all after it, go; the rest is unchanged."""
     lines = [json.dumps({"step": step}) + "\n" for step in (1, 2, 3)]
     path = tmp_path / "log.jsonl"
     path.write_text("".join(lines) + '{"step": 4, "los')
