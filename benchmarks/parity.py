@@ -77,12 +77,12 @@ def compare(embedder: Embedder, folder: str, texts: list[str]) -> None:
     print(f"vectors against sentence-transformers, fp32: smallest cosine {cosines.min():.7f}")
     del peer
     alone = np.concatenate([embedder.encode([text]) for text in texts])
-    print(f"alone against in company, fp32: max |difference| {np.abs(alone - ours).max():.1e}")
+    print(f"alone against in a batch, fp32: max |difference| {np.abs(alone - ours).max():.1e}")
     embedder.model.bfloat16()
     company = embedder.encode(texts)
     alone = np.concatenate([embedder.encode([text]) for text in texts])
     print(
-        f"alone against in company, bf16: max |difference| {np.abs(alone - company).max():.1e}, "
+        f"alone against in a batch, bf16: max |difference| {np.abs(alone - company).max():.1e}, "
         f"smallest cosine {(alone * company).sum(1).min():.6f}; "
         f"bf16 against fp32: smallest cosine {(company * ours).sum(1).min():.6f}"
     )

@@ -32,7 +32,7 @@ class TextBatch:
     query_hashes: Ints  # (B,)
     positive_hashes: list[Ints]  # for each query, of all its positives, drawn or not
     document_hashes: Ints  # (N,)
-    query_groups: Ints  # (B,) hash of task and group; 0 is no group
+    query_groups: Ints  # (B,) hash of task and group; 0 for no group
     # (N,) the query's group for a positive; 0 for a negative that was not drawn by its group.
     document_groups: Ints
     document_owner: Ints  # (N,) index of the query that the document belongs to

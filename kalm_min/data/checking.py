@@ -38,7 +38,7 @@ Job = tuple[JsonlFile, int, int]  # a file, and its records from the first numbe
 
 
 class Summary(NamedTuple):
-    """The content of a range of lines by task, in order of appearance; None is no task's name."""
+    """The content of a range of lines by task, in order of appearance (None: unnamed)."""
 
     tasks: dict[str | None, Counts]
     rows: dict[str | None, Ints | range]  # the numbers of the task's records

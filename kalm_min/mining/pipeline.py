@@ -301,7 +301,7 @@ class Miner:
             with atomic_write(path, "w") as file:
                 file.writelines(lines)
         else:
-            path.unlink(missing_ok=True)  # an empty file is no task
+            path.unlink(missing_ok=True)  # an empty file is not a task
         if summary["kept"] and source.is_file():
             write_text(settings, source.read_text(encoding="utf-8"))
         else:
