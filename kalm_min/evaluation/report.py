@@ -67,7 +67,7 @@ def plan_table(plan: Plan) -> str:
         rows.append([task.name, task.type, size, state, origin, text or "none"])
     done = sum(row[3] == "done" for row in rows)
     total = sum(task.characters for task in plan.tasks) / 1e6
-    head = ["task", "type", "Mchar", "state", "of the", "instruction"]
+    head = ["task", "type", "Mchar", "state", "from", "instruction"]
     summary = f"{len(rows)} tasks ({done} done), {total:.2f} Mchar; results in {plan.results}"
     return f"{table(head, rows, right={2})}\n\n{summary}"
 
