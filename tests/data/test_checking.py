@@ -133,7 +133,8 @@ def test_a_child_that_is_killed(tmp_path, children, monkeypatch):
 
 
 SCRIPT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 print("main module runs", flush=True)
 import torch
 from pathlib import Path
