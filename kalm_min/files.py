@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import tomllib
@@ -111,13 +112,15 @@ def write_json(path: AnyPath, value: object) -> None:
 
 
 def parse_utf8(data: bytes, where: AnyPath, parser: Callable[[str], Any], expected: str) -> Any:
-    """Parse UTF-8 bytes. A ValueError begins with `where` (a file or file:line)."""
+    """Parse UTF-8 bytes. A ValueError begins with `where`, a file or the file:line of one line."""
     try:
         return parser(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: expected UTF-8 text, found {error.reason}") from error
     except (ValueError, RecursionError) as error:  # also for 5,000 digits or deeply nested brackets
         found = "a NUL byte" if b"\0" in data else str(error).replace("line 1 ", "")
+        if line := re.search(r"line (\d+)", found):
+            where = f"{where}:{line[1]}"
         raise ValueError(f"{where}: expected {expected}, found {found}") from error
 
 

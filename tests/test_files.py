@@ -69,9 +69,9 @@ def test_a_torn_gzip_file(tmp_path):
 @pytest.mark.parametrize(
     ("read", "content", "sentence"),
     [
-        (files.read_json, b'{"a": 1,\n}', ": expected JSON, found .*line 2"),
+        (files.read_json, b'{"a": 1,\n}', ":2: expected JSON, found "),
         (files.read_json, b"\xff", ": expected UTF-8 text, found invalid start byte"),
-        (files.read_toml, b"a = 1\nb\n", ": expected TOML, found .*line 2"),
+        (files.read_toml, b"a = 1\nb\n", ":2: expected TOML, found "),
         (files.read_toml, b"\xff", ": expected UTF-8 text, found invalid start byte"),
     ],
 )

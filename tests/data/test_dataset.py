@@ -324,7 +324,7 @@ def test_settings_that_are_not_toml(tmp_path):
     with pytest.raises(ValueError, match=r"a\.toml: expected UTF-8 text, found"):
         TrainingData(tmp_path)
     (tmp_path / "a.toml").write_text("\nsymmetric =\n")
-    with pytest.raises(ValueError, match=r"a\.toml: expected TOML, found Invalid value .*line 2"):
+    with pytest.raises(ValueError, match=r"a\.toml:2: expected TOML, found Invalid value .*line 2"):
         TrainingData(tmp_path)
 
 
