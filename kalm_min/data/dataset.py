@@ -161,7 +161,7 @@ class TrainingData:
         if len(single := starts[sizes == 1]):
             raise ValueError(
                 f"{self.location(first + int(order[single[0]]))}: expected every group of {name} to "
-                f"have two rows or more, found {len(single)} group{'s'[: len(single) - 1]} of a "
+                f"have two rows or more, found {len(single)} group{'s' if len(single) > 1 else ''} of a "
                 "single one; remove or merge"
             )
         return first + order, hashes[order]
@@ -221,7 +221,7 @@ def _require(what: str, segments: Iterable[Segment], expected: str) -> None:
     for file, _, counts in segments:
         if what in counts:
             count, row = counts[what]
-            found = f"found none in {count} line{'s'[: count - 1]} of this file"
+            found = f"found none in {count} line{'s' if count > 1 else ''} of this file"
             raise ValueError(f"{file.location(row)}: {expected}, {found}")
 
 

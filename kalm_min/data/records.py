@@ -179,7 +179,7 @@ def read_rows(
 def list_problems(count: int, noun: str, problems: Sequence[str]) -> str:
     """`30 bad rows, the first 20:` and the first problems, one per line."""
     first = f", the first {LISTED}" if count > LISTED else ""
-    return "\n  ".join([f"{count} {noun}{'s'[: count - 1]}{first}:", *problems[:LISTED]])
+    return "\n  ".join([f"{count} {noun}{'s' if count > 1 else ''}{first}:", *problems[:LISTED]])
 
 
 def read_settings(path: Path, fields: Mapping[str, Field]) -> Row:
