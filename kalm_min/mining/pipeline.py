@@ -346,8 +346,8 @@ class Miner:
         """
         config, (index, _, (queries, _, corpus)) = self.config, self._task(number)
         # Labelled answers take positions in the list; more than these (a class) may shorten it.
-        asked = np.repeat(index.queries["hash"][index.row_query], np.diff(index.starts))
-        labelled = int(np.unique(asked, return_counts=True)[1].max()) + 1
+        hashes = np.repeat(index.queries["hash"][index.row_query], np.diff(index.starts))
+        labelled = int(np.unique(hashes, return_counts=True)[1].max()) + 1
         depth = min(config.depth + min(labelled, config.depth + 100), len(corpus))
         key = digest(queries.key, corpus.key, str(config.index))[:32]
         folder = self.store / "model" / "neighbours" / key
