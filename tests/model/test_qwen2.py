@@ -111,6 +111,16 @@ def test_a_shared_prefix_is_invisible(case, tmp_path):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
+def test_the_forward_pass_without_a_graph_is_the_same(tmp_path):
+    """Without gradients the feed-forward works in place and in parts; the values stay the same."""
+    tiny().save_pretrained(tmp_path)
+    model = load_model(tmp_path, dtype=torch.float32)
+    packed = Packed.from_sequences(sequences(lengths=(700, 400, 9)))
+    with torch.no_grad():
+        found = model(packed, causal=True)
+    torch.testing.assert_close(found, model(packed, causal=True), rtol=0, atol=1e-5)
+
+
 def test_gradients_equal_transformers(tmp_path):
     """Backward, too: every parameter's gradient of a sum of squares, float64."""
     theirs = tiny().double()
