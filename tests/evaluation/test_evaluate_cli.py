@@ -102,7 +102,7 @@ def test_dry_run_shows_the_plan_and_runs_nothing(mteb, evaluate, eight):
     shown = evaluate("--data", eight, "--dry-run", "--output", "elsewhere")
     assert shown.returncode == 0
     assert shown.stdout.count("| to do |") == 8
-    assert "| to do | type   | Retrieve semantically similar text " in shown.stdout
+    assert "| to do | type | Retrieve semantically similar text " in shown.stdout
     assert "8 tasks (0 done), " in shown.stdout
     assert not (evaluate.folder / "elsewhere").exists()
 
