@@ -68,6 +68,10 @@ class CheckConfig:
     output: Annotated[Path | None, "Markdown file that the table is written to as well."] = None
     processes: Annotated[tuple[int, ...], "Numbers of processes; each must divide 12."] = (1, 2, 3)
 
+    def __post_init__(self) -> None:
+        if wrong := [count for count in self.processes if count < 1 or _QUERIES % count]:
+            raise ValueError(f"processes: expected divisors of {_QUERIES}, found {wrong[0]}")
+
 
 def examples() -> list[Example]:
     """Examples in which every kind of false negative occurs."""

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 from kalm_min.config import run
 from kalm_min.console import Progress
 from kalm_min.data.records import LINE, LISTED, Row, list_problems, problem_with_line
-from kalm_min.files import atomic_write, read_json, write_json
+from kalm_min.files import atomic_write, differences, read_json, write_json
 
 _BATCH = 1000  # rows in memory at a time
 _BUFFER = 1 << 20  # bytes of a column read at a time; the default is a full row group
@@ -60,10 +60,10 @@ def convert(config: ConvertConfig) -> int:
     # An output has one set of options, recorded in a hidden file, which is not data.
     noted, options = config.output / ".convert.json", {key: getattr(config, key) for key in _NOTED}
     before = read_json(noted) if noted.exists() else options
-    if changed := [key for key in _NOTED if before.get(key) != options[key]]:
-        found = ", ".join(f"{key} {json.dumps(before.get(key))}" for key in changed)
+    if changed := differences(before, options):
         raise ValueError(
-            f"{config.output}: converted before with {found}; give another --output, or delete it"
+            f"{config.output}: converted before with other options ({changed}); "
+            "give another --output, or delete it"
         )
     write_json(noted, options)
     todo = {

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import tomllib
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
@@ -171,6 +171,18 @@ def parse_object(line: bytes, where: str) -> Object:
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(value).__name__}")
     return cast("Object", value)
+
+
+def differences(stored: Mapping[str, object], current: Mapping[str, object]) -> str:
+    """`key was X, is Y` for the first keys that differ, with long values cut; "" if none does."""
+    keys = sorted(stored.keys() | current.keys())
+    changed = [key for key in keys if stored.get(key) != current.get(key)]
+    was, now = (
+        [f"{json.dumps(one.get(key), default=str):.40}" for key in changed]
+        for one in (stored, current)
+    )
+    parts = [f"{key} was {a}, is {b}" for key, a, b in zip(changed, was, now, strict=True)]
+    return "; ".join(parts[:5])
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

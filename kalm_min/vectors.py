@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kalm_min.embedder import Embedder
-from kalm_min.files import atomic_write, digest, read_json, text_hash, write_json
+from kalm_min.files import atomic_write, differences, digest, read_json, text_hash, write_json
 from kalm_min.topk import Ints, Vectors, on_grid
 
 _LAYOUT = 2  # rises when shards are cut, named or encoded differently
@@ -90,14 +90,9 @@ def check_manifest(folder: Path, manifest: Mapping[str, object], *, begin: bool 
     path = folder / "manifest.json"
     if path.is_file():
         stored: dict[str, object] = read_json(path)
-        different = [
-            f"{key}: expected {manifest.get(key)!s:.40}, found {stored.get(key)!s:.40}"
-            for key in sorted(stored.keys() | manifest.keys())
-            if stored.get(key) != manifest.get(key)
-        ]
-        if different:
+        if changed := differences(stored, manifest):
             raise ValueError(
-                f"{folder} holds the vectors of another model ({'; '.join(different)}); "
+                f"{folder} holds the vectors of another model ({changed}); "
                 "give another --store, or delete the folder"
             )
     elif begin:

@@ -82,7 +82,10 @@ def test_a_second_run_skips_what_is_finished(hub, tmp_path, capsys):
     assert "1 rows of 1 files" in capsys.readouterr().err
     assert convert(hub, out, "--split-instruction") == 2
     error = capsys.readouterr().err
-    assert f"{out}: converted before with split_instruction false; give another" in error
+    assert (
+        f"{out}: converted before with other options (split_instruction was false, is true); give another"
+        in error
+    )
 
 
 def test_an_interrupted_file_is_absent(hub, tmp_path, monkeypatch):

@@ -95,3 +95,10 @@ def test_digests_depend_on_every_part(tmp_path):
     (tmp_path / "x").write_bytes(b"1")
     assert files.hash_files([("a", tmp_path / "x")]) != files.hash_files([("b", tmp_path / "x")])
     assert files.text_hash("\ud800") != files.text_hash("")
+
+
+def test_differences_name_keys_and_both_values():
+    """One sentence for every folder that belongs to one set of settings."""
+    stored, current = {"a": 1, "b": True, "c": "x" * 99}, {"a": 1, "b": False, "d": None}
+    assert files.differences(stored, current) == f'b was true, is false; c was "{"x" * 39}, is null'
+    assert files.differences(stored, dict(stored)) == ""

@@ -29,7 +29,15 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from kalm_min.embedder import Embedder
-from kalm_min.files import atomic_directory, flatten, read_json, read_toml, write_json, write_text
+from kalm_min.files import (
+    atomic_directory,
+    differences,
+    flatten,
+    read_json,
+    read_toml,
+    write_json,
+    write_text,
+)
 from kalm_min.model import ModelConfig, Pooling, Qwen2, initialise
 from kalm_min.model.lora import ADAPTER_CONFIG, Adapter, LoRAConfig, add_adapter, load_adapter
 from kalm_min.tokenizer import Tokenizer
@@ -224,15 +232,13 @@ def claim(output: Path, config_toml: str) -> Path | None:
     path, checkpoint = output / "config.toml", newest(output / "checkpoints")
     # If nothing has been trained, there is nothing to protect.
     if checkpoint is not None and path.is_file():
-        old, new = dict(flatten(read_toml(path))), dict(flatten(tomllib.loads(config_toml)))
-        changed = [
-            f"--{name.replace('_', '-')} was {old.get(name)}, is {new.get(name)}"
-            for name in sorted(old | new)
-            if old.get(name) != new.get(name)
-        ]
-        if changed:
+        old, new = (
+            {f"--{name.replace('_', '-')}": value for name, value in flatten(table)}
+            for table in (read_toml(path), tomllib.loads(config_toml))
+        )
+        if changed := differences(old, new):
             raise ValueError(
-                f"{output} holds a run with other settings ({'; '.join(changed[:5])}); "
+                f"{output} holds a run with other settings ({changed}); "
                 "give another --output, or delete the folder"
             )
     return checkpoint

@@ -132,3 +132,9 @@ def test_the_counts_cover_every_pair():
     # queries 0 and 1, 2 and 3 share a positive; "positive 1" is also a negative of query 7
     assert counts["masked_positive"] == 4 + 2
     assert counts["tokens"] == sum(map(len, batch.sequences))
+
+
+def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused():
+    """Such processes would drop queries, and the table would report a difference."""
+    with pytest.raises(ValueError, match=r"processes: expected divisors of 12, found 5"):
+        check.CheckConfig(processes=(1, 5))
