@@ -19,11 +19,12 @@ from random_model import build
 
 from kalm_min import Embedder
 from kalm_min.config import parse
-from kalm_min.embedder import KALM_TEMPLATE
+from kalm_min.settings import KALM_TEMPLATE, fill_template
 
-_PROMPT = KALM_TEMPLATE.format(
-    instruction="Given a question of a user, retrieve the passages and documents that answer it in "
-    "every language"
+_PROMPT = fill_template(
+    KALM_TEMPLATE,
+    "Given a question of a user, retrieve the passages and documents that answer it in every "
+    "language",
 )
 _SHARED = 24  # its tokens; the last space merges with the text that follows
 

@@ -22,10 +22,18 @@ from torch import Tensor
 from tqdm import tqdm  # comes with tokenizers, through huggingface_hub
 
 from kalm_min.files import atomic_directory, checkpoint_folders
-from kalm_min.model import Packed, Pooling, Qwen2, load_model, pool, save_model, truncate
-from kalm_min.model.folder import KALM_TEMPLATE, Settings, read_settings, write_settings
+from kalm_min.model import Packed, Qwen2, load_model, pool, save_model, truncate
 from kalm_min.model.lora import Adapter, load_adapter, merge, merged_state, save_adapter
 from kalm_min.sampling import token_budget_batches
+from kalm_min.settings import (
+    KALM_TEMPLATE,
+    Pooling,
+    Settings,
+    Similarity,
+    check_template,
+    read_settings,
+    write_settings,
+)
 from kalm_min.tokenizer import Tokenizer, check_texts, prefetch
 
 _WINDOW = 4096  # texts tokenised at a time, while the previous ones are embedded
@@ -52,6 +60,8 @@ class Embedder:
         max_length: int = 512,
         prompts: dict[str, str] | None = None,
         instruction_template: str = KALM_TEMPLATE,
+        default_prompt_name: str | None = None,
+        similarity_fn_name: Similarity = "cosine",
     ) -> None:
         """Combine a decoder, on its device and in its dtype, with its tokenizer and `Settings`.
 
@@ -70,7 +80,9 @@ class Embedder:
         self.causal, self.max_length = causal, max_length
         self.pooling: Pooling = pooling
         self.prompts = {"query": "", "document": ""} | (prompts or {})
-        self.instruction_template = instruction_template
+        self.instruction_template = check_template(instruction_template)
+        self.default_prompt_name = default_prompt_name
+        self.similarity_fn_name: Similarity = similarity_fn_name
         self.adapter: Adapter | None = None
         """Set while the model carries an adapter that is not merged (during training)."""
         self.dimension = model.config.hidden_size
@@ -116,7 +128,7 @@ class Embedder:
             for file in ("modules.json", "tokenizer.json")
         )
         given = {"causal": causal, "pooling": pooling, "max_length": max_length}
-        settings = read_settings(with_settings, base, name, model.config, given)
+        settings = read_settings(with_settings, base, name, given)
         return cls(model, Tokenizer.from_folder(with_tokenizer), **asdict(settings))
 
     @property
@@ -235,7 +247,7 @@ class Embedder:
         self.tokenizer.save(folder, max_length=self.max_length)
         settings = Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
         base = apart.base if apart else None
-        write_settings(folder, settings, self.model.config, adapter_base=base)
+        write_settings(folder, settings, self.dimension, adapter_base=base)
 
 
 def fastest_safe_dtype(device: torch.device) -> torch.dtype:

@@ -23,6 +23,7 @@ ENTRY_POINTS = (
 LAYERS = {
     "kalm_min.files": 0,
     "kalm_min.console": 0,
+    "kalm_min.settings": 0,
     "kalm_min.tokenizer": 0,
     "kalm_min.sampling": 0,
     "kalm_min.losses": 0,
@@ -42,7 +43,9 @@ LAYERS = {
 }
 # Parts that may also be imported from their own layer: (importer, imported).
 BESIDE = {
+    ("kalm_min.settings", "kalm_min.files"),
     ("kalm_min.model", "kalm_min.files"),
+    ("kalm_min.model", "kalm_min.settings"),
     ("kalm_min.tokenizer", "kalm_min.files"),
     ("kalm_min.vectors", "kalm_min.embedder"),
     ("kalm_min.vectors", "kalm_min.topk"),
@@ -148,9 +151,9 @@ def test_only_declared_dependencies(name):
         assert root in {*RUNTIME, *CONFINED, *sys.stdlib_module_names, "kalm_min"}, other
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if inside(name, "kalm_min.sampling")])
-def test_sampling_is_arithmetic(name):
-    """An epoch is planned without torch."""
+@pytest.mark.parametrize("name", ["kalm_min.sampling", "kalm_min.settings"])
+def test_what_needs_no_torch(name):
+    """An epoch is planned, and the settings of a checkpoint are read, without torch."""
     assert not [other for other in imports(name) if inside(other, "torch")]
 
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from kalm_min.data.dataset import Example
 from kalm_min.data.index import Ints
 from kalm_min.files import text_hash
+from kalm_min.settings import fill_template
 
 _BETA = 2.0  # pair-wise shares are from Beta(2, 2): KaLM V2 report, online mixing
 
@@ -82,8 +83,7 @@ def collate(
         if len(negatives) > 1:
             mix_pair[number] = rng.permutation(len(negatives))[:2]
 
-        instruction = example.instruction
-        prompt = template.format(instruction=instruction) if instruction else ""
+        prompt = fill_template(template, example.instruction)
         queries.append(prompt + example.query)
         labels.append(len(documents))
         teacher = example.positive_scores[chosen] if example.positive_scores else np.nan

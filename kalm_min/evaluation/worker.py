@@ -29,6 +29,7 @@ from kalm_min.embedder import Embedder
 from kalm_min.evaluation.adapter import Adapter, Report
 from kalm_min.evaluation.local import build_task
 from kalm_min.files import digest, write_json
+from kalm_min.settings import fill_template
 from kalm_min.vectors import check_manifest, describe
 
 _PROGRESS_SECONDS = 1.0
@@ -150,7 +151,7 @@ def evaluate_task(
     start, key = time.monotonic(), order["key"]
     texts = {kind: key[f"{kind}_instruction"] for kind in ("query", "document")}
     template = embedder.instruction_template
-    prompts = {kind: text and template.format(instruction=text) for kind, text in texts.items()}
+    prompts = {kind: fill_template(template, text) for kind, text in texts.items()}
     manifest = describe(embedder, key["checkpoint"])
     # Vectors of other models and settings may be beside these.
     store = Path(order["store"]) / digest(json.dumps(manifest, sort_keys=True))[:16]

@@ -30,6 +30,7 @@ from kalm_min.files import atomic_write, digest, read_json, write_json, write_te
 from kalm_min.mining import report
 from kalm_min.mining.rules import KEPT, Bools, Rules, Scores, Selection, pair_scores, select
 from kalm_min.mining.texts import TextIndex, index_task, open_pool, text_sets
+from kalm_min.settings import fill_template
 from kalm_min.topk import Ints, Neighbours, approximate_index, merge, recall, top_k
 from kalm_min.training import distributed
 from kalm_min.vectors import StoredVectors, TextSet
@@ -335,7 +336,7 @@ class Miner:
         """The vectors of texts by the model or the scorer, with instructions in its template."""
         template = str(self.manifests[name]["instruction_template"])
         dimension = int(str(self.manifests[name]["dimension"]))
-        prompts = tuple(template.format(instruction=x) if x else "" for x in texts.prompts)
+        prompts = tuple(fill_template(template, x) for x in texts.prompts)
         return StoredVectors(self.store / name, replace(texts, prompts=prompts), dimension)
 
     def _neighbours(self, number: int) -> StoredNeighbours:

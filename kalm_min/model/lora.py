@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kalm_min.files import Object, write_json
-from kalm_min.model.folder import load_tensors, read_object, save_tensors
+from kalm_min.model.folder import load_tensors, save_tensors
 from kalm_min.model.qwen2 import Linear, Qwen2
+from kalm_min.settings import read_object
 
 ADAPTER_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _A, _B = ".lora_A.weight", ".lora_B.weight"

@@ -10,14 +10,13 @@ implemented only here, so training, encoding and evaluation cannot disagree abou
 
 from collections.abc import Sequence
 from itertools import accumulate, chain
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Pooling = Literal["mean", "lasttoken"]
-"""sentence-transformers' names."""
+from kalm_min.settings import Pooling
 
 
 class Packed(NamedTuple):

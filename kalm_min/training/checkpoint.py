@@ -38,8 +38,9 @@ from kalm_min.files import (
     write_json,
     write_text,
 )
-from kalm_min.model import ModelConfig, Pooling, Qwen2, initialise
+from kalm_min.model import ModelConfig, Qwen2, initialise
 from kalm_min.model.lora import ADAPTER_CONFIG, Adapter, LoRAConfig, add_adapter, load_adapter
+from kalm_min.settings import Pooling, check_template
 from kalm_min.tokenizer import Tokenizer
 from kalm_min.training import distributed, parallel
 
@@ -79,8 +80,8 @@ class ModelSource:
                 "give either path, a checkpoint to start from, or tokenizer, the folder of a "
                 "tokenizer for a fresh model"
             )
-        if self.instruction_template and "{instruction}" not in self.instruction_template:
-            raise ValueError("instruction_template: expected {instruction} in it, found none")
+        if self.instruction_template is not None:
+            check_template(self.instruction_template)
 
 
 def open_model(
