@@ -8,9 +8,8 @@ code is 0 if every task is written.
 import os
 import sys
 
-import torch
-
 from kalm_min.config import run
+from kalm_min.embedder import pick_device
 from kalm_min.mining import report
 from kalm_min.mining.pipeline import Miner, MiningConfig
 from kalm_min.training import distributed
@@ -25,7 +24,7 @@ def main(argv: list[str]) -> int:
 def mine(config: MiningConfig) -> int:
     """Mine, or print what would be done."""
     environment = dict(os.environ)
-    device = torch.device(config.device or distributed.local_device(environment))
+    device = pick_device(config.device or distributed.local_device(environment))
     distributed.start(environment, device)
     try:
         miner = Miner(config, device, sys.stderr)

@@ -110,7 +110,7 @@ class Embedder:
         tokenizer and settings are those of the base where the folder has none.
         Raises ValueError, one sentence, for anything missing, damaged or not implemented.
         """
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = pick_device(device)
         kind = fastest_safe_dtype(device) if dtype is None else dtype
         kind = getattr(torch, kind, None) if isinstance(kind, str) else kind
         if dtype != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
@@ -155,7 +155,8 @@ class Embedder:
         (Matryoshka), which are then scaled to unit length. A text's vector does not depend on the
         other texts; equal texts are computed once. A text without tokens (empty, and no prompt)
         gives a zero vector, as mean pooling over nothing does in sentence-transformers.
-        Raises ValueError naming the first text that is not a string or not valid Unicode.
+        Raises ValueError naming a text that is not a string or not valid Unicode, or whose vector
+        has NaN or infinity.
         """
         if isinstance(texts, str):
             return self.encode([texts], prompt, truncate_dim, normalize_embeddings)[0]
@@ -183,7 +184,12 @@ class Embedder:
                     lengths = [len(ids) for _, ids in group]
                     for batch in token_budget_batches(lengths, self.tokens_per_batch):
                         rows, parts = zip(*(group[i] for i in batch), strict=True)
-                        vectors[[*rows]] = self._embed([*parts], shared if sharing else [])
+                        raw = self._embed([*parts], shared if sharing else [])
+                        is_finite = torch.linalg.vector_norm(raw, dim=1).isfinite()
+                        if not is_finite.all():
+                            text = unique[rows[int(is_finite.int().argmin())]]
+                            raise ValueError(self._not_finite(text, list(texts).index(text)))
+                        vectors[[*rows]] = raw
                         bar.update(len(batch))
         vectors = truncate(vectors, truncate_dim, normalize=normalize_embeddings)
         index = {text: row for row, text in enumerate(unique)}
@@ -218,6 +224,12 @@ class Embedder:
         half = len(sequences) // 2
         return torch.cat([self._embed(x, prefix) for x in (sequences[:half], sequences[half:])])
 
+    def _not_finite(self, text: str, index: int) -> str:
+        wide = self.dtype.itemsize >= 4
+        hint = "the model's weights are damaged or too large" if wide else "try dtype float32"
+        found = f"a vector with NaN or infinity in {str(self.dtype).removeprefix('torch.')}"
+        return f"texts[{index}], {text[:60]!r}: the model gives {found}; {hint}"
+
     def save_pretrained(self, path: str | Path) -> None:
         """Write a folder that this package, transformers and sentence-transformers open alike.
 
@@ -248,6 +260,22 @@ class Embedder:
         settings = Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
         base = apart.base if apart else None
         write_settings(folder, settings, self.dimension, adapter_base=base)
+
+
+def pick_device(name: torch.device | str | None = None) -> torch.device:
+    """The device of a name, with its number; for None the first GPU, else the CPU.
+
+    Raises ValueError for what torch does not know or this machine does not have.
+    """
+    wanted = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        one = torch.ones(1, device=wanted)
+        one.item()  # an absent device fails above, one that only plans ("meta") here
+    except Exception as error:  # of five types; "No CUDA GPUs are available" is a RuntimeError
+        here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        here += ["mps"] if torch.backends.mps.is_available() else []
+        raise ValueError(f"device: expected {' or '.join(here)}, found {str(name)!r}") from error
+    return one.device
 
 
 def fastest_safe_dtype(device: torch.device) -> torch.dtype:

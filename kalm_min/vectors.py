@@ -169,7 +169,6 @@ class StoredVectors:
         """Encode a shard and write it; its texts are always encoded together.
 
         A full disk raises OSError; with needs_disk=False the vectors stay in memory instead.
-        Raises ValueError for vectors that are not finite.
         """
         start, stop = self.cuts[shard : shard + 2].tolist()
         texts, prompt_ids = self.texts.read(start, stop), self.texts.prompt_ids[start:stop]
@@ -178,11 +177,6 @@ class StoredVectors:
             rows = np.flatnonzero(prompt_ids == number)
             chosen = [texts[row] for row in rows.tolist()]
             vectors[rows] = embedder.encode(chosen, self.texts.prompts[number])
-        if not np.isfinite(vectors).all():
-            raise ValueError(
-                f"the model gives vectors with NaN or infinity in {embedder.dtype}; "
-                "try --dtype float32"
-            )
         self._in_memory[shard] = on_grid(vectors)
         if self.folder is not None:
             path = self.folder / self.names[shard]

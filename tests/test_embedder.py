@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kalm_min import Embedder
+from kalm_min.embedder import pick_device
 
 TEXTS = [
     "the cat sat on a mat",
@@ -138,6 +139,34 @@ def test_edges_of_input(tiny):
         tiny.encode([None])
     with pytest.raises(ValueError, match="truncate_dim: expected 1 to 32, found 33"):
         tiny.encode(["a"], truncate_dim=33)
+
+
+def test_a_vector_that_is_not_finite_is_refused(make_model, tmp_path):
+    """NaN, infinity or a length beyond float32: one sentence that names the text and what to try."""
+    model = make_model(tmp_path / "model")
+    weights = {"x": model.model.embed_tokens.weight, "": model.model.norm.weight}
+    row = model.tokenizer.encode(["x"], max_length=9)[0][0]
+    with torch.no_grad():
+        weights["x"][row] = torch.nan
+        sentence = "the model gives a vector with NaN or infinity in float32; the model's weights"
+        with pytest.raises(ValueError, match=rf"texts\[2\], 'x': {sentence}"):
+            model.encode(["the cat", "a dog", "x"])
+        for value in (torch.inf, 1e30):  # the second one's length is beyond float32
+            weights[""].fill_(value)
+            with pytest.raises(ValueError, match=rf"texts\[0\], 'the cat': {sentence}"):
+                model.encode(["the cat"])
+    model.model.half()
+    with pytest.raises(ValueError, match="in float16; try dtype float32"):
+        model.encode("x")
+
+
+@pytest.mark.parametrize("name", ["gpu", "mps", "cuda", "cuda:99", "xpu", "meta", "cpu:x", "tpu"])
+def test_a_device_that_is_not_here(tiny_model_dir, name):
+    """Unknown names, absent devices and ones that hold no values: one sentence with what is here."""
+    if name != "cuda" or not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=rf"^device: expected cpu.*, found '{name}'$"):
+            Embedder.from_pretrained(tiny_model_dir, device=name)
+    assert pick_device("cpu") == pick_device(torch.device("cpu")) == torch.device("cpu")
 
 
 def test_truncation_renormalises(tiny):

@@ -146,11 +146,6 @@ def test_full_disk(tmp_path, monkeypatch, capsys):
     np.testing.assert_array_equal(found[:], encoded(["a"])[:])
 
 
-def test_vectors_that_are_not_finite():
-    with pytest.raises(ValueError, match=r"NaN or infinity in float16; try --dtype float32"):
-        stored(["a"]).encode(0, Encoder(np.nan))
-
-
 def test_another_models_folder_is_refused(tmp_path, embedder):
     """The manifest says whose vectors these are; the sentence says what differs."""
     manifest = vectors.describe(embedder, "0" * 64)

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from kalm_min.embedder import Embedder
+from kalm_min.embedder import Embedder, pick_device
 from kalm_min.evaluation.adapter import Adapter, Report
 from kalm_min.evaluation.local import build_task
 from kalm_min.files import digest, write_json
@@ -96,8 +96,9 @@ def main() -> None:
     threading.Thread(target=listen, daemon=True).start()
     threading.Thread(target=pipe.heartbeat, daemon=True).start()
     try:
-        if settings["device"].startswith("cuda"):
-            torch.cuda.set_device(settings["device"])
+        device = pick_device(settings["device"])
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         dtype = None if settings["dtype"] == "auto" else settings["dtype"]
         options = {name: settings[name] for name in ("device", "causal", "pooling", "max_length")}
         embedder = Embedder.from_pretrained(settings["model"], dtype=dtype, **options)
