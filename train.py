@@ -65,7 +65,8 @@ def start(config: TrainConfig) -> int:
     device = distributed.local_device(os.environ)
     distributed.start(os.environ, device)
     try:
-        return train(config, device)
+        with distributed.locked(config.output):
+            return train(config, device)
     except FloatingPointError as error:  # the same on all processes
         if os.environ.get("LOCAL_RANK", "0") == "0":
             say(f"train.py: {error}")

@@ -1,17 +1,21 @@
 """Files that are complete or absent, and readers whose errors name the file and the line.
 
 Everything that a later run may read is written to a temporary sibling, synced to the disk and
-renamed into place, so that a kill at any moment leaves either the old file or the new one. There is
-no locking: two writers of one path do not tear it, and the last rename wins.
+renamed into place, so that a kill at any moment leaves either the old file or the new one. Two
+writers of one path do not tear it, and the last rename wins; a folder that two runs must not share
+is `locked`.
 """
 
 import difflib
+import errno
+import fcntl
 import gzip
 import hashlib
 import json
 import os
 import re
 import shutil
+import socket
 import tempfile
 import tomllib
 import zlib
@@ -22,6 +26,7 @@ from typing import IO, Any, cast
 
 AnyPath = str | os.PathLike[str]
 Object = dict[str, Any]  # what JSON and TOML call an object and a table
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # some network file systems have none
 _CHECKPOINT = {".safetensors", ".json", ".txt"}  # the files of a model that change its vectors
 
 
@@ -72,6 +77,34 @@ def atomic_directory(path: AnyPath) -> Generator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     _sync(path.parent)
+
+
+@contextmanager
+def locked(folder: AnyPath) -> Generator[None]:
+    """Keep other processes out of `folder`, which is made if missing, while the block runs.
+
+    The kernel holds the lock (flock on `.lock` in it) and drops it when the process ends, in
+    whatever way. Raises ValueError naming the process that holds it.
+    """
+    path = Path(folder) / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = re.fullmatch(r"process \d+ on [\w.-]+", file.read(300))
+            raise ValueError(
+                f"{folder}: expected to be alone there, found {holder[0] if holder else 'a process'} "
+                "at work; wait until it ends, or give another --output"
+            ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 def _move(source: Path, target: Path) -> None:

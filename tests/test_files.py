@@ -102,3 +102,15 @@ def test_differences_name_keys_and_both_values():
     stored, current = {"a": 1, "b": True, "c": "x" * 99}, {"a": 1, "b": False, "d": None}
     assert files.differences(stored, current) == f'b was true, is false; c was "{"x" * 39}, is null'
     assert files.differences(stored, dict(stored)) == ""
+
+
+def test_a_folder_is_locked_by_one_at_a_time(tmp_path):
+    """The second is refused and told by whom; the lock ends with the block, whatever its file says."""
+    folder = tmp_path / "new"
+    for left in ("", "process 1 on \x1b[2J", "x" * 1000):
+        with files.locked(folder):
+            with pytest.raises(ValueError, match=rf"new: .* found process {os.getpid()} on "):
+                files.locked(folder).__enter__()
+            (folder / ".lock").write_text(left)
+            with pytest.raises(ValueError, match="found a process at work; wait"):
+                files.locked(folder).__enter__()

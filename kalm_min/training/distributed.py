@@ -6,10 +6,14 @@ A single process has rank 0 and world size 1, so the same step runs on a laptop,
 on many nodes. torchrun starts the processes.
 """
 
+import ctypes
 import gc
 import os
+import signal
+import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import NoReturn, TypeVar
 
@@ -17,6 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+
+from kalm_min import files
+from kalm_min.files import AnyPath
 
 # torch 2.13 renames both and warns about the old names, the only ones that 2.11 has.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -33,12 +40,32 @@ def start(environment: Mapping[str, str], device: torch.device) -> None:
     """Join the group that torchrun's variables describe; without them, do nothing."""
     global _wait_group
     if "WORLD_SIZE" in environment:
+        _end_with_agent(environment)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))  # for a step's exchange
         # One process may read data or write files for hours.
         group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         assert isinstance(group, dist.ProcessGroup), "every process is a member"
         _wait_group = group
+
+
+def _end_with_agent(environment: Mapping[str, str]) -> None:
+    """Make the kernel end this process with torchrun's agent, even one that is killed.
+
+    Else it would go on beside its successor. Raises OSError if the agent is already gone.
+    """
+    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in environment:
+        return
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # The agent's store is up before the workers, which wait for it for half an hour.
+        address = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+        try:
+            socket.create_connection(address, timeout=60).close()
+        except OSError as error:
+            raise OSError(
+                f"torchrun's agent, which started this process, is gone ({error})"
+            ) from error
 
 
 def stop() -> None:
@@ -114,6 +141,15 @@ def rank_zero_first(action: Callable[[], T]) -> T:
     if error := gather_objects(error)[0]:
         raise error
     return results[0] if results else action()
+
+
+@contextmanager
+def locked(folder: AnyPath) -> Generator[None]:
+    """`files.locked`, held by rank 0 for all processes; its ValueError is raised on all."""
+    with ExitStack() as held:
+        lock = files.locked(folder)
+        rank_zero_first(lambda: held.enter_context(lock) if rank() == 0 else None)
+        yield
 
 
 def mean(value: Tensor) -> Tensor:

@@ -9,18 +9,20 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from kalm_min import Embedder
+from kalm_min import Embedder, files
 from kalm_min.training import checkpoint
 from kalm_min.training.trainer import OptimizerConfig, build_optimizer
 from tests.training.runs import (
     PATIENCE,
     ROOT,
+    command,
     environment,
     log,
     run,
@@ -308,6 +310,32 @@ def test_a_lost_process_ends_the_run_with_a_message(arguments, tmp_path):
     assert time.monotonic() - began < PATIENCE / 4
     assert "lost another process of the group" in stderr
     assert "the same command continues from the last checkpoint" in stderr
+
+
+@pytest.mark.slow
+def test_workers_end_with_the_agent_that_started_them(arguments, tmp_path):
+    """kill -9 on torchrun: its workers end and leave the folder, connected or not yet."""
+    output = tmp_path / "run"
+    agent = subprocess.Popen(
+        command([*arguments, "--training.epochs", "999"], output, processes=2), env=environment()
+    )
+    wait_for_steps(output, 2, agent)
+    with pytest.raises(ValueError, match=r"found process \d+ on .* at work"):
+        files.locked(output).__enter__()
+    agent.kill()
+    agent.wait()
+    began, free = time.monotonic(), False
+    while not free and time.monotonic() - began < PATIENCE:
+        with suppress(ValueError), files.locked(output):
+            free = True
+    assert time.monotonic() - began < 10
+    gone = {"TORCHELASTIC_RUN_ID": "1", "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": "1"}
+    gone |= {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    result = subprocess.run(
+        command(arguments, output), env=environment() | gone, capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert "torchrun's agent, which started this process, is gone" in result.stderr
 
 
 # ---- teachers and compilers ----------------------------------------------------------------------
