@@ -19,8 +19,9 @@ from typing import Annotated, Any
 
 from kalm_min.config import run
 from kalm_min.console import Progress
-from kalm_min.data.records import LINE, LISTED, Row, list_problems, problem_with_line
-from kalm_min.files import atomic_write, differences, read_json, write_json
+from kalm_min.data.records import LINE, problem_with_line
+from kalm_min.files import Object, atomic_write, differences, read_json, write_json
+from kalm_min.schema import LISTED, list_problems
 
 _BATCH = 1000  # rows in memory at a time
 _BUFFER = 1 << 20  # bytes of a column read at a time; the default is a full row group
@@ -118,7 +119,7 @@ def _convert_file(source: Path, target: Path, config: ConvertConfig, progress: P
         for rows in _read(source):
             for row in rows:
                 # The keys in the usual order, without empty ones.
-                record: Row = {key: row[key] for key in LINE if row.get(key) not in (None, [])}
+                record: Object = {key: row[key] for key in LINE if row.get(key) not in (None, [])}
                 plain_query = config.split_instruction and "instruction" not in record
                 if plain_query and (match := _PREFIX.fullmatch(str(record.get("query")))):
                     record["instruction"], record["query"] = match.groups()
@@ -156,7 +157,7 @@ def _open(path: Path) -> Any:
         raise ValueError(f"{path}: expected a Parquet file, found: {found}") from error
 
 
-def _read(path: Path) -> Iterator[list[Row]]:
+def _read(path: Path) -> Iterator[list[Object]]:
     """Yield the rows in batches, with the columns that training data uses."""
     file = _open(path)
     names: list[str] = file.schema_arrow.names

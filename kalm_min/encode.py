@@ -14,9 +14,9 @@ from typing import Annotated, Literal
 import numpy as np
 
 from kalm_min.config import run
-from kalm_min.data.records import Field, is_string, problem_with
 from kalm_min.embedder import Embedder
-from kalm_min.files import atomic_write, parse_utf8, read_jsonl
+from kalm_min.files import atomic_write, read_jsonl, read_lines
+from kalm_min.schema import Field, is_string, problem_with
 
 _LINE = {"text": Field("a string", is_string, required=True)}
 
@@ -53,8 +53,7 @@ def read_texts(path: Path) -> list[str]:
                 raise ValueError(f"{path}:{number}: {problem}")
             texts.append(record["text"])
     else:
-        lines = enumerate(path.read_bytes().splitlines(), start=1)
-        texts = [parse_utf8(line, f"{path}:{number}", str, "text") for number, line in lines]
+        texts = read_lines(path)
     if not texts:
         raise ValueError(f"{path}: expected at least one text, found none")
     return texts

@@ -27,6 +27,11 @@ from typing import IO, Any, cast
 AnyPath = str | os.PathLike[str]
 Object = dict[str, Any]  # what JSON and TOML call an object and a table
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # some network file systems have none
+BOM = b"\xef\xbb\xbf"  # a byte order mark, with which some programs begin UTF-8
+# How files begin that are not UTF-8 text.
+_FOREIGN = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "a .gz without that name"}
+_DEEPEST = 100  # levels of a JSON or TOML file
+_LONGEST_NAME = 240  # bytes; file systems allow 255, with the suffix
 _CHECKPOINT = {".safetensors", ".json", ".txt"}  # the files of a model that change its vectors
 
 
@@ -42,7 +47,7 @@ def atomic_write(path: AnyPath, mode: str = "wb") -> Generator[IO[Any]]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name:.40}.", suffix=".tmp", dir=path.parent)
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
     try:
         with os.fdopen(handle, mode, encoding=encoding, newline=newline) as file:
@@ -144,27 +149,96 @@ def write_json(path: AnyPath, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def parse_utf8(data: bytes, where: AnyPath, parser: Callable[[str], Any], expected: str) -> Any:
-    """Parse UTF-8 bytes. A ValueError begins with `where`, a file or the file:line of one line."""
+@contextmanager
+def open_bytes(path: AnyPath) -> Generator[IO[bytes]]:
+    """Open a file for reading; of a .gz, what it holds. A torn, damaged or false .gz: ValueError."""
+    path = Path(path)
     try:
-        return parser(data.decode("utf-8"))
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            yield cast("IO[bytes]", file)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: expected a complete gzip file, found: {error}") from error
+
+
+def _decode(data: bytes, where: AnyPath) -> str:
+    """UTF-8 bytes as text. A ValueError begins with `where` and names the line, if there are many."""
+    try:
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: expected UTF-8 text, found {error.reason}") from error
+        lines, at = data.count(b"\n"), data.count(b"\n", 0, error.start) + 1
+        where = f"{where}:{at}" if lines and data[:2] not in _FOREIGN else where
+        found = _FOREIGN.get(data[:2], f"{error.reason} (Latin-1?)")
+        expected = f"{where}: expected UTF-8 text, found {found}"
+        raise ValueError(f"{expected}; save the file as UTF-8") from error
+
+
+def read_text(path: AnyPath) -> str:
+    """Read a file of UTF-8 text, with or without a byte order mark, or a .gz of such text.
+
+    Raises ValueError, one sentence with the file's name, for anything else.
+    """
+    with open_bytes(path) as file:
+        text = _decode(file.read().removeprefix(BOM), path)
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise ValueError(f"{path}:{line}: expected UTF-8 text, found a NUL byte (UTF-16?)")
+    return text
+
+
+def read_lines(path: AnyPath) -> list[str]:
+    """The lines of a text file without their ends, LF or CRLF, which alone end a line."""
+    lines = read_text(path).split("\n")
+    return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
+
+
+def _parse(text: str, where: AnyPath, parser: Callable[[str], Any], expected: str) -> Any:
+    """The value of a text in the parser's language. A ValueError begins with `where`."""
+    try:
+        return parser(text)
     except (ValueError, RecursionError) as error:  # also for 5,000 digits or deeply nested brackets
-        found = "a NUL byte" if b"\0" in data else str(error).replace("line 1 ", "")
+        found = str(error).replace("line 1 ", "").partition("; ")[0]
+        found = "a NUL byte" if "\0" in text else found
+        found = "Unexpected UTF-8 BOM" if text.startswith("\ufeff") else found
         if line := re.search(r"line (\d+)", found):
             where = f"{where}:{line[1]}"
         raise ValueError(f"{where}: expected {expected}, found {found}") from error
 
 
+def _unique(pairs: list[tuple[str, object]]) -> Object:
+    """An object of JSON. Of a key that stands twice in it, json.loads would drop one value."""
+    if len(found := dict(pairs)) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} twice in one object")
+    return found
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def _read(path: AnyPath, parser: Callable[[str], Any], expected: str) -> Any:
+    """Parse a file. What is nested deeper than any program can walk is refused as well."""
+    value = _parse(read_text(path), path, parser, expected)
+    level: list[Any] = [[value]]
+    for _ in range(_DEEPEST + 1):
+        tables = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [item for one in tables for item in one if isinstance(item, dict | list)]
+    if level:
+        raise ValueError(f"{path}: expected {expected}, found more than {_DEEPEST} nested levels")
+    return value
+
+
 def read_json(path: AnyPath) -> Any:
-    """Read a JSON file. Raises ValueError with file and line for anything that is not JSON."""
-    return parse_utf8(Path(path).read_bytes(), path, json.loads, "JSON")
+    """Read a JSON file. Raises ValueError with file and line for anything that is not JSON.
+
+    NaN and Infinity are numbers here, since mteb writes them; schema.is_number refuses them.
+    """
+    return _read(path, _JSON.decode, "JSON")
 
 
 def read_toml(path: AnyPath) -> Object:
     """Read a TOML file. Raises ValueError with file and line for anything that is not TOML."""
-    return parse_utf8(Path(path).read_bytes(), path, tomllib.loads, "TOML")
+    return _read(path, tomllib.loads, "TOML")
 
 
 def flatten(table: Object, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -180,30 +254,66 @@ def read_jsonl(path: AnyPath, problems: list[str] | None = None) -> Iterator[tup
     """Yield (line number from 1, object) of a .jsonl or .jsonl.gz file, one line at a time.
 
     Blank lines are skipped. Raises ValueError with file:line for a line that is not a JSON object,
-    or, with `problems`, appends the message to that list and continues with the next line.
+    or, with `problems`, appends the message to that list and continues with the next line. What is
+    wrong with the whole file (see check_first_line) is always raised.
     """
-    path = Path(path)
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        try:
-            # Bytes, so that only \n ends a line: U+2028 inside a string must not.
-            for number, line in enumerate(file, start=1):
-                try:
-                    if line.strip():
-                        yield number, parse_object(line, f"{path}:{number}")
-                except ValueError as error:
-                    if problems is None:
-                        raise
-                    problems.append(str(error))
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path}: expected a complete gzip file, found: {error}") from error
+    with open_bytes(path) as file:
+        is_first = True
+        # Bytes, so that only \n ends a line: U+2028 inside a string must not.
+        for number, line in enumerate(file, start=1):
+            if not (line := line.removeprefix(BOM) if number == 1 else line).strip():
+                continue
+            if is_first:
+                check_first_line(line, path)
+            is_first = False
+            try:
+                yield number, parse_object(line, f"{path}:{number}")
+            except ValueError as error:
+                if problems is None:
+                    raise
+                problems.append(str(error))
 
 
-def parse_object(line: bytes, where: str) -> Object:
+def check_first_line(line: bytes, path: AnyPath) -> None:
+    """Raise ValueError if the first line that is not blank shows that a file is no JSONL at all."""
+    if found := _FOREIGN.get(line[:2]):
+        raise ValueError(f"{path}: expected UTF-8 text, found {found}; save the file as UTF-8")
+    if line.lstrip().startswith(b"["):
+        found = "one JSON array"
+    elif line.strip() == b"{":
+        found = "an object over many lines"
+    else:
+        return
+    expected = f"{path}: expected a JSON object in each line, found {found}"
+    raise ValueError(f"{expected}; write one object per line")
+
+
+def parse_object(line: bytes | str, where: AnyPath) -> Object:
     """Parse one line as a JSON object. Raises ValueError, beginning with `where` (file:line)."""
-    value = parse_utf8(line.rstrip(b"\r\n"), where, json.loads, "a JSON object")
+    text = _decode(line.rstrip(b"\r\n"), where) if isinstance(line, bytes) else line
+    value = _parse(text, where, _JSON.decode, "a JSON object")
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(value).__name__}")
     return cast("Object", value)
+
+
+def escape_name(name: str) -> str:
+    """The name of a file, without its suffix, for a name from data: no two names share one.
+
+    What would leave the folder, hide the file or be no character of a name is percent-encoded, and
+    so is a "%" that would read as such a code; everything else stays. What is too long for a file
+    system is cut and ends in "%7E" and its digest.
+    """
+    special = r"^\.|^R(?=EADME)|[/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]|%(?=[0-9A-Fa-f]{2})"
+    escaped = re.sub(special, lambda found: "".join(map("%{:02X}".format, _bytes(found[0]))), name)
+    if len(data := escaped.encode()) > _LONGEST_NAME:
+        return f"{data[: _LONGEST_NAME - 20].decode('utf-8', 'ignore')}%7E{digest(name)[:16]}"
+    return escaped
+
+
+def _bytes(text: str) -> bytes:
+    """UTF-8, also of half a surrogate pair."""
+    return text.encode("utf-8", "surrogatepass")
 
 
 def differences(stored: Mapping[str, object], current: Mapping[str, object]) -> str:
@@ -237,7 +347,7 @@ def digest(*parts: str | bytes) -> str:
     """A SHA-256 digest (64 hexadecimal digits) of the parts, each preceded by its length."""
     state = hashlib.sha256()
     for part in parts:
-        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
+        data = _bytes(part) if isinstance(part, str) else part
         state.update(len(data).to_bytes(8, "little") + data)
     return state.hexdigest()
 
@@ -265,7 +375,7 @@ def checkpoint_folders(path_or_hub_id: str | Path) -> list[Path]:
     """
     folders = [_model_folder(path_or_hub_id)]
     if (adapter := folders[0] / "adapter_config.json").is_file():
-        base = parse_object(adapter.read_bytes(), str(adapter)).get("base_model_name_or_path")
+        base = parse_object(read_text(adapter), adapter).get("base_model_name_or_path")
         try:
             folders.append(_model_folder(str(base)))
         except ValueError as error:
@@ -293,5 +403,5 @@ def text_hash(text: str) -> int:
 
     Any two of n texts collide with a probability of about n^2 / 2^65: 3e-6 for 10 million.
     """
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    digest = hashlib.blake2b(_bytes(text), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True) or 1

@@ -2,8 +2,11 @@
 
 import gzip
 import os
+import re
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from kalm_min import files
 
@@ -53,7 +56,7 @@ def test_jsonl(tmp_path, suffix):
         "3: expected a JSON object, found list",
         "5: expected a JSON object, found Expecting value: column 6 (char 5)",
         "6: expected a JSON object, found a NUL byte",
-        "7: expected UTF-8 text, found invalid start byte",
+        "7: expected UTF-8 text, found invalid start byte (Latin-1?); save the file as UTF-8",
     ]
     with pytest.raises(ValueError, match=r"t\.jsonl.*:3: expected a JSON object, found list"):
         list(files.read_jsonl(path))
@@ -66,21 +69,94 @@ def test_a_torn_gzip_file(tmp_path):
         list(files.read_jsonl(path))
 
 
+DEEP = 100_000
+READERS = {
+    "json": files.read_json,
+    "toml": files.read_toml,
+    "jsonl": lambda path: list(files.read_jsonl(path)),
+    "txt": files.read_lines,
+}
+
+
 @pytest.mark.parametrize(
-    ("read", "content", "sentence"),
+    ("kind", "content", "sentence"),
     [
-        (files.read_json, b'{"a": 1,\n}', ":2: expected JSON, found "),
-        (files.read_json, b"\xff", ": expected UTF-8 text, found invalid start byte"),
-        (files.read_toml, b"a = 1\nb\n", ":2: expected TOML, found "),
-        (files.read_toml, b"\xff", ": expected UTF-8 text, found invalid start byte"),
+        ("json", b'{"a": 1,\n}', ":2: expected JSON, found "),
+        ("json", b"\xff", ": expected UTF-8 text, found invalid start byte"),
+        ("json", b"[" * DEEP, ": expected JSON, found maximum recursion depth exceeded"),
+        ("json", b"[" * 101 + b"]" * 101, ": expected JSON, found more than 100 nested levels"),
+        ("json", b'{"a": ' + b"9" * 5000 + b"}", ": expected JSON, found Exceeds the limit"),
+        ("json", b'{"b": {"a": 1, "a": 1}}', ": expected JSON, found the key 'a' twice in one object"),
+        ("json", b"", ": expected JSON, found "),
+        ("toml", b"a = 1\nb\n", ":2: expected TOML, found "),
+        ("toml", b"\xff", ": expected UTF-8 text, found invalid start byte"),
+        ("toml", b"a = 1\na = 2\n", ":2: expected TOML, found Cannot overwrite a value"),
+        ("toml", b"a = " + b"[" * DEEP, ": expected TOML, found maximum recursion depth exceeded"),
+        ("toml", b"a." * 3000 + b"a = 1", ": expected TOML, found more than 100 nested levels"),
+        ("toml", b"a = " + b"9" * 5000, ": expected TOML, found Exceeds the limit"),
+        ("jsonl", b'{"a": 1}\n{"a": 1, "a": 2}', ":2: expected a JSON object, found the key 'a' twice"),
+        ("jsonl", b'\n[\n{"a": 1},\n{"a": 2}\n]', ": expected a JSON object in each line, found one JSON array; write one object per line"),
+        ("jsonl", b'[{"a": 1}, {"a": 2}]', ": expected a JSON object in each line, found one JSON array; write one object per line"),
+        ("jsonl", b'{\n"a": 1\n}\n', ": expected a JSON object in each line, found an object over many lines"),
+        ("jsonl", b'{"a": 1}\n{"a": ' + b"[" * DEEP, ":2: expected a JSON object, found maximum recursion"),
+        ("jsonl", '{"a": "é"}\n'.encode("latin-1"), ":1: expected UTF-8 text, found invalid continuation byte (Latin-1?)"),
+        ("jsonl", b"\xef\xbb\xbf{}\n\xef\xbb\xbf{}", ":2: expected a JSON object, found Unexpected UTF-8 BOM"),
+        ("txt", "a\né\n".encode("latin-1"), ":2: expected UTF-8 text, found invalid continuation byte (Latin-1?)"),
+        ("txt", "a\nb".encode("utf-16-le"), ":1: expected UTF-8 text, found a NUL byte (UTF-16?)"),
     ],
-)
-def test_settings_files(tmp_path, read, content, sentence):
-    """What is no JSON or TOML names the line."""
-    path = tmp_path / "file"
+    ids=lambda value: f"{value!r:.30}",
+)  # fmt: skip
+def test_malformed_files(tmp_path, kind, content, sentence):
+    """One sentence that names the file and, where there is one, the line."""
+    path = tmp_path / f"file.{kind}"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{path}{sentence}"):
-        read(path)
+    with pytest.raises(ValueError, match=re.escape(f"{path}{sentence}")) as error:
+        READERS[kind](path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_every_reader_knows_the_same_encodings(tmp_path, kind, suffix):
+    """A byte order mark and CRLF are read; UTF-16, Latin-1 and a gzip file by another name are named."""
+    text = {"json": '{\r\n"a": "é"}', "toml": 'a = "é"\r\n', "txt": "é\r\nx\ry\r\n"}
+    text["jsonl"] = '{"a": "é"}\r\n'
+    value = {"jsonl": [(1, {"a": "é"})], "txt": ["é", "x\ry"]}.get(kind, {"a": "é"})
+    path, pack = tmp_path / f"x.{kind}{suffix}", gzip.compress if suffix else bytes
+    for encoding in ("utf-8", "utf-8-sig"):
+        path.write_bytes(pack(text[kind].encode(encoding)))
+        assert READERS[kind](path) == value
+    whole = pack(text[kind].encode())
+    bad = {pack(text[kind].encode("utf-16")): "UTF-16", gzip.compress(whole): "a .gz without that"}
+    bad[pack(text[kind].encode("latin-1"))] = "Latin-1?"
+    bad |= dict.fromkeys((whole[:-9], b"plain", whole[:12]), "a complete gzip") if suffix else {}
+    for content, words in bad.items():
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=re.escape(f"{path}")) as error:
+            READERS[kind](path)
+        assert words in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+names = st.text(st.sampled_from("ab%2Ff./\\README\x1b日\ud800"), min_size=1, max_size=20)
+
+
+@given(names, names, st.sampled_from([1, 30]))
+@example("a/b", "a%2Fb", 1)
+@example("x" * 241, "x" * 300, 1)
+def test_names_of_files(one, other, times):
+    """No two names share a file, and none leaves its folder, hides or is too long."""
+    one, other = one * times, other * times
+    found, another = files.escape_name(one), files.escape_name(other)
+    assert (found == another) == (one == other)
+    assert re.fullmatch(r"[^./\\\x00-\x1f\ud800-\udfff][^/\\\x00-\x1f\ud800-\udfff]*", found)
+    assert len(found.encode()) <= 240
+    assert not found.startswith("README")
+
+
+def test_plain_names_stay():
+    for name in ("news", "100%", "質問 答え", "a.b-c_d", "x" * 240):
+        assert files.escape_name(name) == name
 
 
 def test_the_nearest_name():

@@ -22,6 +22,7 @@ ENTRY_POINTS = (
 # A module may import its own part, and parts of lower layers.
 LAYERS = {
     "kalm_min.files": 0,
+    "kalm_min.schema": 0,
     "kalm_min.console": 0,
     "kalm_min.settings": 0,
     "kalm_min.tokenizer": 0,
@@ -44,6 +45,10 @@ LAYERS = {
 # Parts that may also be imported from their own layer: (importer, imported).
 BESIDE = {
     ("kalm_min.settings", "kalm_min.files"),
+    ("kalm_min.settings", "kalm_min.schema"),
+    ("kalm_min.schema", "kalm_min.files"),
+    ("kalm_min.tokenizer", "kalm_min.schema"),
+    ("kalm_min.model", "kalm_min.schema"),
     ("kalm_min.model", "kalm_min.files"),
     ("kalm_min.model", "kalm_min.settings"),
     ("kalm_min.tokenizer", "kalm_min.files"),

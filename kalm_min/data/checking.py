@@ -25,8 +25,9 @@ import numpy as np
 
 from kalm_min.console import Progress
 from kalm_min.data.index import Ints, JsonlFile
-from kalm_min.data.records import LISTED, Row, list_problems, problem_with_line
-from kalm_min.files import atomic_write, parse_object, read_json, text_hash, write_json
+from kalm_min.data.records import problem_with_line
+from kalm_min.files import Object, atomic_write, parse_object, read_json, text_hash, write_json
+from kalm_min.schema import LISTED, list_problems
 
 _SUMMARY = "summary1.json"  # the number rises when the rules of records.py or the summary change
 _RANGE = 20_000  # lines summarised at a time
@@ -52,7 +53,7 @@ def summarise(file: JsonlFile, start: int, stop: int) -> Summary:
     rows: dict[str | None, list[int]] = {}
     groups, problems = np.zeros(stop - start, np.int64), list[str]()
     for i, line in enumerate(file.lines(start, stop), start):
-        record: Row = {}
+        record: Object = {}
         try:
             record = parse_object(line, "")
             problem = problem_with_line(record)

@@ -19,8 +19,9 @@ import numpy as np
 
 from kalm_min.data.checking import Counts, check_all, load_array, load_summary
 from kalm_min.data.index import Ints, JsonlFile
-from kalm_min.data.records import SETTINGS, Row, TaskSettings, read_settings
-from kalm_min.files import did_you_mean, text_hash
+from kalm_min.data.records import SETTINGS, TaskSettings
+from kalm_min.files import Object, did_you_mean, text_hash
+from kalm_min.schema import read_settings
 
 _TRIES = 8  # draws of a positive before one with the text of the query is accepted
 
@@ -167,8 +168,13 @@ class TrainingData:
         return first + order, hashes[order]
 
     def _draw(
-        self, i: int, record: Row, by_group: tuple[Ints, Ints], count: int, rng: np.random.Generator
-    ) -> tuple[Row, list[Row]]:
+        self,
+        i: int,
+        record: Object,
+        by_group: tuple[Ints, Ints],
+        count: int,
+        rng: np.random.Generator,
+    ) -> tuple[Object, list[Object]]:
         """A positive of the group of example i, and at most `count` negatives of other groups.
 
         Example-based labelling (KaLM-Embedding V2, data curation): a class is learned from its
@@ -190,7 +196,7 @@ class TrainingData:
         chosen[chosen >= start] += len(group)
         return positive, [self.record(number) for number in numbers[chosen].tolist()]
 
-    def record(self, i: int) -> Row:
+    def record(self, i: int) -> Object:
         """The parsed line of example i."""
         file, row = self._locate(i)
         return file[row]

@@ -7,12 +7,10 @@ names carry the size and modification time of the data, so they are never used f
 There is no locking: processes that build the same index at once do the work twice without harm.
 """
 
-import gzip
 import mmap
 import os
 import re
 import shutil
-import zlib
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import suppress
@@ -22,8 +20,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from kalm_min.data.records import Row
-from kalm_min.files import atomic_write, parse_object, text_hash
+from kalm_min.files import (
+    BOM,
+    Object,
+    atomic_write,
+    check_first_line,
+    open_bytes,
+    parse_object,
+    text_hash,
+)
 
 Ints = npt.NDArray[np.int64]
 
@@ -53,6 +58,7 @@ class JsonlFile:
         self._folders = beside if cache_dir is None else [Path(cache_dir) / apart]
         if not any(map(self._load, self._folders)) and not self._load(self._build()):
             raise ValueError(f"{path}: its index was changed while it was opened; run again")
+        check_first_line(next(self.lines(0, 1)), path)
 
     def __reduce__(self) -> tuple[object, ...]:
         return JsonlFile, (self.path, self.cache_dir)
@@ -60,7 +66,7 @@ class JsonlFile:
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    def __getitem__(self, i: int) -> Row:
+    def __getitem__(self, i: int) -> Object:
         """Record i. Raises ValueError with file:line if it is not a JSON object."""
         i = range(len(self))[i]
         return parse_object(self._data[self._starts[i] : self._starts[i + 1]], self.location(i))
@@ -125,17 +131,13 @@ class JsonlFile:
         """
         folder = self._writable()
         if self.path.suffix == ".gz":
-            try:
-                with (
-                    gzip.open(self.path) as file,
-                    atomic_write(folder / f"{self._name}.jsonl") as out,
-                ):
-                    shutil.copyfileobj(file, out, _CHUNK)  # in pieces, for any size
-                    if not out.tell():
-                        raise ValueError(f"{self.path}: expected at least one record, found none")
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                expected = f"{self.path}: expected a complete gzip file"
-                raise ValueError(f"{expected}, found: {error}") from error
+            with (
+                open_bytes(self.path) as file,
+                atomic_write(folder / f"{self._name}.jsonl") as out,
+            ):
+                shutil.copyfileobj(file, out, _CHUNK)  # in pieces, for any size
+                if not out.tell():
+                    raise ValueError(f"{self.path}: expected at least one record, found none")
         data = self._map(folder)
         records, blanks = 0, list[Ints]()
         with atomic_write(folder / f"{self._name}.index") as file:
@@ -162,7 +164,7 @@ def _lines(data: mmap.mmap) -> Iterator[tuple[Ints, npt.NDArray[np.bool_]]]:
     for begin in range(0, len(view), _CHUNK):
         starts = np.flatnonzero(view[begin : begin + _CHUNK] == ord("\n")) + (begin + 1)
         if begin == 0:
-            starts = np.insert(starts, 0, 0)
+            starts = np.insert(starts, 0, len(BOM) if data[: len(BOM)] == BOM else 0)
         starts = starts[starts < len(view)]
         blank = np.zeros(len(starts), dtype=np.bool_)
         # Only lines that begin with white space, which are few, can be blank.

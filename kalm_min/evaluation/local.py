@@ -21,9 +21,9 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kalm_min.data import records
-from kalm_min.data.records import Field, is_number, is_string
-from kalm_min.files import hash_files, read_jsonl
+from kalm_min import schema
+from kalm_min.files import hash_files, read_jsonl, read_lines
+from kalm_min.schema import Field, is_number, is_string
 
 if TYPE_CHECKING:
     from mteb import AbsTask
@@ -33,7 +33,7 @@ Rows = list[dict[str, Any]]
 _TEXT = Field("a text", is_string, required=True)
 _TEXTS = Field("a list of at least one text", is_string, items=1, required=True)
 _ANY_TEXTS = Field("a list of texts", is_string, items=0, required=True)
-_LABEL = Field("a text or a whole number", records.is_label, required=True)
+_LABEL = Field("a text or a whole number", schema.is_label, required=True)
 _BINARY = Field("0 or 1", lambda value: is_number(value) and value in (0, 1), required=True)
 _NUMBER = Field("a number", is_number, required=True)
 _NUMBERS = Field("a list of numbers", is_number, items=1, required=True)
@@ -74,7 +74,7 @@ KINDS = {
 _SETTINGS = {
     "type": Field("one of " + ", ".join(KINDS), lambda value: value in list(KINDS)),
     "instruction": Field("a text", is_string),
-    "symmetric": Field("true or false", records.is_flag),
+    "symmetric": Field("true or false", schema.is_flag),
     "languages": Field(
         'a list of codes like "eng-Latn"',
         lambda code: bool(re.fullmatch(r"[a-z]{3}-[A-Z][a-z]{3}", str(code))),
@@ -118,7 +118,7 @@ def find_datasets(path: Path) -> list[LocalDataset]:
     problems: list[str] = []
     datasets = [read_dataset(folder, problems)[0] for folder in folders]
     if problems:
-        listed = records.list_problems(len(problems), "malformed row", problems)
+        listed = schema.list_problems(len(problems), "malformed row", problems)
         raise ValueError(f"{path}: {listed}")
     return datasets
 
@@ -129,7 +129,7 @@ def read_dataset(folder: Path, problems: list[str]) -> tuple[LocalDataset, dict[
     Returns the dataset and its rows by part: corpus, queries, qrels, train, test or a language pair.
     """
     toml = folder / "task.toml"
-    settings = records.read_settings(toml, _SETTINGS) if toml.is_file() else {}
+    settings = schema.read_settings(toml, _SETTINGS) if toml.is_file() else {}
     kind, files = _find_files(folder, settings.pop("type", None))
     main_score = settings.pop("main_metric", KINDS[kind].main_score)
     if not re.fullmatch(KINDS[kind].scores, main_score):
@@ -143,7 +143,7 @@ def read_dataset(folder: Path, problems: list[str]) -> tuple[LocalDataset, dict[
         else:
             rows[part] = [
                 {column: row.get(column) for column in columns} | {"line": number}
-                for number, row in records.read_rows(path, columns, problems)
+                for number, row in schema.read_rows(path, columns, problems)
             ]
         if not rows[part] and len(problems) == before:
             problems.append(f"{path}:1: expected at least one row, found none")
@@ -202,18 +202,17 @@ def _recognise(folder: Path, parts: dict[str, Path]) -> str:
 def _read_qrels(path: Path, problems: list[str]) -> Rows:
     """BEIR judgements: tab-separated query id, document id and score under a header."""
     rows: Rows = []
-    with path.open(encoding="utf-8", newline="\n") as file:
-        for number, line in enumerate(file, start=1):
-            cells = line.rstrip("\r\n").split("\t")
-            is_row = len(cells) == 3 and re.fullmatch(r"-?\d+", cells[2]) is not None
-            if is_row and number > 1:
-                query, document, score = cells
-                row = {"query-id": query, "corpus-id": document, "score": int(score)}
-                rows.append(row | {"line": number})
-            elif is_row or (number > 1 and line.strip()):
-                expected = "a header line" if is_row else "query id, document id, whole number"
-                found = f"(tabs), found {line.strip()!r}"
-                problems.append(f"{path}:{number}: expected {expected} {found}")
+    for number, line in enumerate(read_lines(path), start=1):
+        cells = line.split("\t")
+        is_row = len(cells) == 3 and re.fullmatch(r"-?[0-9]{1,9}", cells[2]) is not None
+        if is_row and number > 1:
+            query, document, score = cells
+            row = {"query-id": query, "corpus-id": document, "score": int(score)}
+            rows.append(row | {"line": number})
+        elif is_row or (number > 1 and line.strip()):
+            expected = "a header line" if is_row else "query id, document id, whole number"
+            found = f"(tabs), found {line.strip()!r}"
+            problems.append(f"{path}:{number}: expected {expected} {found}")
     return rows
 
 

@@ -26,7 +26,15 @@ from kalm_min import files, vectors
 from kalm_min.console import Progress, table
 from kalm_min.data import TrainingData
 from kalm_min.embedder import Embedder
-from kalm_min.files import atomic_write, digest, read_json, write_json, write_text
+from kalm_min.files import (
+    atomic_write,
+    digest,
+    escape_name,
+    read_json,
+    read_text,
+    write_json,
+    write_text,
+)
 from kalm_min.mining import report
 from kalm_min.mining.rules import KEPT, Bools, Rules, Scores, Selection, pair_scores, select
 from kalm_min.mining.texts import TextIndex, index_task, open_pool, text_sets
@@ -125,7 +133,7 @@ class Miner:
         self.work = config.output / ".mining"
         self.store = config.store or self.work
         self.data, self.pool = distributed.rank_zero_first(self._open_data)
-        self.names = [_file_name(task) for task in self.data.task_names]
+        self.names = [escape_name(task) for task in self.data.task_names]
         self.made_with: dict[str, object] = {
             "layout": _LAYOUT,
             "rules": {field.name: getattr(config, field.name) for field in fields(Rules)},
@@ -208,7 +216,7 @@ class Miner:
             cache_dir=config.cache_dir,
             progress=self.stream,
         )
-        _check_output(config.output, config.data, map(_file_name, data.task_names))
+        _check_output(config.output, config.data, map(escape_name, data.task_names))
         return data, config.pool and open_pool(config.pool, config.cache_dir)
 
     def _open_model(self, model: str, name: str) -> Embedder:
@@ -275,7 +283,7 @@ class Miner:
 
     def _write(self, number: int) -> None:
         """Write all files of a task; its record, the mark of the end, is deleted first, written last."""
-        output, data, task_name = self.config.output, self.config.data, self.data.task_names[number]
+        output, data = self.config.output, self.config.data
         name, record, page = self.names[number], self._path("tasks", number, "json"), None
         if self.data.settings[number].label_based:
             index = self._index(number)
@@ -297,14 +305,14 @@ class Miner:
             lines = _mined_lines(self.data, index, selection, corpus)
         record.unlink(missing_ok=True)
         path, settings = output / f"{name}.jsonl", output / f"{name}.toml"
-        source = (data if data.is_dir() else data.parent) / f"{task_name}.toml"
+        source = (data if data.is_dir() else data.parent) / f"{name}.toml"
         if summary["kept"]:
             with atomic_write(path, "w") as file:
                 file.writelines(lines)
         else:
             path.unlink(missing_ok=True)  # an empty file is not a task
         if summary["kept"] and source.is_file():
-            write_text(settings, source.read_text(encoding="utf-8"))
+            write_text(settings, read_text(source))
         else:
             settings.unlink(missing_ok=True)
         if page is not None:
@@ -409,12 +417,6 @@ class Miner:
             for item in share:
                 yield item
                 progress.update(1)
-
-
-def _file_name(task: str) -> str:
-    """A valid file name that is not skipped when the folder is read again."""
-    name = task.replace("/", "%2F")
-    return f"%2E{name[1:]}" if name.startswith(".") else name.replace("README", "%52EADME")
 
 
 def _check_output(output: Path, data: Path, names: Iterable[str]) -> None:

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kalm_min.data import JsonlFile, TrainingData
-from kalm_min.data.records import Field, is_text, problem_with
 from kalm_min.files import atomic_write, digest, text_hash
+from kalm_min.schema import Field, is_text, problem_with
 from kalm_min.topk import Ints
 from kalm_min.vectors import TextSet
 

@@ -1,10 +1,10 @@
-"""The check of declared fields, as evaluation datasets use it; test_dataset.py covers lines."""
+"""Declared fields and the readers that check them; data/test_dataset.py covers training lines."""
 
 import json
 
 import pytest
 
-from kalm_min.data.records import (
+from kalm_min.schema import (
     Field,
     is_flag,
     is_label,
@@ -12,6 +12,7 @@ from kalm_min.data.records import (
     is_string,
     is_text,
     problem_with,
+    read_object,
     read_rows,
     read_settings,
 )
@@ -37,7 +38,7 @@ FIELDS = {
         ({"summaries": ["a", 5]}, "to be a list of at least two texts, found 5 as item 2"),
         ({"summaries": "a"}, "to be a list of at least two texts, found 'a'"),
         ({"binary": 2}, "expected 'binary' to be 0 or 1, found 2"),
-        ({"binary": 10**400}, "expected 'binary' to be 0 or 1, found 1000"),
+        ({"binary": 10**400}, "expected 'binary' to be 0 or 1, found a number that is too large"),
         ({"symmetric": 1}, "expected 'symmetric' to be true or false, found 1"),
         ({"text": "x" * 99 + "\ud83d"}, "found a string with half a surrogate pair"),
         ({"text": ["x"]}, "expected 'text' to be a string, found a list"),
@@ -78,3 +79,25 @@ def test_settings(tmp_path):
     path.write_text("symetric = true")
     with pytest.raises(ValueError, match=r"task\.toml: .* 'symetric' \(did you mean symmetric\?\)"):
         read_settings(path, FIELDS)
+
+
+def test_objects(tmp_path):
+    """A JSON file is an object that fits its fields; a null counts as absent, so that a default holds."""
+    path = tmp_path / "side.json"
+    path.write_text('{"text": "x", "label": 1, "symmetric": null, "other": null}')
+    assert read_object(path, FIELDS, extra=True) == {"text": "x", "label": 1, "other": None}
+    for content, problem in {
+        "[]": "expected a JSON object, found an empty list",
+        "null": "expected a JSON object, found nothing",
+        '{"text": "x", "label": 1, "other": 2}': "expected the keys text, label, summaries, binary",
+        '{"text": "x", "label": true}': "expected 'label' to be a text or a whole number, found true",
+        '{"text": "x", "label": 1' + "0" * 4000 + "}": "found a number that is too large",
+        '{"text": "x", "label": 1, "label": 2}': "expected JSON, found the key 'label' twice in one",
+        '{"text": "x", "label": 1, "binary": NaN}': "to be 0 or 1, found NaN",
+    }.items():
+        path.write_text(content)
+        with pytest.raises(ValueError, match="expected") as error:
+            read_object(path, FIELDS)
+        assert str(error.value).startswith(f"{path}: ")
+        assert problem in str(error.value)
+        assert "\n" not in str(error.value)
