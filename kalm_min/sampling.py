@@ -17,6 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 Indices = npt.NDArray[np.int32 | np.int64]
+_MOST = 2**62  # examples of a task in an epoch that can be counted
+_ROUNDS = (
+    1000  # an epoch is at most this many times as long as the data: a typing error costs no memory
+)
 
 
 def task_draws(
@@ -47,7 +51,9 @@ def task_draws(
     powers = [size**size_exponent if size else 0.0 for size in sizes]
     scale = sum(sizes) / sum(powers) if size_exponent != 1 and any(sizes) else 1.0
     return [
-        int(min(max(1, round(weight * power * scale)), bound)) if weight and power else 0
+        int(min(max(1, round(min(weight * power * scale, _MOST))), bound))
+        if weight and power
+        else 0
         for weight, power, bound in zip(factors, powers, bounds, strict=True)
     ]
 
@@ -103,10 +109,15 @@ class TaskBatchSampler:
         for task, (size, count) in enumerate(zip(sizes, draws, strict=True)):
             if count < 0 or (count and not size):
                 raise ValueError(f"cannot draw {count} examples of task {task}, which has {size}")
+        if sum(draws) > _ROUNDS * sum(sizes):
+            raise ValueError(
+                f"expected an epoch of at most {_ROUNDS:,} times the {sum(sizes):,} examples of the "
+                f"data, found {sum(draws):,}; lower the weights of tasks, and train more epochs"
+            )
         if len(self) == 0:
             raise ValueError(
-                f"an epoch has no batch: the data holds {sum(draws)} examples and a batch takes "
-                f"{batch}; lower the batch size"
+                f"an epoch has no batch: with its tasks' weights the data holds {sum(draws)} "
+                f"examples and a batch takes {batch}; lower the batch size, or raise a weight"
             )
 
     def __len__(self) -> int:

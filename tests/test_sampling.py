@@ -472,3 +472,12 @@ def test_many_texts():
     assert max(totals) <= 16_384
     assert min(totals) > 8_192
     assert all(lengths[a].min() >= lengths[b].max() for a, b in pairwise(batches))
+
+
+def test_an_epoch_is_bounded_by_the_data():
+    """A weight of 10^9 costs a sentence, not memory, whatever the numbers."""
+    for weight in (10**9, 1e200):
+        draws = task_draws([10, 1000], weights=[weight, 1.0])
+        with pytest.raises(ValueError, match="of at most 1,000 times the 1,010 examples"):
+            TaskBatchSampler([10, 1000], 2, task_draws=draws)
+    assert len(TaskBatchSampler([1], 2, task_draws=[1000])) == 500

@@ -22,9 +22,6 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
-# Replaces the cosine of a masked document: exp(MASKED_LOGIT / t) is exactly 0, and unlike -inf it
-# can be differentiated where a query has no other negative.
-MASKED_LOGIT = -1e4
 _SMALLEST = 1e-12  # the least norm that is divided by: a zero vector has cosine 0, not nan
 _CACHED = 1 << 20  # pairs per tile on a CPU, whose cache then holds the 4 MiB of scores per slice
 
@@ -65,7 +62,7 @@ def info_nce(
         dims, weights: if given, the result is the weighted sum over leading slices (`matryoshka`),
             in one pass over the products. A mask function gets the cosines of the largest.
         extra_negatives: maps slices of queries and documents to the (B, S) cosines of S further
-            negatives per query (see `mixed_cosines`).
+            negatives per query, -inf for those it lacks (see `mixed_cosines`).
         document_negatives: (N,) bool; the documents that, when they are negatives of a query, are
             also negatives of its positive. As in the public code, GTE and Qwen3, not the reports.
         memory_gib: GiB for scores, in addition to the vectors and their gradients.
@@ -186,5 +183,8 @@ def _cosines(queries: _Prefixes, documents: _Prefixes, paired: bool = False) -> 
 
 def _masked_log_sum_exp(cosines: list[Tensor], masked: Tensor, temperature: float) -> Tensor:
     """(K, b) from K matrices (b, n)."""
-    logits = (c.masked_fill(masked, MASKED_LOGIT) / temperature for c in cosines)
+    # Filled in after the division, so exp of it is exactly 0 beside any logit at any temperature;
+    # unlike -inf, it can be differentiated where a query has no other negative.
+    least = torch.finfo(cosines[0].dtype).min / 4
+    logits = ((c / temperature).masked_fill(masked, least) for c in cosines)
     return torch.stack([scores.logsumexp(1) for scores in logits])

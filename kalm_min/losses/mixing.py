@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from kalm_min.losses.info_nce import MASKED_LOGIT
-
 _TEMPERATURE = 0.05
 
 
@@ -26,7 +24,7 @@ def mixed_cosines(
 ) -> Tensor:
     """(B, 2) cosines of each query with its pair-wise and its list-wise mix.
 
-    MASKED_LOGIT for a query with fewer than two negatives, which has no mixes.
+    -inf for a query with fewer than two negatives, which has no mixes.
 
     Args:
         queries: (B, D).
@@ -39,9 +37,10 @@ def mixed_cosines(
     query = normalize(queries, dim=1)[:, None]  # (B, 1, D)
     negatives = normalize(documents[rows], dim=2)  # (B, M - 1, D)
     scores = (query * negatives).sum(2) / _TEMPERATURE  # (B, M - 1)
-    listwise = scores.masked_fill(rows < 0, MASKED_LOGIT).softmax(dim=1)  # (B, M - 1)
+    least = torch.finfo(scores.dtype).min  # unlike -inf, no nan for a query without negatives
+    listwise = scores.masked_fill(rows < 0, least).softmax(dim=1)  # (B, M - 1)
     two = negatives.take_along_dim(pair[:, :, None], dim=1)  # (B, 2, D)
     pairwise = torch.stack([share, 1 - share], dim=1).to(query)  # (B, 2)
     mixes = ((pairwise[:, :, None] * two).sum(1), (listwise[:, :, None] * negatives).sum(1))
     similarity = (query * normalize(torch.stack(mixes, dim=1), dim=2)).sum(2)  # (B, 2)
-    return similarity.masked_fill((rows >= 0).sum(1, keepdim=True) < 2, MASKED_LOGIT)
+    return similarity.masked_fill((rows >= 0).sum(1, keepdim=True) < 2, -torch.inf)

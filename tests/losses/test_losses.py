@@ -44,7 +44,7 @@ def oracle(q, d, labels, *, temperature, mask=None, gamma=0.0):
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("masked", [False, True])
-@given(seed=st.integers(0, 10**6), temperature=st.sampled_from([0.05, 0.3, 1.0]))
+@given(seed=st.integers(0, 10**6), temperature=st.sampled_from([0.05, 0.3, 1.0, 500.0, 1e9]))
 def test_info_nce_is_the_formula(gamma, masked, seed, temperature):
     """Equal to the paper's formula to 1e-12, float64, with and without mask and focal weight."""
     q, d, labels, mask = random_case(seed)
@@ -140,6 +140,28 @@ def test_masked_documents_have_no_gradient():
     info_nce(q, d, labels, temperature=0.1, mask=mask).backward()
     assert d.grad[other].abs().max() == 0
     assert d.grad[labels[0]].abs().max() > 0
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 0.1, 500.0, 1e9])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 3.0])
+def test_a_masked_document_might_as_well_be_absent(gamma, temperature):
+    """Loss and gradients without it, at any temperature and exponent, even where all are masked."""
+    q, d, labels, mask = random_case(9)
+    mask[1] = True
+    q.requires_grad_()
+    d.requires_grad_()
+    options = {"temperature": temperature, "gamma": gamma}
+    found = info_nce(q, d, labels, mask=mask, **options)
+    rest = []
+    for i, label in enumerate(labels.tolist()):
+        left = [n for n in range(len(d)) if n == label or not mask[i, n]]
+        label = torch.tensor([left.index(label)])
+        rest.append(info_nce(q[i : i + 1], d[left], label, **options))
+    expected = torch.stack(rest).mean()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    pairs = [torch.autograd.grad(loss, (q, d)) for loss in (found, expected)]
+    for ours, theirs in zip(*pairs, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-300)
 
 
 def test_the_positive_cannot_be_masked():
