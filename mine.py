@@ -11,14 +11,14 @@ import sys
 from kalm_min.config import run
 from kalm_min.embedder import pick_device
 from kalm_min.mining import report
-from kalm_min.mining.pipeline import Miner, MiningConfig
+from kalm_min.mining.pipeline import Miner
+from kalm_min.options import MiningConfig
 from kalm_min.training import distributed
 
 
 def main(argv: list[str]) -> int:
     """Run and return the exit code; see `config.run`."""
-    description = "Mine hard negatives and drop inconsistent rows, alone or under torchrun."
-    return run(MiningConfig, mine, argv, program="mine.py", description=description, resumable=True)
+    return run(MiningConfig, mine, argv, program="mine.py", resumable=True)
 
 
 def mine(config: MiningConfig) -> int:

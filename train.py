@@ -8,51 +8,20 @@ if the request is wrong, and 1 otherwise.
 import os
 import signal
 import sys
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from types import FrameType
-from typing import Annotated
 
 import torch
 
 from kalm_min.config import run, to_toml
 from kalm_min.console import Progress
 from kalm_min.data import TrainingData
-from kalm_min.model.lora import LoRAConfig
+from kalm_min.options import DataConfig, TrainConfig
 from kalm_min.training import checkpoint, distributed
-from kalm_min.training.checkpoint import ModelSource, open_model
-from kalm_min.training.trainer import LogLine, Recipe, Trainer
+from kalm_min.training.checkpoint import open_model
+from kalm_min.training.trainer import LogLine, Trainer
 
 say = partial(print, file=sys.stderr, flush=True)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    """The data of the run."""
-
-    path: Annotated[Path, "JSONL(.gz) file, or a folder with one file or sub-folder per task."]
-    validation: Annotated[Path | None, "Held-out pairs for validation, in the same format."] = None
-    instruction: Annotated[str | None, "Instruction for queries whose line and task have none."] = (
-        None
-    )
-    cache_dir: Annotated[Path | None, "Folder for line indices; none: beside the data."] = None
-
-    def open(self) -> tuple[TrainingData, TrainingData | None]:
-        """Index and check the training and the validation data."""
-        options = {"instruction": self.instruction, "cache_dir": self.cache_dir}
-        opened = partial(TrainingData, **options, progress=sys.stderr)
-        return opened(self.path), opened(self.validation) if self.validation else None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig(Recipe):
-    """Train an embedding model, alone or under torchrun."""
-
-    output: Annotated[Path, "Folder of the run: settings, log, checkpoints, the model in final/."]
-    model: ModelSource
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
-    data: DataConfig
 
 
 def main(argv: list[str]) -> int:
@@ -83,6 +52,13 @@ def start(config: TrainConfig) -> int:
         distributed.stop()
 
 
+def open_data(config: DataConfig) -> tuple[TrainingData, TrainingData | None]:
+    """Index and check the training and the validation data."""
+    options = {"instruction": config.instruction, "cache_dir": config.cache_dir}
+    opened = partial(TrainingData, **options, progress=sys.stderr)
+    return opened(config.path), opened(config.validation) if config.validation else None
+
+
 def train(config: TrainConfig, device: torch.device) -> int:
     """Start or resume the run; return the exit code."""
     is_main, text = distributed.rank() == 0, to_toml(config)
@@ -92,7 +68,7 @@ def train(config: TrainConfig, device: torch.device) -> int:
             f"{config.output}: expected one folder that all processes share, found other "
             "checkpoints on some of them"
         )
-    data, validation = distributed.rank_zero_first(config.data.open)
+    data, validation = distributed.rank_zero_first(partial(open_data, config.data))
     model = open_model(config.model, resume, device, config.lora)
     trainer = Trainer(model, data, validation, config.output, config, resume)
     if is_main:

@@ -26,9 +26,9 @@ import torch
 from kalm_min import Embedder
 from kalm_min.config import parse
 from kalm_min.data import TrainingData, collate
+from kalm_min.options import LoopConfig, LossConfig, OptimizerConfig, Recipe, SamplingConfig
 from kalm_min.sampling import TaskBatchSampler
-from kalm_min.training.step import LossConfig
-from kalm_min.training.trainer import LoopConfig, OptimizerConfig, Recipe, SamplingConfig, Trainer
+from kalm_min.training.trainer import Trainer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,7 +29,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from kalm_min import Embedder
 from kalm_min.config import parse
 from kalm_min.files import read_jsonl, write_json, write_text
-from kalm_min.training.checkpoint import ModelSource, open_model
+from kalm_min.options import ModelSource
+from kalm_min.training.checkpoint import open_model
 
 ROOT = Path(__file__).parent.parent
 BEGUN = time.monotonic()

@@ -27,9 +27,9 @@ from kalm_min.console import table
 from kalm_min.data import Example, collate
 from kalm_min.files import read_json, write_json, write_text
 from kalm_min.model import ModelConfig, Packed, Qwen2, initialise, pool
+from kalm_min.options import LossConfig, ParallelConfig
 from kalm_min.training import distributed, parallel
-from kalm_min.training.parallel import ParallelConfig
-from kalm_min.training.step import LossConfig, TokenBatch, contrastive_step
+from kalm_min.training.step import TokenBatch, contrastive_step
 
 LIMIT = 1e-10
 _QUERIES = 12  # divides by 1, 2 and 3 processes

@@ -209,7 +209,7 @@ def _options(cls: Any, instance: object = None, prefix: str = "") -> Iterator[_O
     for field in fields(cls):
         kind, text = hints[field.name], ""
         if get_origin(kind) is Annotated:
-            kind, text = get_args(kind)
+            kind, text, *_ = get_args(kind)
         default = field.default if field.default_factory is MISSING else field.default_factory()
         default = getattr(instance, field.name, default)
         if is_dataclass(kind):

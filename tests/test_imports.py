@@ -59,7 +59,9 @@ def test_each_module_imports_alone():
     assert python(BLOCK.format(names=EXTRAS) + IMPORT_EACH, *names) == ""
 
 
-@pytest.mark.parametrize("module", ["kalm_min", "kalm_min.sampling", "kalm_min.config"])
+@pytest.mark.parametrize(
+    "module", ["kalm_min", "kalm_min.sampling", "kalm_min.config", "kalm_min.options"]
+)
 def test_planning_does_not_wait_for_torch(module):
     """Importing the package, the sampler or the parser leaves torch alone."""
     python(BLOCK.format(names=["torch", "tokenizers", *EXTRAS]) + f"import {module}")

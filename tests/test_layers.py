@@ -24,9 +24,10 @@ LAYERS = {
     "kalm_min.files": 0,
     "kalm_min.schema": 0,
     "kalm_min.console": 0,
-    "kalm_min.settings": 0,
     "kalm_min.tokenizer": 0,
     "kalm_min.sampling": 0,
+    "kalm_min.settings": 0,
+    "kalm_min.options": 0,
     "kalm_min.losses": 0,
     "kalm_min.model": 0,
     "kalm_min.vectors": 1,
@@ -51,6 +52,8 @@ BESIDE = {
     ("kalm_min.model", "kalm_min.schema"),
     ("kalm_min.model", "kalm_min.files"),
     ("kalm_min.model", "kalm_min.settings"),
+    ("kalm_min.model", "kalm_min.options"),
+    ("kalm_min.options", "kalm_min.settings"),
     ("kalm_min.tokenizer", "kalm_min.files"),
     ("kalm_min.vectors", "kalm_min.embedder"),
     ("kalm_min.vectors", "kalm_min.topk"),
@@ -156,7 +159,7 @@ def test_only_declared_dependencies(name):
         assert root in {*RUNTIME, *CONFINED, *sys.stdlib_module_names, "kalm_min"}, other
 
 
-@pytest.mark.parametrize("name", ["kalm_min.sampling", "kalm_min.settings"])
+@pytest.mark.parametrize("name", ["kalm_min.sampling", "kalm_min.settings", "kalm_min.options"])
 def test_what_needs_no_torch(name):
     """An epoch is planned, and the settings of a checkpoint are read, without torch."""
     assert not [other for other in imports(name) if inside(other, "torch")]

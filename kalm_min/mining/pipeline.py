@@ -13,10 +13,10 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, TextIO, TypeVar
+from typing import NamedTuple, TextIO, TypeVar
 
 import numpy as np
 import torch
@@ -36,8 +36,9 @@ from kalm_min.files import (
     write_text,
 )
 from kalm_min.mining import report
-from kalm_min.mining.rules import KEPT, Bools, Rules, Scores, Selection, pair_scores, select
+from kalm_min.mining.rules import KEPT, Bools, Scores, Selection, pair_scores, select
 from kalm_min.mining.texts import TextIndex, index_task, open_pool, text_sets
+from kalm_min.options import MiningConfig, Rules
 from kalm_min.settings import fill_template
 from kalm_min.topk import Ints, Neighbours, approximate_index, merge, recall, top_k
 from kalm_min.training import distributed
@@ -50,33 +51,6 @@ _NEIGHBOUR = np.dtype([("id", np.int64), ("score", np.float32)])
 _ROWS = 8192  # whose negatives are read at a time
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MiningConfig(Rules):
-    """Mine hard negatives."""
-
-    model: Annotated[str, "Embedding model: a folder or a hub id."]
-    data: Annotated[Path, "Training data: a JSONL(.gz) file, or a folder of tasks."]
-    output: Annotated[Path, "Folder of the mined data."]
-    pool: Annotated[Path | None, 'JSONL(.gz) of {"text"} to mine; none: each task\'s texts.'] = None
-    instruction: Annotated[str | None, "Instruction for queries that have none."] = None
-    scorer: Annotated[str | None, "Model whose scores are written, for distillation."] = None
-    store: Annotated[Path | None, "Folder of the vectors; none: inside the output folder."] = None
-    search: Annotated[Literal["torch", "faiss"], "Search library; both find the same."] = "torch"
-    index: Annotated[
-        str | None, 'Approximate search with a faiss factory string: "IVF4096,Flat;nprobe=64".'
-    ] = None
-    max_length: Annotated[
-        int | None, "Tokens kept per text, instruction included; none: the model's limit."
-    ] = None
-    device: Annotated[str | None, "cpu, cuda, ...; none: a GPU per process, else the CPU."] = None
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        "Dtype of the model; auto: bfloat16 where native, else float32.",
-    ] = "auto"
-    cache_dir: Annotated[Path | None, "Folder for line indices; none: beside the data."] = None
-    dry_run: Annotated[bool, "Print what would be done, and do nothing."] = False
 
 
 class StoredNeighbours(NamedTuple):

@@ -10,13 +10,13 @@ B rows of a block    K stored neighbours    n negatives per row    R, P rows and
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kalm_min.mining.texts import TextIndex
+from kalm_min.options import Rules
 from kalm_min.topk import Ints, Rows
 
 Bools = NDArray[np.bool_]
@@ -28,46 +28,6 @@ BINS = 100  # of scores from -1 to 1
 _ROWS = 2048  # at a time
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 _LAST = np.uint64(2**64 - 1)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rules:
-    """How rows are filtered and negatives chosen."""
-
-    rank_range: Annotated[tuple[int, int], "First and last rank of a negative, from 1."] = (50, 100)
-    num_negatives: Annotated[int, "Negatives per row, if there are enough candidates."] = 7
-    consistency_top_k: Annotated[
-        int | None, "Drop a row whose best positive ranks worse than this; none: keep every row."
-    ] = 50
-    official_rank: Annotated[bool, "Rank like the official code: positives count, off by one."] = (
-        False
-    )
-    choice: Annotated[Literal["random", "top"], "Random or top-ranked candidates."] = "random"
-    min_score: Annotated[float | None, "Lowest score (cosine) of a negative."] = None
-    max_score: Annotated[float | None, "Highest score (cosine) of a negative."] = None
-    absolute_margin: Annotated[
-        float | None, "Minimum score difference of the row's best positive and a negative."
-    ] = None
-    relative_margin: Annotated[
-        float | None, "The same as a share of the positive's score: 0.05 is NV-Retriever's 95 %."
-    ] = None
-    short_rows: Annotated[Literal["keep", "drop"], "Rows with too few negatives."] = "keep"
-    seed: Annotated[int, "Seed of the random choice."] = 0
-
-    def __post_init__(self) -> None:
-        """Validate the ranks and the number of negatives."""
-        (first, last), top_k, count = self.rank_range, self.consistency_top_k, self.num_negatives
-        if not 0 <= first <= last or last < 1:
-            raise ValueError(f"rank_range: expected two ranks, first <= last, found {first} {last}")
-        if count < 0:
-            raise ValueError(f"num_negatives: expected 0 or more, found {count}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"consistency_top_k: expected a rank from 1, found {top_k}")
-
-    @property
-    def depth(self) -> int:
-        """The number of unlabelled candidates that a list of neighbours must hold."""
-        return max(self.rank_range[1], (self.consistency_top_k or 0) + self.official_rank)
 
 
 class Choice(NamedTuple):

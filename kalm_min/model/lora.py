@@ -11,9 +11,8 @@ biases, other saved modules and the like are refused.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from kalm_min.files import Object, write_json
 from kalm_min.model.folder import load_tensors, save_tensors
 from kalm_min.model.qwen2 import Linear, Qwen2
+from kalm_min.options import LoRAConfig
 from kalm_min.settings import read_object
 
 ADAPTER_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -32,26 +32,6 @@ _ALLOWED = {
     *("auto_mapping", "peft_version", "inference_mode", "init_lora_weights", "lora_dropout"),
     *("megatron_core", "qalora_group_size"),
 }
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoRAConfig:
-    """Low-rank adapters on a frozen checkpoint instead of training all its weights."""
-
-    rank: Annotated[int, "Rank of the updates; 0 trains all weights."] = 0
-    alpha: Annotated[float, "The updates are multiplied by alpha / rank."] = 32.0
-    target_modules: Annotated[
-        tuple[str, ...], "Names, or their last parts, of the projections that get an update."
-    ] = _PROJECTIONS
-
-    def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ValueError(f"rank: expected 0 (off) or more, found {self.rank}")
-        if self.alpha <= 0:
-            raise ValueError(f"alpha: expected more than 0, found {self.alpha}")
-        if not self.target_modules:
-            raise ValueError("target_modules: expected names of projections, found none")
 
 
 class Adapter(NamedTuple):

@@ -13,10 +13,10 @@ import platform
 import shutil
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -39,8 +39,8 @@ from kalm_min.files import (
     write_text,
 )
 from kalm_min.model import ModelConfig, Qwen2, initialise
-from kalm_min.model.lora import ADAPTER_CONFIG, Adapter, LoRAConfig, add_adapter, load_adapter
-from kalm_min.settings import Pooling, check_template
+from kalm_min.model.lora import ADAPTER_CONFIG, Adapter, add_adapter, load_adapter
+from kalm_min.options import LoRAConfig, ModelSource
 from kalm_min.tokenizer import Tokenizer
 from kalm_min.training import distributed, parallel
 
@@ -49,39 +49,6 @@ _STATE, _OPTIMIZER = "state.json", "optimizer.safetensors"
 # Shards are joined one tensor at a time, on the CPU of rank 0; other ranks get nothing.
 _ALL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _TRAINABLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelSource:
-    """The model to start from: `path`, or `tokenizer` and the sizes of a fresh model."""
-
-    path: Annotated[str | None, "Checkpoint to start from: a folder or a hub id."] = None
-    tokenizer: Annotated[Path | None, "Folder of the tokenizer of a fresh model."] = None
-    hidden_size: Annotated[int, "Dimension of a fresh model's hidden states and vectors."] = 256
-    intermediate_size: Annotated[int, "Dimension of a fresh model's feed-forward layers."] = 1024
-    num_hidden_layers: Annotated[int, "Layers of a fresh model."] = 4
-    num_attention_heads: Annotated[int, "Query heads of a fresh model."] = 4
-    num_key_value_heads: Annotated[int, "Key/value heads of a fresh model."] = 2
-    initializer_range: Annotated[float, "Standard deviation of a fresh model's weights."] = 0.02
-    init_seed: Annotated[int, "Seed of a fresh model's weights, or of a fresh adapter's."] = 0
-    causal: Annotated[
-        bool | None, "Causal attention; none: the checkpoint's, or false for a fresh model."
-    ] = None
-    pooling: Annotated[Pooling | None, "Pooling; none: the checkpoint's, or mean."] = None
-    max_length: Annotated[int, "Maximum number of tokens per text, instruction included."] = 512
-    instruction_template: Annotated[
-        str | None, "Template of a prompt, with {instruction}; none: the checkpoint's."
-    ] = None
-
-    def __post_init__(self) -> None:
-        """Validate option combinations."""
-        if (self.path is None) == (self.tokenizer is None):
-            raise ValueError(
-                "give either path, a checkpoint to start from, or tokenizer, the folder of a "
-                "tokenizer for a fresh model"
-            )
-        if self.instruction_template is not None:
-            check_template(self.instruction_template)
 
 
 def open_model(

@@ -7,8 +7,6 @@ the compilation of each layer come before either.
 import os
 import shutil
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +15,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from kalm_min.model import Qwen2
+from kalm_min.options import ParallelConfig
 from kalm_min.training import distributed
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ParallelConfig:
-    """How the model is distributed over processes, and what is kept for the backward pass."""
-
-    strategy: Annotated[
-        Literal["ddp", "fsdp"],
-        "ddp: a copy on every process; fsdp: parameters and optimizer state sharded (FSDP2).",
-    ] = "ddp"
-    gradient_checkpointing: Annotated[bool, "Recompute layers in backward to save memory."] = False
-    compile: Annotated[bool, "torch.compile each layer: faster on CUDA, slow first step."] = False
 
 
 def wrap(model: Qwen2, config: ParallelConfig, *, bfloat16: bool = False) -> nn.Module:

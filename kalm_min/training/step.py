@@ -10,9 +10,8 @@ A text that occurs in the batch more than once is embedded once.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial, reduce
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,50 +21,11 @@ from kalm_min import losses
 from kalm_min.data import TextBatch
 from kalm_min.losses import ContrastiveBatch
 from kalm_min.model import Packed
+from kalm_min.options import LossConfig
 from kalm_min.sampling import token_budget_batches
 from kalm_min.tokenizer import Tokenizer
 from kalm_min.training import distributed
 from kalm_min.training.gradcache import cached_backward
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LossConfig:
-    """The loss of a step; the defaults are those of the public fine-tuning script."""
-
-    temperature: Annotated[float, "Divides the cosine similarity."] = 0.01
-    gamma: Annotated[float, "Exponent of the focal weight (1 - p)^gamma; V2 uses 0.5."] = 0.0
-    matryoshka_dims: Annotated[tuple[int, ...], "Leading dimensions to train for use alone."] = ()
-    matryoshka_weights: Annotated[tuple[float, ...], "One weight per dimension."] = ()
-    mixing: Annotated[bool, "Add two negatives per query, mixed from its own (V2)."] = False
-    distillation_weight: Annotated[float, "Share of the KL term in the loss; V2.5 uses 0.7."] = 0.0
-    distillation_temperature: Annotated[float, "Divides both models' scores in the KL."] = 0.05
-    memory_gib: Annotated[float, "GiB for scores; beyond it, they are computed twice."] = 1.0
-    mask_false_negatives: Annotated[
-        bool, "Exclude a query's known positives, its own text and its class from its negatives."
-    ] = True
-    false_negative_margin: Annotated[
-        float | None, "Mask negatives with a cosine above the positive's plus this; Qwen3: 0.1."
-    ] = None
-    query_negatives: Annotated[bool, "Use the other queries of a batch as negatives."] = False
-    document_negatives: Annotated[bool, "Use a query's negatives as its positive's too."] = False
-
-    def __post_init__(self) -> None:
-        """Validate values and their combinations."""
-        dims, weights = self.matryoshka_dims, self.matryoshka_weights
-        one_each = f"one for each of the {len(dims)} matryoshka_dims"
-        margin_works = self.false_negative_margin is None or self.mask_false_negatives
-        for name, valid, expected in (
-            ("temperature", self.temperature > 0, "more than 0"),
-            ("distillation_temperature", self.distillation_temperature > 0, "more than 0"),
-            ("memory_gib", self.memory_gib > 0, "more than 0"),
-            ("gamma", self.gamma >= 0, "0 or more"),
-            ("distillation_weight", 0 <= self.distillation_weight <= 1, "0 to 1"),
-            ("matryoshka_dims", len({*dims}) == len(dims), "each dimension once"),
-            ("matryoshka_weights", len(weights) == len(dims), one_each),
-            ("false_negative_margin", margin_works, "mask_false_negatives to be true"),
-        ):
-            if not valid:
-                raise ValueError(f"{name}: expected {expected}, found {getattr(self, name)}")
 
 
 class TokenBatch(NamedTuple):

@@ -14,11 +14,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from kalm_min.data import TrainingData, collate
 from kalm_min.embedder import Embedder, fastest_safe_dtype
 from kalm_min.model import Packed, pool
+from kalm_min.options import OptimizerConfig, Recipe
 from kalm_min.sampling import TaskBatchSampler, task_draws
 from kalm_min.tokenizer import prefetch
 from kalm_min.training import checkpoint, distributed, parallel
-from kalm_min.training.parallel import ParallelConfig
-from kalm_min.training.step import LossConfig, TokenBatch, contrastive_step, tokenize
+from kalm_min.training.step import TokenBatch, contrastive_step, tokenize
 from kalm_min.training.validation import validate
 
 _PREPARED = 4  # batches tokenized ahead of the step
@@ -42,83 +42,6 @@ _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform =
 _TRIM_EVERY = 16  # steps on a CPU
 
 LogLine = dict[str, Any]  # a line of log.jsonl: a step's, or {"step": ..., "validation": ...}
-
-
-def check_range(config: object, low: float, high: float, *names: str) -> None:
-    """Raise a ValueError for the first setting that is neither None nor in [low, high]."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not low <= value <= high:
-            expected = f"at least {low}" if high == math.inf else f"{low} to {high}"
-            raise ValueError(f"{name}: expected {expected}, found {value}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingConfig:
-    """Which examples form a batch."""
-
-    batch_size: Annotated[int, "Queries per optimizer step, over all processes."] = 512
-    homogeneous_ratio: Annotated[float, "Share of a batch from one task; 0 mixes all."] = 1.0
-    num_negatives: Annotated[int, "Maximum number of hard negatives drawn per query."] = 7
-    size_exponent: Annotated[float, "Tasks count as size^exponent; 0: equal shares."] = 1.0
-    seed: Annotated[int, "Seed of the order of examples and of the texts drawn from them."] = 0
-
-    def __post_init__(self) -> None:
-        check_range(self, 2, math.inf, "batch_size")
-        check_range(self, 0, math.inf, "num_negatives")
-        check_range(self, 0, 1, "homogeneous_ratio", "size_exponent")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OptimizerConfig:
-    """AdamW; the defaults are those of the public fine-tuning script."""
-
-    learning_rate: Annotated[float, "Peak learning rate."] = 1e-5
-    warmup_ratio: Annotated[float, "Share of all steps that warm up from 0 to the peak."] = 0.1
-    weight_decay: Annotated[float, "Decay of weight matrices; biases and norms never decay."] = 0.0
-    betas: Annotated[tuple[float, float], "Decay rates of both moments."] = (0.9, 0.999)
-    eps: Annotated[float, "Added to the square root of the second moment."] = 1e-8
-    max_grad_norm: Annotated[float, "L2 norm to which all gradients together are clipped."] = 1.0
-
-    def __post_init__(self) -> None:
-        check_range(self, 0, 1, "warmup_ratio")
-        for name in ("learning_rate", "max_grad_norm"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: expected more than 0, found {getattr(self, name)}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoopConfig:
-    """The length of training, its precision, checkpoints and validation."""
-
-    epochs: Annotated[int, "Passes over the data."] = 1
-    max_steps: Annotated[int | None, "Maximum number of steps; none: all of the epochs."] = None
-    tokens_per_batch: Annotated[int, "Tokens per forward pass; affects memory only."] = 16_384
-    precision: Annotated[
-        Literal["auto", "float32", "bfloat16"], "Dtype of products; auto: bfloat16 where native."
-    ] = "auto"
-    save_every: Annotated[int, "Steps between checkpoints."] = 500
-    keep_checkpoints: Annotated[int, "Newest checkpoints to keep, besides the best validated."] = 3
-    non_finite: Annotated[
-        Literal["stop", "skip"], "Stop at a step whose loss or gradient is not finite, or skip it."
-    ] = "stop"
-    validate_every: Annotated[int, "Steps between validations."] = 500
-    validation_limit: Annotated[int, "Pairs per held-out task that a validation uses."] = 500
-
-    def __post_init__(self) -> None:
-        counts = ("epochs", "max_steps", "tokens_per_batch", "save_every", "keep_checkpoints")
-        check_range(self, 1, math.inf, *counts, "validate_every", "validation_limit")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Recipe:
-    """How to train, apart from the model and the data."""
-
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    training: LoopConfig = field(default_factory=LoopConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
