@@ -6,6 +6,7 @@ come with a 64-bit hash, so that the same text in the line of another query, on 
 recognised: it is not a negative. Tokenizing (training/) and masking (losses/) happen elsewhere.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
@@ -71,7 +72,7 @@ def collate(
         excluded = {example.query, *example.positives}
         scores = example.negative_scores or repeat(np.nan)
         groups = example.negative_groups or repeat(None)
-        distinct: dict[str, tuple[str, str | None, float]] = {}
+        distinct: dict[str, tuple[str, str | int | None, float]] = {}
         for negative in zip(example.negatives, groups, scores, strict=False):
             if negative[0] not in excluded:
                 distinct.setdefault(negative[0], negative)
@@ -90,7 +91,7 @@ def collate(
         positive = (example.positives[chosen], example.group, teacher)
         for text, group, score in [positive, *negatives]:
             # With the task, so that label "1" of one task is not label "1" of another.
-            group_hash = 0 if group is None else text_hash(f"{example.task}:{group}")
+            group_hash = 0 if group is None else text_hash(json.dumps([example.task, group]))
             prompted = prompt + text if example.symmetric else text
             documents.append((prompted, text, number, group_hash, score))
     prompted_texts, texts, owner, group_hashes, teacher_scores = zip(*documents, strict=True)

@@ -1,12 +1,12 @@
 """The check of every line of training data, once, before a run, on all cores.
 
-Ranges of lines are summarised in this process or in child processes and joined in file order. A
-file without malformed lines gets a cached summary: its tasks, what their rows lack, the rows of
-each task, and the group of each row. records.py defines what a line must hold; dataset.py uses the
-summary.
+Ranges of lines are summarised in this process or in child processes and joined in file order. What
+was found in a file without malformed lines is cached. records.py defines what a line must hold;
+dataset.py uses what was found.
 """
 
 import io
+import json
 import multiprocessing
 import os
 import signal
@@ -26,10 +26,10 @@ import numpy as np
 from kalm_min.console import Progress
 from kalm_min.data.index import Ints, JsonlFile
 from kalm_min.data.records import problem_with_line
-from kalm_min.files import Object, atomic_write, parse_object, read_json, text_hash, write_json
+from kalm_min.files import Object, parse_object, text_hash
 from kalm_min.schema import LISTED, list_problems
 
-_SUMMARY = "summary1.json"  # the number rises when the rules of records.py or the summary change
+_CHECKED = "checked"
 _RANGE = 20_000  # lines summarised at a time
 _SMALL = 100_000  # lines that are summarised before child processes would have started
 
@@ -65,7 +65,7 @@ def summarise(file: JsonlFile, start: int, stop: int) -> Summary:
         task, group = record.get("task"), record.get("group")
         rows.setdefault(task, []).append(i)
         if group is not None:
-            groups[i - start] = text_hash(str(group))
+            groups[i - start] = text_hash(json.dumps(group))
         counted = ["rows", *(key for key in ("pos", "group") if record.get(key) in (None, []))]
         if any(record.get(key) and record.get(f"{key}_scores") is None for key in ("pos", "neg")):
             counted.append("scores")
@@ -78,33 +78,39 @@ def summarise(file: JsonlFile, start: int, stop: int) -> Summary:
     return Summary(tasks, arrays, groups, problems)
 
 
-def load_summary(file: JsonlFile) -> list[tuple[str | None, Counts]] | None:
-    """The tasks of a checked file in order of appearance; None if it has not been checked."""
-    path = file.sidecar(_SUMMARY)
-    return [(task, counts) for task, counts in read_json(path)] if path.exists() else None
+class Checked(NamedTuple):
+    """What the lines of a file without malformed ones hold."""
+
+    tasks: list[tuple[str | None, Counts]]  # in order of appearance (None: unnamed)
+    rows: Ints | range  # (lines,) the numbers of the records, task by task
+    groups: Ints  # (lines,) hash of the group, 0 for no group; (0,) if no line has one
 
 
-def load_array(file: JsonlFile, name: str) -> Ints:
-    """An array of the summary of a checked file, memory-mapped: (rows,).
+def load_checked(file: JsonlFile) -> Checked | None:
+    """What was found in a file; None if it has not been checked."""
+    if (cache := file.load(_CHECKED)) is None:
+        return None
+    array, note = cache
+    tasks = [(task, counts) for task, counts in note["tasks"]]
+    several = len(file) * (len(tasks) > 1)
+    return Checked(tasks, array[:several] if several else range(len(file)), array[several:])
 
-    "rows": row numbers sorted by task, if it has several; "groups": hashes, if a row has a group.
-    """
-    return np.asarray(np.load(file.sidecar(f"{name}.npy"), mmap_mode="r"))
 
+def check_all(path: Path, files: Sequence[JsonlFile], progress: TextIO | None) -> list[Checked]:
+    """What the lines of the `files` in `path` hold; those that have not been checked are checked.
 
-def check_all(path: Path, files: Sequence[JsonlFile], progress: TextIO | None) -> None:
-    """Check and summarise those `files` in `path` that have not been checked before.
-
-    Raises ValueError with the first malformed lines, in the order of the files, and their number.
+    Raises ValueError with the first malformed lines, in the order of the files, and their number,
+    or if a child process was killed.
     Reports on `progress` if it takes a while.
     """
-    files = [file for file in files if load_summary(file) is None]
+    found = {file.path: load_checked(file) for file in files}
+    new = [file for file in files if found[file.path] is None]
     jobs = [
         (file, start, min(start + _RANGE, len(file)))
-        for file in files
+        for file in new
         for start in range(0, len(file), _RANGE)
     ]
-    total = sum(map(len, files))
+    total = sum(map(len, new))
     problems, malformed = list[str](), 0
     stream = progress if progress and total > _SMALL else io.StringIO()
     bar = Progress(total, "lines", stream, title="check")
@@ -125,18 +131,17 @@ def check_all(path: Path, files: Sequence[JsonlFile], progress: TextIO | None) -
                 if part.groups.any():
                     groups[start:stop] = part.groups
                 bar.update(stop - start)
-            if malformed == before:  # the summary last, so that it never exists without the arrays
-                arrays: dict[str, Ints] = {}
-                if len(tasks) > 1:
-                    arrays["rows"] = np.concatenate([some for one in rows.values() for some in one])
-                if groups.any():
-                    arrays["groups"] = groups
-                for name, array in arrays.items():
-                    with atomic_write(file.sidecar(f"{name}.npy")) as sidecar:
-                        np.save(sidecar, array)
-                write_json(file.sidecar(_SUMMARY), list(tasks.items()))
+            if malformed == before:
+                arrays = [np.asarray(some) for one in rows.values() for some in one]
+                arrays = [
+                    *(arrays if len(tasks) > 1 else ()),
+                    groups if groups.any() else groups[:0],
+                ]
+                file.save(_CHECKED, arrays, {"tasks": list(tasks.items())})
+                found[file.path] = load_checked(file)
     if malformed:
         raise ValueError(f"{path}: {list_problems(malformed, 'malformed line', problems)}")
+    return [one for one in found.values() if one is not None]
 
 
 def _summaries(jobs: Sequence[Job], total: int) -> Generator[Summary]:
@@ -162,7 +167,7 @@ def _summaries(jobs: Sequence[Job], total: int) -> Generator[Summary]:
         yield from results
     except BrokenProcessPool as error:
         killed = "a process that checked lines of this or a later file was killed (out of memory?)"
-        raise RuntimeError(f"{jobs[0][0].path}: {killed}; run again") from error
+        raise ValueError(f"{jobs[0][0].path}: {killed}; run again") from error
     finally:
         pool.shutdown(cancel_futures=True)
 

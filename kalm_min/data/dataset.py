@@ -6,26 +6,34 @@ of a task. Every line is checked once; the outcome is cached with the index of i
 again reads no line. The check is in checking.py, prompts and batches are in batches.py.
 """
 
+import json
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 import numpy as np
 
-from kalm_min.data.checking import Counts, check_all, load_array, load_summary
+from kalm_min.data.checking import Counts, check_all
 from kalm_min.data.index import Ints, JsonlFile
 from kalm_min.data.records import SETTINGS, TaskSettings
-from kalm_min.files import Object, did_you_mean, text_hash
-from kalm_min.schema import read_settings
+from kalm_min.files import Object, did_you_mean, digest, escape_name, text_hash
+from kalm_min.schema import is_string, read_settings
 
 _TRIES = 8  # draws of a positive before one with the text of the query is accepted
 
-Segment = tuple[JsonlFile, Ints | range, Counts]  # rows of one file that belong to one task
+
+class Segment(NamedTuple):
+    """The rows of one file that belong to one task."""
+
+    file: JsonlFile
+    rows: Ints | range  # numbers of records of the file
+    counts: Counts
+    groups: Ints  # of all records of the file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,10 +46,11 @@ class Example:
     task: int  # position of the task in TrainingData.task_names
     index: int  # number of the example in TrainingData
     instruction: str | None = None  # the line's, else the task's, else the default
-    group: str | None = None  # class: examples of one task and group are not each other's negatives
+    # The class: examples of one task and group are not each other's negatives. 1 and "1" are two.
+    group: str | int | None = None
     positive_scores: tuple[float, ...] | None = None  # a teacher's, one per positive
     negative_scores: tuple[float, ...] | None = None  # a teacher's, one per negative
-    negative_groups: tuple[str, ...] | None = None  # in a label-based task, one per negative
+    negative_groups: tuple[str | int, ...] | None = None  # in a label-based task, one per negative
     symmetric: bool = False
     in_batch_negatives: bool = True
 
@@ -49,8 +58,10 @@ class Example:
 class TrainingData:
     """All tasks of a run as one sequence of examples, task after task, tasks sorted by name.
 
-    `task_names`, `task_sizes` and `settings` have one entry per task. Sending the data to another
-    process sends the path: the other process opens the same cached index.
+    `task_names`, `task_sizes` and `settings` have one entry per task. `fingerprint` is a digest of
+    every line, in order, and of everything in the settings: a run can go on only on data with the
+    same one. Sending the data to another process sends the path: the other process opens the same
+    cached index.
 
     Args:
         path: a JSONL(.gz) file or a folder of tasks. Lines that have not been checked are checked.
@@ -74,22 +85,24 @@ class TrainingData:
         self._reopen = partial(type(self), path, instruction=instruction, cache_dir=cache_dir)
         self._instruction = instruction
         files = [(name, JsonlFile(file, cache_dir)) for name, file in _find_files(path)]
-        check_all(path, [file for _, file in files], progress)
+        checked = check_all(path, [file for _, file in files], progress)
         tasks: dict[str, list[Segment]] = {}
-        for file_name, file in files:
-            summary = load_summary(file) or []
-            rows = load_array(file, "rows") if len(summary) > 1 else range(len(file))
-            for name, counts in summary:
+        for (file_name, file), (found, rows, groups) in zip(files, checked, strict=True):
+            for name, counts in found:
                 size = counts["rows"][0]
-                tasks.setdefault(name or file_name, []).append((file, rows[:size], counts))
+                segment = Segment(file, rows[:size], counts, groups)
+                tasks.setdefault(name or file_name, []).append(segment)
                 rows = rows[size:]
         self.task_names = sorted(tasks)
-        self.task_sizes = [sum(len(rows) for _, rows, _ in tasks[n]) for n in self.task_names]
+        self.task_sizes = [sum(len(one.rows) for one in tasks[n]) for n in self.task_names]
         self.settings = _task_settings(path, self.task_names)
         self._segments = [segment for name in self.task_names for segment in tasks[name]]
-        self._ends = list(accumulate(len(rows) for _, rows, _ in self._segments))
+        self._ends = list(accumulate(len(one.rows) for one in self._segments))
         self._task_ends = list(accumulate(self.task_sizes))
         self._by_group: dict[int, tuple[Ints, Ints]] = {}
+        contents = [(name, file.digest) for name, file in files]
+        settings = [asdict(one) for one in self.settings]
+        self.fingerprint = digest(json.dumps([contents, settings, instruction]))
         for task, (name, settings) in enumerate(zip(self.task_names, self.settings, strict=True)):
             if settings.label_based:
                 expected = "expected 'group' in every line of a label-based task"
@@ -97,7 +110,7 @@ class TrainingData:
                 self._by_group[task] = self._group(task, tasks[name])
             else:
                 texts = "expected 'pos' to be a list of at least one non-empty string"
-                other = f"label_based = true in {name}.toml to draw positives from the line's group"
+                other = f"label_based = true in {escape_name(name)}.toml to draw positives from the line's group"
                 _require("pos", tasks[name], f"{texts}, or {other}")
 
     def __reduce__(self) -> tuple[Callable[[], "TrainingData"], tuple[()]]:
@@ -119,12 +132,12 @@ class TrainingData:
         """
         i = range(len(self))[i]
         task, record, negative_groups = bisect_right(self._task_ends, i), self.record(i), None
-        settings, group = self.settings[task], record.get("group")
+        settings = self.settings[task]
         if task in self._by_group:
             # The last number distinguishes this generator from that of batches.py.
             rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(epoch, i, 1)))
             positive, negatives = self._draw(i, record, self._by_group[task], num_negatives, rng)
-            negative_groups = tuple(str(other["group"]) for other in negatives)
+            negative_groups = tuple(other["group"] for other in negatives)
             record["pos"] = [positive["query"]]
             record["neg"] = [other["query"] for other in negatives]
             record["pos_scores"] = record["neg_scores"] = None
@@ -138,7 +151,7 @@ class TrainingData:
             task=task,
             index=i,
             instruction=next((text for text in instructions if text is not None), None),
-            group=None if group is None else str(group),
+            group=record.get("group"),
             positive_scores=scores[0],
             negative_scores=scores[1],
             negative_groups=negative_groups,
@@ -151,7 +164,7 @@ class TrainingData:
 
         Raises ValueError for a single group, and for a group of one row, which has no positive.
         """
-        some = [load_array(file, "groups")[np.asarray(rows)] for file, rows, _ in segments]
+        some = [one.groups[np.asarray(one.rows)] for one in segments]
         hashes, first = np.concatenate(some), self._task_ends[task] - self.task_sizes[task]
         order = np.argsort(hashes, kind="stable")
         _, starts, sizes = np.unique(hashes[order], return_index=True, return_counts=True)
@@ -182,7 +195,7 @@ class TrainingData:
         another is drawn, a few times.
         """
         numbers, hashes = by_group
-        key = text_hash(str(record["group"]))
+        key = text_hash(json.dumps(record["group"]))
         start, end = (int(np.searchsorted(hashes, key, side)) for side in ("left", "right"))
         group, positive = numbers[start:end], record
         position = int(np.searchsorted(group, i))
@@ -210,25 +223,27 @@ class TrainingData:
         """File and row of example i."""
         i = range(len(self))[i]
         number = bisect_right(self._ends, i)
-        file, rows, _ = self._segments[number]
-        return file, int(rows[i - self._ends[number]])
+        segment = self._segments[number]
+        return segment.file, int(segment.rows[i - self._ends[number]])
 
     def require_scores(self) -> None:
         """Raise ValueError at the first line without a teacher's scores of all its texts."""
         for task, settings in zip(self.task_names, self.settings, strict=True):
             if settings.label_based:
-                expected = f"{task}.toml: expected label_based = false to distil, found true"
+                expected = (
+                    f"{escape_name(task)}.toml: expected label_based = false to distil, found true"
+                )
                 raise ValueError(f"{expected}: what is drawn has no teacher's scores")
         _require("scores", self._segments, "expected pos_scores and neg_scores to distil")
 
 
 def _require(what: str, segments: Iterable[Segment], expected: str) -> None:
     """Raise ValueError at the first row that lacks "pos", "group" or "scores"."""
-    for file, _, counts in segments:
-        if what in counts:
-            count, row = counts[what]
+    for segment in segments:
+        if what in segment.counts:
+            count, row = segment.counts[what]
             found = f"found none in {count} line{'s' if count > 1 else ''} of this file"
-            raise ValueError(f"{file.location(row)}: {expected}, {found}")
+            raise ValueError(f"{segment.file.location(row)}: {expected}, {found}")
 
 
 def _find_files(path: Path) -> list[tuple[str, Path]]:
@@ -236,6 +251,8 @@ def _find_files(path: Path) -> list[tuple[str, Path]]:
     files: dict[str, list[Path]] = {}
     for entry in _entries(path) if path.is_dir() else [path]:
         name = entry.name if entry.is_dir() else _file_name(entry)
+        if not is_string(name):
+            raise ValueError(f"{path}: expected a file name in UTF-8, found {name!r}")
         if name in files:
             raise ValueError(f"{entry}: expected one file or folder per task, found {name!r} twice")
         files[name] = _entries(entry) if entry.is_dir() else [entry]
@@ -269,12 +286,13 @@ def _file_name(path: Path) -> str:
 def _task_settings(path: Path, tasks: list[str]) -> list[TaskSettings]:
     """The settings of each task; every settings file in a folder must belong to a task."""
     found: dict[str, TaskSettings] = {}
+    names = {escape_name(task): task for task in tasks}
     for file in sorted((path if path.is_dir() else path.parent).glob("[!.]*.toml")):
-        if file.stem in tasks:
-            found[file.stem] = TaskSettings(**read_settings(file, SETTINGS))
+        if file.stem in names:
+            found[names[file.stem]] = TaskSettings(**read_settings(file, SETTINGS))
         elif path.is_dir():  # other files beside a single file may be anything
             raise ValueError(
                 f"{file}: expected the settings of a task beside it, found none named "
-                f"{file.stem!r}{did_you_mean(file.stem, tasks)}"
+                f"{file.stem!r}{did_you_mean(file.stem, names)}"
             )
     return [found.get(task, TaskSettings()) for task in tasks]

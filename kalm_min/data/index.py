@@ -1,18 +1,28 @@
 """A JSONL file as a sequence of records: memory-mapped, opened in milliseconds.
 
-The start of each record is found once, by a search for newlines at about the speed of the disk,
-and kept in a memory-mapped array of offsets. A .gz file is decompressed once. Both are kept in a
-hidden folder `.kalm_min` beside the data or, where that cannot be written, in a cache folder. Their
-names carry the size and modification time of the data, so they are never used for other content.
-There is no locking: processes that build the same index at once do the work twice without harm.
+The start of each record is found once, in the pass that makes a digest of the content, and kept in
+a memory-mapped array of offsets. A .gz file is decompressed once. Both are kept in a hidden folder
+`.kalm_min` beside the data or, where that cannot be written, in a cache folder. There is no locking:
+processes that build the same index at once do the work twice without harm.
+
+What is believed: a cache is used for a file of the same size, modification time and change time.
+The last one is set by the system at every write and cannot be set back, so an edit that restores
+the modification time is seen too; data that was copied with its caches is indexed again. A cache
+file carries a checksum of all its bytes, which is compared whenever it is opened (1 GB/s; the index
+of ten million lines is 80 MB). The uncompressed copy of a .gz, which may be as large as all data,
+is compared with its digest only if it was touched after its index was written. So a write by any
+program is found; bytes that a disk changes by itself are found in cache files, not in the data.
 """
 
+import hashlib
+import json
 import mmap
 import os
 import re
 import shutil
+import zlib
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -25,14 +35,15 @@ from kalm_min.files import (
     Object,
     atomic_write,
     check_first_line,
+    digest,
     open_bytes,
     parse_object,
-    text_hash,
 )
 
 Ints = npt.NDArray[np.int64]
 
-_LAYOUT = "v2"  # rises when the format of the cached files changes
+_LAYOUT = "v3"  # rises when the format of the cached files or the rules of records.py change
+_HASH = 16  # digits of the digests in their names
 _CHUNK = 1 << 22  # bytes searched at a time; fits the processor's cache
 
 
@@ -43,8 +54,13 @@ class JsonlFile:
     return at the end of a line is white space. The index is kept in `cache_dir`, by default
     `.kalm_min` beside the file or, failing that, `~/.cache/kalm_min`.
 
-    Raises ValueError for an empty file, a broken .gz, or if the index cannot be written anywhere.
+    `digest` is the SHA-256 of the (uncompressed) content.
+
+    Raises ValueError for an empty file, a broken .gz, one JSON array instead of lines, UTF-16, or if
+    the index cannot be written anywhere.
     """
+
+    digest: str
 
     def __init__(
         self, path: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None
@@ -53,7 +69,7 @@ class JsonlFile:
         self._name = self._content_name()
         parent = self.path.resolve().parent
         # Files with the same name from different folders share a cache folder.
-        apart = f"{parent.name}-{text_hash(str(parent)) & (2**64 - 1):016x}"
+        apart = f"{parent.name:.40}-{digest(str(parent))[:_HASH]}"
         beside = [parent / ".kalm_min", Path.home() / ".cache" / "kalm_min" / apart]
         self._folders = beside if cache_dir is None else [Path(cache_dir) / apart]
         if not any(map(self._load, self._folders)) and not self._load(self._build()):
@@ -81,17 +97,23 @@ class JsonlFile:
         i = range(len(self))[i]
         return f"{self.path}:{i + 1 + bisect_right(self._blanks, i)}"
 
-    def sidecar(self, suffix: str) -> Path:
-        """A path for data derived from exactly this content: an existing or a writable one."""
-        paths = [folder / f"{self._name}.{suffix}" for folder in self._folders]
-        return next(filter(Path.exists, paths), None) or self._writable() / paths[0].name
+    def load(self, suffix: str) -> tuple[Ints, Object] | None:
+        """What `save` wrote for exactly this content; None if it is absent or damaged."""
+        caches = (read_cache(folder / f"{self._name}.{suffix}") for folder in self._folders)
+        return next((cache for cache in caches if cache is not None), None)
+
+    def save(self, suffix: str, arrays: Iterable[Ints], note: dict[str, object]) -> None:
+        """Keep arrays and what `note` holds after the last of them, derived from this content."""
+        write_cache(self._writable() / f"{self._name}.{suffix}", arrays, note)
 
     def _content_name(self) -> str:
-        """A name that changes whenever the file's size or modification time changes."""
+        """A name that changes with every write to the file, and is not too long for a suffix."""
         stat = self.path.stat()
         if stat.st_size == 0:
             raise ValueError(f"{self.path}: expected at least one record, found an empty file")
-        return f"{self.path.name}.{_LAYOUT}-{stat.st_size}-{stat.st_mtime_ns}"
+        version = f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ctime_ns}"
+        hashes = [digest(part)[:_HASH] for part in (self.path.name, version)]
+        return f"{self.path.name:.40}.{_LAYOUT}-{'-'.join(hashes)}"
 
     def _writable(self) -> Path:
         """The first folder that exists or can be made, and can be written."""
@@ -110,25 +132,30 @@ class JsonlFile:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def _load(self, folder: Path) -> bool:
-        """Map data and index; return False unless both exist and match."""
+        """Map data and index; return False unless both are what was written."""
+        path = folder / f"{self._name}.index"
+        if (cache := read_cache(path)) is None:
+            return False
+        index, note = cache
         try:
             data = self._map(folder)
-            # As a plain array, since np.memmap makes each look-up several times slower.
-            index: Ints = np.asarray(np.memmap(folder / f"{self._name}.index", np.int64, mode="r"))
         except (OSError, ValueError):
             return False
-        split = len(index) - 1 - int(index[-1])
-        if not 2 <= split < len(index) or index[split - 1] != len(data):
+        if len(data) != note["bytes"]:
             return False
-        self._data, self._starts, self._blanks = data, index[:split], index[split:-1]
+        if self.path.suffix == ".gz":
+            copy = folder / f"{self._name}.jsonl"
+            if copy.stat().st_ctime_ns >= path.stat().st_ctime_ns:
+                if hashlib.sha256(data).hexdigest() != note["digest"]:
+                    return False
+                with suppress(OSError):
+                    os.utime(path)  # so that the next one need not compare again
+        self._data, self.digest, records = data, note["digest"], note["records"]
+        self._starts, self._blanks = index[: records + 1], index[records + 1 :]
         return True
 
     def _build(self) -> Path:
-        """Write the index (and the uncompressed copy), remove outdated ones, return the folder.
-
-        The index holds the start of each record, the size of the data, the number of records before
-        each blank line, and the number of blank lines.
-        """
+        """Write the index (and the uncompressed copy), remove outdated ones, return the folder."""
         folder = self._writable()
         if self.path.suffix == ".gz":
             with (
@@ -138,24 +165,63 @@ class JsonlFile:
                 shutil.copyfileobj(file, out, _CHUNK)  # in pieces, for any size
                 if not out.tell():
                     raise ValueError(f"{self.path}: expected at least one record, found none")
-        data = self._map(folder)
-        records, blanks = 0, list[Ints]()
-        with atomic_write(folder / f"{self._name}.index") as file:
-            for starts, blank in _lines(data):
-                starts[~blank].tofile(file)
-                blanks.append((records + np.cumsum(~blank))[blank])
-                records += int((~blank).sum())
-            if not records:
-                raise ValueError(f"{self.path}: expected at least one record, found blank lines")
-            if self._content_name() != self._name:
-                raise ValueError(f"{self.path}: the file changed while it was read; run again")
-            tail = [[len(data)], *blanks, [sum(map(len, blanks))]]
-            np.concatenate(tail).astype(np.int64).tofile(file)
-        outdated = re.compile(re.escape(self.path.name) + r"\.v\d+-\d+-\d+\..+")
+        note: dict[str, object] = {}
+        self.save("index", self._index(self._map(folder), note), note)
+        old, name = rf"{_LAYOUT}-{digest(self.path.name)[:_HASH]}-", f"{self.path.name:.40}."
+        outdated = re.compile(re.escape(name) + rf"(v2-\d+-\d+\.|{old}).+")
         for entry in folder.iterdir():
             if outdated.fullmatch(entry.name) and not entry.name.startswith(f"{self._name}."):
                 entry.unlink(missing_ok=True)
         return folder
+
+    def _index(self, data: mmap.mmap, note: dict[str, object]) -> Iterator[Ints]:
+        """Each record's start, the data's size, and for each blank line the records before it.
+
+        `note` gets the number of records, the size and the digest of the data.
+        """
+        records, blanks, state = 0, list[Ints](), hashlib.sha256()
+        for number, (starts, blank) in enumerate(_lines(data)):
+            state.update(data[number * _CHUNK : (number + 1) * _CHUNK])
+            yield starts[~blank]
+            blanks.append((records + np.cumsum(~blank))[blank])
+            records += int((~blank).sum())
+        if not records:
+            raise ValueError(f"{self.path}: expected at least one record, found blank lines")
+        if self._content_name() != self._name:
+            raise ValueError(f"{self.path}: the file changed while it was read; run again")
+        yield np.concatenate([[len(data)], *blanks])
+        note |= {"records": records, "bytes": len(data), "digest": state.hexdigest()}
+
+
+def write_cache(path: Path, arrays: Iterable[Ints], note: dict[str, object]) -> None:
+    """Write arrays, then what `note` holds after the last of them, its length and a checksum."""
+    checksum = 0
+    with atomic_write(path) as file:
+        for part in _bytes_of(arrays, note):
+            checksum = zlib.crc32(part, checksum)
+            file.write(part)
+        file.write(checksum.to_bytes(8, "little"))
+
+
+def _bytes_of(arrays: Iterable[Ints], note: dict[str, object]) -> Iterator[bytes | memoryview]:
+    for array in arrays:
+        yield np.ascontiguousarray(array, np.int64).data
+    text = json.dumps(note).encode()
+    yield text + len(text).to_bytes(8, "little")
+
+
+def read_cache(path: Path) -> tuple[Ints, Object] | None:
+    """The arrays, joined and memory-mapped, and the note; None unless all is as it was written."""
+    try:
+        with path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError):
+        return None
+    if zlib.crc32(memoryview(data)[:-8]) != int.from_bytes(data[-8:], "little") or len(data) < 16:
+        return None
+    end = len(data) - 16 - int.from_bytes(data[-16:-8], "little")
+    # A plain array, since np.memmap makes each look-up several times slower.
+    return np.frombuffer(data, np.int64, end // 8), parse_object(data[end:-16], path)
 
 
 def _lines(data: mmap.mmap) -> Iterator[tuple[Ints, npt.NDArray[np.bool_]]]:

@@ -44,7 +44,9 @@ class TaskSettings:
     # what the lines hold as "pos" and "neg" is not trained on, and "pos" may be absent.
     label_based: Annotated[bool, _FLAG] = False
     # How often an epoch takes each example; 0.5 is half of them, a new half in each epoch.
-    weight: Annotated[float, Field("a number, 0 or more", lambda v: is_number(v, least=0))] = 1.0
+    weight: Annotated[float, Field("a number from 0 to 1000", lambda v: is_number(v, 0, 1000))] = (
+        1.0
+    )
     # The maximum number of examples per epoch, a new subset in each epoch.
     max_examples: Annotated[
         int | None,

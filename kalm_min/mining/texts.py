@@ -108,7 +108,7 @@ def index_task(data: TrainingData, task: int, *, with_negatives: bool) -> TextIn
         numbers = [documents.add(text, of_documents, row, i) for i, text in enumerate(texts, 1)]
         positives.extend(numbers[: len(example.positives)])
         starts.append(len(positives))
-        groups.append(0 if example.group is None else text_hash(example.group))
+        groups.append(0 if example.group is None else text_hash(json.dumps(example.group)))
     return TextIndex(
         first=first,
         instructions=tuple(instructions),

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kalm_min.data import JsonlFile, TrainingData, checking
-from kalm_min.data.checking import check_all, load_array, load_summary
+from kalm_min.data.checking import check_all, load_checked
 from kalm_min.files import text_hash
 
 
@@ -66,14 +66,13 @@ def test_the_summary_is_that_of_the_lines(tmp_path_factory, many_ranges, records
         if without:
             counts["group"] = [len(without), without[0]]
         expected.append((task, counts))
-    assert load_summary(file) == expected
-    if len(tasks) > 1:
-        order = sorted(range(len(records)), key=lambda i: tasks.index(records[i].get("task")))
-        assert load_array(file, "rows").tolist() == order
-    if any("group" in record for record in records):
-        groups = [str(record["group"]) if "group" in record else None for record in records]
-        hashes = [0 if group is None else text_hash(group) for group in groups]
-        assert load_array(file, "groups").tolist() == hashes
+    found = load_checked(file)
+    assert found.tasks == expected
+    order = sorted(range(len(records)), key=lambda i: tasks.index(records[i].get("task")))
+    assert list(found.rows) == order
+    groups = [json.dumps(record["group"]) if "group" in record else "" for record in records]
+    hashes = [text_hash(group) if group else 0 for group in groups]
+    assert found.groups.tolist() == (hashes if any(hashes) else [])
 
 
 def test_children_find_what_one_process_finds(tmp_path, children, monkeypatch):
@@ -87,9 +86,9 @@ def test_children_find_what_one_process_finds(tmp_path, children, monkeypatch):
         os.utime(path, ns=(5, 5))
         checked(path)
         cache = sorted((path.parent / ".kalm_min").iterdir())
-        contents.append([(entry.name, entry.read_bytes()) for entry in cache])
+        contents.append([(entry.suffix, entry.read_bytes()) for entry in cache])
     assert contents[0] == contents[1]
-    assert len(contents[0]) == 4
+    assert len(contents[0]) == 2
 
 
 def test_malformed_lines_keep_the_order_of_the_files(tmp_path, children):
@@ -104,8 +103,8 @@ def test_malformed_lines_keep_the_order_of_the_files(tmp_path, children):
         listed = [text.split(": ")[0] for text in str(error.value).split("\n  ")[1:]]
         expected = [f"{one}:{n}" for n in range(2, 17)] + [f"{three}:{n}" for n in range(2, 7)]
         assert listed == expected
-    assert load_summary(JsonlFile(two))
-    assert load_summary(JsonlFile(three)) is None
+    assert load_checked(JsonlFile(two))
+    assert load_checked(JsonlFile(three)) is None
 
 
 def test_progress_is_shown_where_it_is_requested(tmp_path, children, capfd):
@@ -126,9 +125,9 @@ def test_a_child_that_is_killed(tmp_path, children, monkeypatch):
     """It ends the check with a sentence; nothing is cached, no process is left."""
     monkeypatch.setattr(checking, "_end_with_parent", os.abort)
     file = JsonlFile(write(tmp_path / "x.jsonl", [line()] * 10))
-    with pytest.raises(RuntimeError, match=r"x\.jsonl: a process that checked lines .* was killed"):
+    with pytest.raises(ValueError, match=r"x\.jsonl: a process that checked lines .* was killed"):
         check_all(tmp_path, [file], None)
-    assert load_summary(file) is None
+    assert load_checked(file) is None
     assert multiprocessing.active_children() == []
 
 
@@ -189,7 +188,7 @@ def test_an_interrupted_check_leaves_nothing(script, tmp_path, number):
     _, errors = program.communicate(timeout=60)
     assert program.returncode != 0
     wait_until(lambda: not processes_of(tmp_path))
-    assert not list(tmp_path.rglob("*summary*"))
+    assert not list(tmp_path.rglob("*.checked"))
     if number == signal.SIGINT:
         assert errors.count("KeyboardInterrupt\n") == 1
 

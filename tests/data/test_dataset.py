@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kalm_min.data import JsonlFile, TaskSettings, TrainingData, checking
+from kalm_min.data import JsonlFile, TaskSettings, TrainingData, checking, collate
+from kalm_min.files import escape_name
 from kalm_min.sampling import TaskBatchSampler
 
 GOOD = {"query": "q", "pos": ["p"]}
@@ -144,7 +145,7 @@ def test_all_fields(tmp_path):
     whole, plain = data
     assert (whole.positives, whole.negatives) == (("p", "r"), ("n",))
     assert (whole.positive_scores, whole.negative_scores) == ((1.0, 0.5), (0.25,))
-    assert (whole.instruction, whole.group) == ("i", "3")
+    assert (whole.instruction, whole.group) == ("i", 3)
     assert (plain.negatives, plain.group, plain.instruction) == ((), None, None)
     assert (plain.positive_scores, plain.negative_scores) == (None, None)
 
@@ -207,6 +208,8 @@ def test_all_fields(tmp_path):
         (record("q", relevance="high"), "expected 'relevance' to be a number, found 'high'"),
         ('{"query": "q", "pos": ["p"]', "expected a JSON object, found Expecting"),
         ('"query"', "expected a JSON object, found str"),
+        ('{"query": "a", "pos": ["p"], "query": "b"}', "expected a JSON object, found the key 'query' twice"),
+        (record("q", pos_scores=[1e39]), "expected 'pos_scores' to be a list of numbers, found a number that is too large"),
         ("\0", "expected a JSON object, found a NUL byte"),
     ],
 )  # fmt: skip
@@ -295,9 +298,10 @@ def test_nothing_there(tmp_path):
     ("line", "problem"),
     [
         ("instructions = 'x'", "expected a setting of a task, found 'instructions' (did you mean instruction?)"),
-        ("weight = -1", "expected 'weight' to be a number, 0 or more, found -1"),
-        ("weight = nan", "expected 'weight' to be a number, 0 or more, found NaN"),
-        ("weight = true", "expected 'weight' to be a number, 0 or more, found true"),
+        ("weight = -1", "expected 'weight' to be a number from 0 to 1000, found -1"),
+        ("weight = nan", "expected 'weight' to be a number from 0 to 1000, found NaN"),
+        ("weight = true", "expected 'weight' to be a number from 0 to 1000, found true"),
+        ("weight = 1000000000", "expected 'weight' to be a number from 0 to 1000, found 1000000000"),
         ("max_examples = 0", "expected 'max_examples' to be a whole number, 1 or more, found 0"),
         ("max_examples = 2.5", "expected 'max_examples' to be a whole number, 1 or more, found 2.5"),
         ("label_based = 1", "expected 'label_based' to be true or false, found 1"),
@@ -326,6 +330,55 @@ def test_settings_that_are_not_toml(tmp_path):
     (tmp_path / "a.toml").write_text("\nsymmetric =\n")
     with pytest.raises(ValueError, match=r"a\.toml:2: expected TOML, found Invalid value .*line 2"):
         TrainingData(tmp_path)
+
+
+def test_settings_of_a_task_whose_name_is_no_file_name(tmp_path):
+    """Every task of a line has settings of its own, found by its escaped name, and never elsewhere."""
+    names = ["../secret", "a/b", "a%2Fb", "x" * 300, "100%"]
+    folder = tmp_path / "data"
+    write(folder / "all.jsonl", [record(name, task=name) for name in names])
+    write(tmp_path / "secret.toml", ['instruction = "stolen"'])
+    assert {one.instruction for one in TrainingData(folder).settings} == {None}
+    for name in names:
+        (folder / f"{escape_name(name)}.toml").write_text(f'instruction = "{name}"')
+    data = TrainingData(folder)
+    assert [one.instruction for one in data.settings] == data.task_names == sorted(names)
+
+
+def test_the_fingerprint_is_that_of_the_content(tmp_path):
+    """Any change of a line, of their order, of a setting or of the instruction changes it; a cache,
+    a copy, the compression and the time of the file do not."""
+    lines = [record("a"), record("b", neg=["n"])]
+    write(tmp_path / "t.jsonl", lines)
+    first = TrainingData(tmp_path).fingerprint
+    found = [first, TrainingData(tmp_path, instruction="x").fingerprint]
+    (tmp_path / "t.jsonl").touch()
+    assert TrainingData(tmp_path).fingerprint == first
+    write(tmp_path / "copy" / "t.jsonl.gz", lines)
+    assert TrainingData(tmp_path / "copy").fingerprint == first
+    assert pickle.loads(pickle.dumps(TrainingData(tmp_path / "copy"))).fingerprint == first
+    for change in (lines[::-1], [record("a"), record("b", neg=["m"])], [*lines, record("c")]):
+        write(tmp_path / "copy" / "t.jsonl.gz", change)
+        found.append(TrainingData(tmp_path / "copy").fingerprint)
+    write(tmp_path / "copy" / "t.jsonl.gz", lines)
+    write(tmp_path / "copy" / "t.toml", ["weight = 2"])
+    found.append(TrainingData(tmp_path / "copy").fingerprint)
+    assert len(set(found)) == len(found)
+
+
+def test_group_1_and_group_one_are_two_classes(tmp_path):
+    """A number is not the text of its digits, for the draws and for the masks."""
+    groups = [1, 1, "1", "1"]
+    rows = [{"query": f"{group!r}{i}", "group": group} for i, group in enumerate(groups)]
+    write(tmp_path / "t.jsonl", rows)
+    write(tmp_path / "t.toml", ["label_based = true"])
+    data = TrainingData(tmp_path)
+    for example in data:
+        assert example.positives[0].startswith(repr(example.group))
+        assert not [text for text in example.negatives if text.startswith(repr(example.group))]
+        assert len(example.negatives) == 2
+    batch = collate(list(data), num_negatives=0, template="", epoch=0, seed=0)
+    assert len(set(batch.query_groups.tolist())) == 2
 
 
 def test_settings_of_no_task(tmp_path):

@@ -4,6 +4,7 @@ import gzip
 import json
 import multiprocessing
 import os
+import re
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kalm_min.data import JsonlFile, index
+from kalm_min.data import JsonlFile, TrainingData, index
 
 LINES = [b'{"a": 1}', b'{"a": 2}', b'{"a": 3}']
 
@@ -25,6 +26,13 @@ def write(path: Path, content: bytes) -> Path:
 
 def values(file: JsonlFile) -> list:
     return [record["a"] for record in file]
+
+
+def cache_of(file: JsonlFile, suffix: str) -> Path:
+    """The one cache file of its kind, wherever it is."""
+    folders = [folder for folder in file._folders if folder.is_dir()]
+    (found,) = (one for folder in folders for one in folder.glob(f"{file._name}.{suffix}"))
+    return found
 
 
 def cached(folder: Path) -> list[str]:
@@ -186,7 +194,7 @@ def test_a_change_while_reading_is_refused(tmp_path, monkeypatch):
 def test_a_torn_cache_is_rebuilt(tmp_path, name, damage):
     """The records are right, whatever a crash or another program did to the cache."""
     path = write(tmp_path / name, b"\n".join(LINES))
-    offsets = JsonlFile(path).sidecar("index")
+    offsets = cache_of(JsonlFile(path), "index")
     content = offsets.read_bytes()
     if damage == "absent":
         offsets.unlink()
@@ -202,11 +210,76 @@ def test_a_torn_cache_is_rebuilt(tmp_path, name, damage):
 def test_a_lost_or_torn_copy_of_a_gz_is_made_again(tmp_path):
     """The uncompressed copy is believed only at the length its index was made for."""
     path = write(tmp_path / "x.jsonl.gz", b"\n".join(LINES))
-    copy = JsonlFile(path).sidecar("jsonl")
+    copy = cache_of(JsonlFile(path), "jsonl")
     copy.write_bytes(copy.read_bytes()[:-3])
     assert values(JsonlFile(path)) == [1, 2, 3]
     copy.unlink()
     assert values(JsonlFile(path)) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz"])
+def test_a_damaged_cache_is_never_believed(tmp_path, name):
+    """Whichever byte of whichever cache file is changed, by a program that hides its traces or not,
+    the same examples are read."""
+    rows = [{"query": f"q{i}", "pos": ["p"], "task": "ab"[i % 2], "group": i % 3} for i in range(9)]
+    path = write(tmp_path / name, "\n".join(map(json.dumps, rows)).encode())
+    good, random = list(TrainingData(path)), np.random.default_rng(0)
+    for cache in sorted((tmp_path / ".kalm_min").iterdir()):
+        content, stat = cache.read_bytes(), cache.stat()
+        for _ in range(40):
+            damaged = bytearray(content)
+            damaged[random.integers(len(content))] ^= 1 << random.integers(8)
+            cache.write_bytes(damaged)
+            os.utime(cache, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+            assert list(TrainingData(path)) == good
+            assert cache.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz"])
+def test_other_bytes_of_equal_size_and_time_are_seen(tmp_path, name):
+    """The time of the last change cannot be set back."""
+    path = write(tmp_path / name, b"\n".join(LINES))
+    stat = path.stat()
+    before = JsonlFile(path)
+    write(path, b"\n".join(LINES).replace(b"3", b"4"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert values(JsonlFile(path)) == [1, 2, 4]
+    assert JsonlFile(path).digest != before.digest
+    assert values(JsonlFile(write(tmp_path / "plain.jsonl", b"\n".join(LINES)))) == [1, 2, 3]
+    assert JsonlFile(tmp_path / "plain.jsonl").digest == before.digest
+
+
+def test_a_file_with_a_byte_order_mark(tmp_path):
+    """Records, line numbers and the first text are those of the file without it."""
+    path = write(tmp_path / "x.jsonl", b"\xef\xbb\xbf\n" + b"\n".join(LINES))
+    assert values(JsonlFile(path)) == [1, 2, 3]
+    assert JsonlFile(path).location(0) == f"{path}:2"
+    write(path, b"\xef\xbb\xbf" + b"\n".join(LINES))
+    assert [values(JsonlFile(path)), JsonlFile(path).location(0)] == [[1, 2, 3], f"{path}:1"]
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b'[\n{"a": 1},\n{"a": 2}\n]\n', "one JSON array; write one object per line"),
+        (b'\n {\n "a": 1\n}\n', "an object over many lines; write one object per line"),
+        ('{"a": 1}\n'.encode("utf-16"), "UTF-16; save the file as UTF-8"),
+        (gzip.compress(b'{"a": 1}\n'), "a .gz without that name; save the file as UTF-8"),
+    ],
+)
+def test_what_is_no_jsonl_at_all(tmp_path, content, found):
+    """One sentence about the file, built or cached, instead of one about each of its lines."""
+    path = write(tmp_path / "x.jsonl", content)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=re.escape(f"{path}: expected ")) as error:
+            JsonlFile(path)
+        assert str(error.value).endswith(f"found {found}")
+
+
+def test_a_long_name_in_a_deep_folder(tmp_path):
+    """A name as long as the file system allows leaves room for those of its caches."""
+    path = write(tmp_path / f"{'x' * 246}.jsonl.gz", b"\n".join(LINES))
+    assert [values(JsonlFile(path)) for _ in range(2)] == [[1, 2, 3]] * 2
 
 
 def test_a_kill_while_building_leaves_nothing_to_believe(tmp_path, monkeypatch):
@@ -244,7 +317,7 @@ def test_read_only_data(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
     file = JsonlFile(path)
     assert values(file) == [1, 2, 3]
-    assert file.sidecar("index").is_relative_to(tmp_path / "home" / ".cache" / "kalm_min")
+    assert cache_of(file, "index").is_relative_to(tmp_path / "home" / ".cache" / "kalm_min")
 
     (tmp_path / "nowhere").write_text("in the way")
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "nowhere")
@@ -255,12 +328,14 @@ def test_read_only_data(tmp_path, monkeypatch):
 def test_data_that_became_read_only(tmp_path, monkeypatch):
     """An index beside the data is used; new files go to a folder that can be written."""
     path = write(tmp_path / "data" / "x.jsonl", b"\n".join(LINES))
-    offsets = JsonlFile(path).sidecar("index")
+    offsets = cache_of(JsonlFile(path), "index")
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
     monkeypatch.setattr(os, "access", lambda folder, _: "home" in folder.parts)
     file = JsonlFile(path)
-    assert file.sidecar("index") == offsets
-    assert file.sidecar("else").is_relative_to(tmp_path / "home")
+    assert cache_of(file, "index") == offsets
+    file.save("else", [], {"a": 1})
+    assert cache_of(file, "else").is_relative_to(tmp_path / "home")
+    assert file.load("else")[1] == {"a": 1}
 
 
 def _open_in_child(path, start, results):
