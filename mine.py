@@ -6,7 +6,9 @@ code is 0 if every task is written.
 """
 
 import os
+import signal
 import sys
+from types import FrameType
 
 from kalm_min.config import run
 from kalm_min.embedder import pick_device
@@ -18,7 +20,16 @@ from kalm_min.training import distributed
 
 def main(argv: list[str]) -> int:
     """Run and return the exit code; see `config.run`."""
-    return run(MiningConfig, mine, argv, program="mine.py", resumable=True)
+    signals: list[int] = []
+
+    def stop(number: int, _: FrameType | None) -> None:
+        signals.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    code = run(MiningConfig, mine, argv, program="mine.py", resumable=True)
+    signal.signal(signal.SIGTERM, before)
+    return 128 + signals[0] if signals else code
 
 
 def mine(config: MiningConfig) -> int:
@@ -33,7 +44,7 @@ def mine(config: MiningConfig) -> int:
         else:
             total, remarks = miner.run()
             sums = f"{report.sentence(total)}; {total['negatives']:,} negatives"
-            lines = [*(f"look at {remark}" for remark in remarks), sums]
+            lines = [*(f"look at {report.printable(remark)}" for remark in remarks), sums]
             output, text = sys.stderr, "\n".join(lines) + f"; report: {config.output}/README.md"
         if distributed.rank() == 0:
             output.write(text + "\n")

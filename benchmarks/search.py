@@ -29,8 +29,9 @@ import torch
 
 from kalm_min.config import parse
 from kalm_min.mining.pipeline import StoredNeighbours
-from kalm_min.mining.rules import Rules, select
+from kalm_min.mining.rules import Labels, select
 from kalm_min.mining.texts import TEXT, TextIndex
+from kalm_min.options import Rules
 from kalm_min.topk import Ints, Vectors, merge, on_grid, top_k
 from kalm_min.training import distributed
 from kalm_min.vectors import StoredVectors, TextSet
@@ -225,8 +226,9 @@ def searched_on_disk(options: Options, folder: Path) -> tuple[str, ...]:
             for block in stored.missing():
                 stored.write(block, top_k(queries[block], documents, options.k))
         else:
-            hashes = documents.texts.hashes
-            select(index, hashes, queries, documents, stored.read, Rules())
+            known = Labels.collect([index]).of(index.queries["key"])
+            keys = documents.texts.hashes
+            select(index, keys, known, queries, documents, stored.read, Rules())
         rises.append(resident("VmHWM") - before)
     return str(before), *map(str, rises), f"{time.perf_counter() - start:.0f}"
 
@@ -255,8 +257,8 @@ def an_index(queries: int, documents: Ints) -> TextIndex:
     """A text index with one row per query, each with one of the documents as its positive."""
     rng = np.random.default_rng(0)
     tables = [np.zeros(number, TEXT) for number in (queries, len(documents))]
-    tables[0]["hash"] = rng.integers(-(2**62), 2**62, queries)
-    tables[1]["hash"] = documents
+    tables[0]["key"] = rng.integers(-(2**62), 2**62, queries)
+    tables[1]["key"] = documents
     return TextIndex(
         first=0,
         instructions=("",),
@@ -264,8 +266,11 @@ def an_index(queries: int, documents: Ints) -> TextIndex:
         documents=tables[1],
         row_query=np.arange(queries),
         starts=np.arange(queries + 1),
-        positives=rng.integers(0, len(documents), queries),
+        texts=rng.integers(0, len(documents), queries),
+        is_positive=np.ones(queries, np.bool_),
         groups=np.zeros(queries, np.int64),
+        labelled=0,
+        symmetric=False,
         fingerprint="",
     )
 

@@ -31,7 +31,7 @@ BOM = b"\xef\xbb\xbf"  # a byte order mark, with which some programs begin UTF-8
 # How files begin that are not UTF-8 text.
 _FOREIGN = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "a .gz without that name"}
 _DEEPEST = 100  # levels of a JSON or TOML file
-_LONGEST_NAME = 240  # bytes; file systems allow 255, with the suffix
+_LONGEST_NAME = 180  # bytes; file systems allow 255, and caches add suffixes
 _CHECKPOINT = {".safetensors", ".json", ".txt"}  # the files of a model that change its vectors
 
 

@@ -37,6 +37,7 @@ class Range(NamedTuple):
 
 
 COUNT, ANY_COUNT, POSITIVE, SHARE = Range(1), Range(0), Range(0, is_open=True), Range(0, 1)
+COSINE = Range(-1, 1)
 
 
 class Ranged:
@@ -279,15 +280,22 @@ class Rules(Ranged):
         False
     )
     choice: Annotated[Literal["random", "top"], "Random or top-ranked candidates."] = "random"
-    min_score: Annotated[float | None, "Lowest score (cosine) of a negative."] = None
-    max_score: Annotated[float | None, "Highest score (cosine) of a negative."] = None
+    min_score: Annotated[float | None, "Lowest score (cosine) of a negative.", COSINE] = None
+    max_score: Annotated[float | None, "Highest score (cosine) of a negative.", COSINE] = None
     absolute_margin: Annotated[
-        float | None, "Minimum score difference of the row's best positive and a negative."
+        float | None,
+        "Minimum score difference of the row's best positive and a negative.",
+        Range(-2, 2),
     ] = None
     relative_margin: Annotated[
-        float | None, "The same as a share of the positive's score: 0.05 is NV-Retriever's 95 %."
+        float | None,
+        "The same as a share of the positive's score: 0.05 is NV-Retriever's 95 %.",
+        COSINE,
     ] = None
-    short_rows: Annotated[Literal["keep", "drop"], "Rows with too few negatives."] = "keep"
+    keep_negatives: Annotated[
+        bool, "Keep a row's own negatives, before the mined ones; false: they are replaced."
+    ] = False
+    short_rows: Annotated[Literal["keep", "drop"], "Rows with too few mined negatives."] = "keep"
     seed: Annotated[int, "Seed of the random choice.", ANY_COUNT] = 0
 
     def __post_init__(self) -> None:
@@ -296,6 +304,9 @@ class Rules(Ranged):
         first, last = self.rank_range
         if last < max(first, 1):
             raise ValueError(f"rank_range: expected two ranks, first <= last, found {first} {last}")
+        low, high = self.min_score, self.max_score
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"min_score: expected at most max_score {high}, found {low}")
 
     @property
     def depth(self) -> int:

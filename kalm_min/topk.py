@@ -8,7 +8,8 @@ float64 holds exactly, so a float64 score does not depend on the order of summat
 Q queries    N documents    D dimension    S length of a shortlist    q, n  those of a block
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -76,9 +77,11 @@ def top_k(
         index: an `approximate_index` of the same span, which selects the shortlists and misses
             some neighbours: measure how many with `recall`.
 
-    Raises ValueError for vectors longer than 1, and if torch is set to multiply less exactly than
-    float32.
+    Raises ValueError for vectors longer than 1 or not finite, for k < 1, and if torch is set to
+    multiply less exactly than float32.
     """
+    if k < 1:
+        raise ValueError(f"k: expected 1 or more, found {k}")
     if torch.get_float32_matmul_precision() != "highest":
         raise ValueError("torch.set_float32_matmul_precision: the search needs 'highest'")
     span = span or (0, len(documents))
@@ -123,8 +126,8 @@ def _blocks(rows: Rows, span: Span, step: int) -> Iterator[tuple[int, Tensor]]:
     """(n, D) blocks of rows, each with its start; exact scores need at most unit length."""
     for start in range(*span, step):
         vectors = rows[start : min(start + step, span[1])]
-        if np.einsum("nd,nd->n", vectors, vectors).max() > 1.001:
-            raise ValueError("expected vectors of length 1, found a longer one")
+        if not np.einsum("nd,nd->n", vectors, vectors).max() <= 1.001:  # false for NaN
+            raise ValueError("expected finite vectors of length 1, found others")
         yield start, torch.from_numpy(np.require(vectors, np.float32, ["C", "W"]))
 
 
@@ -180,7 +183,7 @@ def _keep(best: _Pairs, new: _Pairs, size: int) -> _Pairs:
 
 def _shortlist_of_faiss(queries: Tensor, documents: Rows, span: Span, size: int) -> _Pairs:
     """The same by faiss's flat search of one block after another, with one block in memory."""
-    faiss = _import_faiss()
+    faiss = import_faiss()
     knn = faiss.knn
     if queries.is_cuda and getattr(faiss, "get_num_gpus", int)():
         knn = partial(faiss.knn_gpu, faiss.StandardGpuResources())
@@ -223,28 +226,44 @@ def _exhaustive(queries: Tensor, documents: Rows, k: int, span: Span) -> _Pairs:
     return ids, scores
 
 
-def approximate_index(documents: Rows, factory: str, span: Span | None = None) -> Any:
-    """A faiss index of all documents, or those of `span`, for corpora too large for products.
+def empty_index(dimension: int, factory: str) -> Any:
+    """A faiss index; `factory` is for example "IVF4096,Flat;nprobe=64".
 
-    `factory` is for example "IVF4096,Flat;nprobe=64": after the semicolon, search parameters. Each
-    of several processes indexes its span, so their number affects which neighbours are missed.
+    After the semicolon stand search parameters. Raises ValueError if faiss refuses any of it.
     """
-    faiss = _import_faiss()
+    faiss = import_faiss()
     name, _, parameters = factory.partition(";")
+    with _refusals(factory):
+        index = faiss.index_factory(dimension, name, faiss.METRIC_INNER_PRODUCT)
+        if parameters:
+            faiss.ParameterSpace().set_index_parameters(index, parameters)
+        return index
+
+
+def approximate_index(documents: Rows, factory: str, span: Span | None = None) -> Any:
+    """An `empty_index` with all documents, or those of `span`, for corpora too large for products.
+
+    Each of several processes indexes its span, so their number affects which neighbours are missed.
+    """
     span = span or (0, len(documents))
-    try:
-        index = faiss.index_factory(documents[:1].shape[1], name, faiss.METRIC_INNER_PRODUCT)
-        if not index.is_trained:
+    index = empty_index(documents[:1].shape[1], factory)
+    with _refusals(factory):
+        if not index.is_trained and span[1] > span[0]:
             step = max(1, -(-(span[1] - span[0]) // _SAMPLE))
             index.train(documents[np.arange(*span, step)])
         for _, block in _blocks(documents, span, _INDEXED):
             index.add(block.numpy())
-        if parameters:
-            faiss.ParameterSpace().set_index_parameters(index, parameters)
+    return index
+
+
+@contextmanager
+def _refusals(factory: str) -> Generator[None]:
+    """One sentence for what faiss raises."""
+    try:
+        yield
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"index {factory!r}: faiss refused it ({reason})") from error
-    return index
 
 
 def recall(found: Ints, exact: Ints) -> float:
@@ -253,7 +272,8 @@ def recall(found: Ints, exact: Ints) -> float:
     return hits / max(1, int((exact >= 0).sum()))
 
 
-def _import_faiss() -> Any:
+def import_faiss() -> Any:
+    """The module. Raises ValueError if it is not installed."""
     try:
         import faiss
     except ImportError as error:

@@ -9,9 +9,13 @@ changed data set costs only the shards that changed, and a kill only those being
 """
 
 import copy
+import hashlib
+import io
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
@@ -30,6 +34,7 @@ _LAYOUT = 2  # rises when shards are cut, named or encoded differently
 _MEAN = 1024
 _LONGEST = 4096  # texts
 _LARGEST = 1 << 20  # characters
+_DIGEST = 32  # bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,32 +100,55 @@ def check_manifest(folder: Path, manifest: Mapping[str, object], *, begin: bool 
                 f"{folder} holds the vectors of another model ({changed}); "
                 "give another --store, or delete the folder"
             )
+    elif (folder / "shards").exists():  # which are written after it
+        raise ValueError(
+            f"{path}: expected to find there whose vectors these are, found nothing; "
+            "delete the folder"
+        )
     elif begin:
         write_json(path, manifest)
 
 
 def write_array(path: Path, array: NDArray[Any]) -> None:
-    """Write an .npy file, complete or not at all."""
+    """Write an .npy file, complete or not at all, with a digest of the array after it."""
     with atomic_write(path) as file:
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(_header(array.shape, array.dtype))
         file.write(array)  # np.save would report a full disk as a number of items not written
+        file.write(hashlib.sha256(array.data).digest())
 
 
-def read_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+def read_array(
+    path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], *, check: bool = False
+) -> NDArray[Any]:
     """Read an .npy file, mapped only briefly, since mapped pages count as memory.
 
-    Raises OSError if it does not exist, and ValueError if it is not the expected array.
+    Raises OSError if it does not exist, and ValueError if it is not the expected array. Every byte
+    is read with `check`, once per process and file.
     """
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        found = f"{array.shape} {array.dtype}"
-    except (ValueError, EOFError) as error:
-        array, found = None, str(error)
-    if array is None or array.shape != shape or array.dtype != dtype:
+    header, stat = _header(shape, dtype), path.stat()
+    size = len(header) + math.prod(shape) * dtype.itemsize + _DIGEST
+    with path.open("rb") as file:
+        is_whole = stat.st_size == size and file.read(len(header)) == header
+    if not is_whole or (check and not _digest_holds(path, len(header), stat.st_mtime_ns)):
         raise ValueError(
-            f"{path}: expected {shape} {dtype}, found {found}; run again to replace it"
+            f"{path}: expected {shape} {dtype}, found other content; run again to replace it"
         )
-    return array
+    return np.memmap(path, dtype, "r", len(header), shape)
+
+
+@lru_cache(1 << 20)
+def _digest_holds(path: Path, start: int, _: int) -> bool:
+    """Whether a file, which was changed at some time, ends with the digest of its array."""
+    data = path.read_bytes()
+    return hashlib.sha256(data[start:-_DIGEST]).digest() == data[-_DIGEST:]
+
+
+def _header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
+    """What an .npy file begins with; that of a foreign file is compared with it and not parsed."""
+    file, descr = io.BytesIO(), np.lib.format.dtype_to_descr(dtype)
+    header = {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue()
 
 
 def unreadable(parts: Iterable[int], read: Callable[[int], object]) -> list[int]:
@@ -163,7 +191,7 @@ class StoredVectors:
 
     def missing(self) -> list[int]:
         """The shards that are not stored, or stored but unreadable."""
-        return unreadable(range(len(self.names)), self._shard)
+        return unreadable(range(len(self.names)), partial(self._shard, check=True))
 
     def encode(self, shard: int, embedder: Embedder, *, needs_disk: bool = True) -> None:
         """Encode a shard and write it; its texts are always encoded together.
@@ -188,14 +216,15 @@ class StoredVectors:
                     raise
                 sys.stderr.write(f"{path} was not kept: {error}\n")
 
-    def _shard(self, shard: int) -> Vectors:
+    def _shard(self, shard: int, *, check: bool = False) -> Vectors:
         """(n, D) vectors of a shard, at the stored dimension."""
         if shard in self._in_memory:
             return self._in_memory[shard]
         if self.folder is None:
             raise FileNotFoundError(f"shard {shard} is not encoded")
         shape = (int(self.cuts[shard + 1] - self.cuts[shard]), self._stored_dimension)
-        return read_array(self.folder / self.names[shard], shape, np.dtype(np.float32))
+        path = self.folder / self.names[shard]
+        return read_array(path, shape, np.dtype(np.float32), check=check)
 
     def __getitem__(self, key: slice | Ints) -> Vectors:
         """The rows of a slice without a step, or those in an array of numbers in any order."""

@@ -196,6 +196,48 @@ def test_long_vectors_are_refused():
         top_k(unit(2, 8) * 2, unit(3, 8), 1)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("exact", [True, False])
+def test_what_is_not_finite_is_refused(value, exact):
+    """No score can be NaN."""
+    wrong = unit(3, 8)
+    wrong[1, 2] = value
+    for queries, documents in ((wrong, unit(3, 8)), (unit(2, 8), wrong)):
+        with pytest.raises(ValueError, match="expected finite vectors"):
+            top_k(queries, documents, 1, exact=exact)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_nothing_to_find(exact):
+    """An empty corpus has no neighbours; fewer than one is no number of neighbours."""
+    assert top_k(unit(2, 8), unit(0, 8), 3, exact=exact).ids.shape == (2, 0)
+    with pytest.raises(ValueError, match="k: expected 1 or more, found 0"):
+        top_k(unit(2, 8), unit(3, 8), 0)
+
+
+@given(st.data())
+def test_ties_come_by_id(data):
+    """Whatever ties there are, for any number of documents, blocks and neighbours: the ids, order and
+    scores of a complete sort, in one process or merged from the spans of several."""
+    count, dim = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 4))
+    numbers = st.integers(-2, 2)
+    rows = data.draw(
+        st.lists(st.lists(numbers, min_size=dim, max_size=dim), min_size=count, max_size=count)
+    )
+    documents = np.array(rows, np.float32)
+    norms = np.linalg.norm(documents, axis=1, keepdims=True)
+    documents = on_grid(documents / np.where(norms > 0, norms, 1))
+    k, parts = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 4))
+    ids, scores = oracle(documents[:5], documents, k)
+    cuts = [count * i // parts for i in range(parts + 1)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(topk._DOCUMENTS, "cpu", data.draw(st.integers(1, 50)))
+        patch.setattr(topk, "_SPARE", data.draw(st.integers(0, 9)))
+        found = merge([top_k(documents[:5], documents, k, span=span) for span in pairwise(cuts)], k)
+    np.testing.assert_array_equal(found.ids, ids)
+    np.testing.assert_array_equal(found.scores, scores)
+
+
 def test_less_exact_products_are_refused():
     """A torch that multiplies in TF32 or bfloat16 would break the bound on the error."""
     torch.set_float32_matmul_precision("high")

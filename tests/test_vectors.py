@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kalm_min import Embedder, topk, vectors
 from kalm_min.vectors import StoredVectors, TextSet
@@ -129,6 +131,26 @@ def test_damaged_shards_are_encoded_again(tmp_path):
         assert path.read_bytes() == whole
     path.unlink()
     assert found.missing() == [0]
+
+
+@given(st.integers(0), st.integers(1, 255))
+def test_a_changed_byte_is_noticed(tmp_path_factory, place, change):
+    """Whatever byte of a shard the disk or somebody changes, it is encoded again."""
+    folder = tmp_path_factory.mktemp("changed")
+    found = encoded(TEXTS[:10], folder)
+    (path,) = folder.glob("shards/*.npy")
+    whole = bytearray(path.read_bytes())
+    np.testing.assert_array_equal(np.load(path), found[:])  # any other program reads it, too
+    whole[place % len(whole)] ^= change
+    path.write_bytes(whole)
+    assert found.missing() == [0]
+
+
+def test_vectors_of_nobody_are_refused(tmp_path, embedder):
+    """Shards without the manifest that was written before them may be of any model."""
+    encoded(TEXTS[:10], tmp_path)
+    with pytest.raises(ValueError, match=r"manifest.json: expected .* found nothing; delete"):
+        vectors.check_manifest(tmp_path, vectors.describe(embedder, "0" * 64))
 
 
 def test_full_disk(tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple, TextIO, TypeVar
 
@@ -36,34 +36,51 @@ from kalm_min.files import (
     write_text,
 )
 from kalm_min.mining import report
-from kalm_min.mining.rules import KEPT, Bools, Scores, Selection, pair_scores, select
-from kalm_min.mining.texts import TextIndex, index_task, open_pool, text_sets
+from kalm_min.mining.rules import KEPT, Known, Labels, Scores, Selection, pair_scores, select
+from kalm_min.mining.texts import Bools, TextIndex, index_task, open_pool, text_sets
 from kalm_min.options import MiningConfig, Rules
 from kalm_min.settings import fill_template
-from kalm_min.topk import Ints, Neighbours, approximate_index, merge, recall, top_k
+from kalm_min.topk import (
+    Ints,
+    Neighbours,
+    approximate_index,
+    empty_index,
+    import_faiss,
+    merge,
+    recall,
+    top_k,
+)
 from kalm_min.training import distributed
 from kalm_min.vectors import StoredVectors, TextSet
 
-_LAYOUT = 2  # rises when the same settings give another output
+_LAYOUT = 3  # rises when the same settings give another output
 _RECALL_QUERIES = 256
-_QUERIES = 8192  # per file of neighbours
+_QUERIES = 8192  # per file of neighbours, if they have up to 512 each
 _NEIGHBOUR = np.dtype([("id", np.int64), ("score", np.float32)])
 _ROWS = 8192  # whose negatives are read at a time
 
 T = TypeVar("T")
+# Scores, where they belong, and both sides of each pair: vectors, and numbers of their rows.
+_Scored = tuple[Scores, Bools, tuple[StoredVectors, Ints], tuple[StoredVectors, Ints]]
 
 
 class StoredNeighbours(NamedTuple):
-    """The `depth` nearest documents of `size` queries, in files of _QUERIES queries each."""
+    """The `depth` nearest documents of `size` queries, in files of `step` queries each."""
 
     folder: Path  # its name is the number of neighbours per query in the files
     size: int
     depth: int
 
+    @property
+    def step(self) -> int:
+        """Longer lists are in smaller files, so that one takes no more memory."""
+        return max(1, min(_QUERIES, (_QUERIES << 9) // int(self.folder.name)))
+
     def missing(self) -> list[slice]:
-        """The queries of each file that does not exist or cannot be read."""
-        starts = vectors.unreadable(range(0, self.size, _QUERIES), self._load)
-        return [slice(start, min(start + _QUERIES, self.size)) for start in starts]
+        """The queries of each file that does not exist or is damaged."""
+        starts = range(0, self.size, self.step)
+        found = vectors.unreadable(starts, partial(self._load, check=True))
+        return [slice(start, min(start + self.step, self.size)) for start in found]
 
     def write(self, queries: slice, found: Neighbours) -> None:
         """Write one file."""
@@ -74,18 +91,18 @@ class StoredNeighbours(NamedTuple):
     def read(self, numbers: Ints) -> tuple[Ints, Scores]:
         """(len(numbers), depth) ids (-1 for none) and scores of some queries."""
         pairs = np.empty((len(numbers), self.depth), _NEIGHBOUR)
-        starts = numbers // _QUERIES * _QUERIES
+        starts = numbers // self.step * self.step
         for start in np.unique(starts).tolist():
             chosen = starts == start
             pairs[chosen] = self._load(start)[numbers[chosen] - start, : self.depth]
         return np.ascontiguousarray(pairs["id"]), np.ascontiguousarray(pairs["score"])
 
-    def _load(self, start: int) -> NDArray[np.void]:
-        shape = (min(_QUERIES, self.size - start), int(self.folder.name))
-        return vectors.read_array(self._path(start), shape, _NEIGHBOUR)
+    def _load(self, start: int, *, check: bool = False) -> NDArray[np.void]:
+        shape = (min(self.step, self.size - start), int(self.folder.name))
+        return vectors.read_array(self._path(start), shape, _NEIGHBOUR, check=check)
 
     def _path(self, start: int) -> Path:
-        return self.folder / f"{start // _QUERIES:06d}.npy"
+        return self.folder / f"{start // self.step:06d}.npy"
 
 
 class _Task(NamedTuple):
@@ -94,6 +111,8 @@ class _Task(NamedTuple):
     text_index: TextIndex
     texts: list[TextSet]  # of queries, documents and corpus, with plain instructions as prompts
     vectors: list[StoredVectors]  # the same texts, encoded or not
+    corpus: Ints  # keys of the corpus
+    known: Known
 
 
 class Miner:
@@ -106,7 +125,9 @@ class Miner:
         self.stream = stream if self.rank == 0 else io.StringIO()
         self.work = config.output / ".mining"
         self.store = config.store or self.work
-        self.data, self.pool = distributed.rank_zero_first(self._open_data)
+        if config.index is not None or config.search == "faiss":
+            import_faiss()  # or fail now
+        self.data, self.pool, self.pool_keys = distributed.rank_zero_first(self._open_data)
         self.names = [escape_name(task) for task in self.data.task_names]
         self.made_with: dict[str, object] = {
             "layout": _LAYOUT,
@@ -119,35 +140,47 @@ class Miner:
 
     def run(self) -> tuple[dict[str, int], list[str]]:
         """Mine every unfinished task; return totals over all rows, and remarks."""
+        with distributed.locked(self.config.output):
+            return self._run()
+
+    def _run(self) -> tuple[dict[str, int], list[str]]:
         config, everything = self.config, range(len(self.names))
         if self.rank == 0:  # temporary files of killed runs
-            for folder in (config.output, *self.work.glob("**/")):
-                for torn in folder.glob(".*.tmp"):
-                    torn.unlink()
-        distributed.barrier()
-        for number in self._share(everything, "read", "tasks"):
+            for torn in config.output.rglob(".*.tmp"):
+                torn.unlink()
+
+        def read(number: int) -> None:
             self._read(number).save(self._path("index", number, "npz"))
-        distributed.barrier()
+
+        self._each(read, everything, "read", "tasks")
         if config.scorer is not None:  # first, so that only one model is in memory at a time
             self._open_model(config.scorer, "scorer")
         embedder = self._open_model(config.model, "model")
-        unfinished = [number for number in everything if not self._is_finished(number)]
+        if config.index is not None:
+            empty_index(embedder.dimension, config.index)  # or fail now
+        mine = [
+            number for number in everything[self.rank :: self.world] if self._is_finished(number)
+        ]
+        finished = {number for some in distributed.gather_objects(mine) for number in some}
+        unfinished = [number for number in everything if number not in finished]
         # A label-based task draws its positives and negatives anew in every epoch: it is copied.
         todo = [number for number in unfinished if not self.data.settings[number].label_based]
-        finished = len(self.names) - len(unfinished)
-        self.stream.write(f"{finished} of {len(self.names)} tasks are finished\n")
-        distributed.barrier()  # no process writes before all have looked
+        self.stream.write(f"{len(finished)} of {len(everything)} tasks are finished\n")
         self._encode(todo, embedder, "encode", lambda number: self._task(number).vectors)
         self._search(todo)
         del embedder
         if config.scorer is not None:
             embedder = self._open_model(config.scorer, "scorer")
-            self._encode(todo, embedder, "score", lambda n: self._to_score(n, self._choose(n))[0])
-        for number in self._share(unfinished, "write", "tasks"):
-            self._write(number)
-        distributed.barrier()
+
+            def to_score(number: int) -> list[StoredVectors]:
+                pairs = self._to_score(number, self._choose(number))
+                return [one for _, _, *both in pairs for one, _ in both]
+
+            self._encode(todo, embedder, "score", to_score)
+        self._each(self._write, unfinished, "write", "tasks")
         records = [read_json(self._path("tasks", number, "json")) for number in everything]
-        tasks = {name: one["summary"] for name, one in zip(self.names, records, strict=True)}
+        names = self.data.task_names
+        tasks = {name: one["summary"] for name, one in zip(names, records, strict=True)}
         if self.rank == 0:
             names = [field.name for field in fields(Rules)] + ["pool", "scorer", "index"]
             settings = {name: getattr(config, name) for name in names}
@@ -181,7 +214,7 @@ class Miner:
             rows.append([name, *sizes, *work, kept])
         return table(head, rows, right=range(1, 8))
 
-    def _open_data(self) -> tuple[TrainingData, TextSet | None]:
+    def _open_data(self) -> tuple[TrainingData, TextSet | None, Ints]:
         """Open and check the data, the pool and the output folder."""
         config = self.config
         data = TrainingData(
@@ -191,7 +224,9 @@ class Miner:
             progress=self.stream,
         )
         _check_output(config.output, config.data, map(escape_name, data.task_names))
-        return data, config.pool and open_pool(config.pool, config.cache_dir)
+        if config.pool is None:
+            return data, None, np.empty(0, np.int64)
+        return data, *open_pool(config.pool, config.cache_dir)
 
     def _open_model(self, model: str, name: str) -> Embedder:
         """Open a model; keep its manifest and check it against the folder of its vectors."""
@@ -222,9 +257,11 @@ class Miner:
                     wanted.setdefault(stored.names[shard], (number, part, shard))
         distributed.barrier()  # no process encodes before all have looked
         opened = lru_cache(maxsize=1)(vectors_of)
-        for number, part, shard in self._share(wanted.values(), title, "shards"):
-            opened(number)[part].encode(shard, embedder)
-        distributed.barrier()
+
+        def encode(shard: tuple[int, int, int]) -> None:
+            opened(shard[0])[shard[1]].encode(shard[2], embedder)
+
+        self._each(encode, wanted.values(), title, "shards")
 
     def _search(self, todo: Iterable[int]) -> None:
         """Find the neighbours of queries without stored ones; each process searches its span."""
@@ -257,44 +294,61 @@ class Miner:
 
     def _write(self, number: int) -> None:
         """Write all files of a task; its record, the mark of the end, is deleted first, written last."""
-        output, data = self.config.output, self.config.data
-        name, record, page = self.names[number], self._path("tasks", number, "json"), None
+        data, name, record = (
+            self.config.data,
+            self.names[number],
+            self._path("tasks", number, "json"),
+        )
+        page = ""
         if self.data.settings[number].label_based:
             index = self._index(number)
             rows = range(index.first, index.first + len(index))
             lines = (json.dumps(self.data.record(row), ensure_ascii=False) + "\n" for row in rows)
             summary = report.copied(len(index))
         else:
-            index, (_, _, corpus), _ = self._task(number)
+            index, (_, documents, corpus), *_ = self._task(number)
             selection = self._choose(number)
-            summary = report.summarise(index, selection, len(corpus.hashes))
+            summary = report.summarise(index, selection, len(corpus.hashes), self.config)
             measured = self._neighbours(number).folder / "recall.json"
             summary["recall"] = read_json(measured)["recall"] if measured.exists() else None
-            page = report.examples(self.data, index, selection, corpus, summary)
+            page = f"# {report.escaped(name)}\n\n"
+            page += report.examples(self.data, index, selection, corpus, summary)
             if self.config.scorer is not None:
-                (queries, *others), pairs, masks = self._to_score(number, selection)
-                scores = selection.positive_scores, selection.negative_scores
-                for i, mask in enumerate(masks):
-                    scores[i][mask] = pair_scores(queries, pairs[i][0], others[i], pairs[i][1])
-            lines = _mined_lines(self.data, index, selection, corpus)
+                for scores, mask, (queries, left), (texts, right) in self._to_score(
+                    number, selection
+                ):
+                    scores[mask] = pair_scores(queries, left, texts, right)
+            lines = _mined_lines(self.data, index, selection, documents, corpus)
         record.unlink(missing_ok=True)
-        path, settings = output / f"{name}.jsonl", output / f"{name}.toml"
         source = (data if data.is_dir() else data.parent) / f"{name}.toml"
+        path, *others = self._outputs(number)
         if summary["kept"]:
             with atomic_write(path, "w") as file:
                 file.writelines(lines)
         else:
             path.unlink(missing_ok=True)  # an empty file is not a task
-        if summary["kept"] and source.is_file():
-            write_text(settings, read_text(source))
-        else:
-            settings.unlink(missing_ok=True)
-        if page is not None:
-            write_text(output / report.PAGES / f"{name}.md", f"# {name}\n\n{page}")
-        write_json(record, {"made_with": self._made_with(number, index), "summary": summary})
+        settings = read_text(source) if summary["kept"] and source.is_file() else ""
+        for path, text in zip(others, (settings, page), strict=True):
+            if text:
+                write_text(path, text)
+            else:
+                path.unlink(missing_ok=True)
+        made_with = self._made_with(number)
+        seal = self._seal(number, made_with, summary)
+        write_json(record, {"made_with": made_with, "summary": summary, "seal": seal})
+
+    def _outputs(self, number: int) -> list[Path]:
+        """The files of a task: rows, settings and page."""
+        name, output = self.names[number], self.config.output
+        return [
+            output / f"{name}.jsonl",
+            output / f"{name}.toml",
+            output / report.PAGES / f"{name}.md",
+        ]
 
     def _read(self, number: int) -> TextIndex:
-        return index_task(self.data, number, with_negatives=self.pool is None)
+        as_corpus, keep = self.pool is None, self.config.keep_negatives
+        return index_task(self.data, number, as_corpus=as_corpus, keep=keep)
 
     def _index(self, number: int) -> TextIndex:
         """The index read when the run began; a dry run, which writes nothing, reads it now."""
@@ -305,14 +359,20 @@ class Miner:
     def _open_task(self, number: int) -> _Task:
         index = self._index(number)
         queries, documents = text_sets(self.data, index)
-        corpus, settings = documents, self.data.settings[number]
+        corpus, keys, settings = documents, index.documents["key"], self.data.settings[number]
         if self.pool is not None:
             instruction = settings.instruction
             if instruction is None:
                 instruction = self.config.instruction or ""
             corpus = replace(self.pool, prompts=(instruction if settings.symmetric else "",))
-        texts = [queries, documents, corpus]
-        return _Task(index, texts, [self._vectors(one) for one in texts])
+            keys = self.pool_keys
+        texts, known = [queries, documents, corpus], self.labels.of(index.queries["key"])
+        return _Task(index, texts, [self._vectors(one) for one in texts], keys, known)
+
+    @cached_property
+    def labels(self) -> Labels:
+        """Those of all tasks: a query's answers are known wherever it is mined."""
+        return Labels.collect(map(self._index, range(len(self.names))))
 
     def _vectors(self, texts: TextSet, name: str = "model") -> StoredVectors:
         """The vectors of texts by the model or the scorer, with instructions in its template."""
@@ -327,14 +387,12 @@ class Miner:
         A longer stored list is used, since it begins with the shorter one. (Those of an approximate
         index may not.)
         """
-        config, (index, _, (queries, _, corpus)) = self.config, self._task(number)
+        config, (_, _, (queries, _, corpus), _, known) = self.config, self._task(number)
         # Labelled answers take positions in the list; more than these (a class) may shorten it.
-        hashes = np.repeat(index.queries["hash"][index.row_query], np.diff(index.starts))
-        labelled = int(np.unique(hashes, return_counts=True)[1].max()) + 1
-        depth = min(config.depth + min(labelled, config.depth + 100), len(corpus))
+        depth = min(config.depth + min(known.most + 1, config.depth + 100), len(corpus))
         key = digest(queries.key, corpus.key, str(config.index))[:32]
         folder = self.store / "model" / "neighbours" / key
-        stored = sorted(int(entry.name) for entry in folder.glob("*") if entry.name.isdigit())
+        stored = sorted(int(entry.name) for entry in folder.glob("*") if entry.name.isdecimal())
         for longer in stored if config.index is None else ():
             found = StoredNeighbours(folder / str(longer), len(queries), depth)
             if longer >= depth and not found.missing():
@@ -342,55 +400,79 @@ class Miner:
         return StoredNeighbours(folder / str(depth), len(queries), depth)
 
     def _choose(self, number: int) -> Selection:
-        index, texts, (queries, documents, _) = self._task(number)
+        index, _, (queries, documents, _), corpus, known = self._task(number)
         read = self._neighbours(number).read
-        return select(index, texts[2].hashes, queries, documents, read, self.config)
+        return select(index, corpus, known, queries, documents, read, self.config)
 
-    def _to_score(
-        self, number: int, selection: Selection
-    ) -> tuple[list[StoredVectors], list[tuple[Ints, Ints]], list[Bools]]:
-        """The pairs for the scorer: queries with positives, and with negatives.
-
-        Returns its vectors of the queries, positives and negatives that are written, each once; the
-        two that form each pair; and where the scores of the pairs belong in the selection.
-        """
-        index, texts, _ = self._task(number)
-        kept = selection.status == KEPT
-        row_of = np.repeat(np.arange(len(index)), np.diff(index.starts))  # (P,)
-        masks = [kept[row_of], kept[:, None] & (selection.negatives >= 0)]  # (P,), (R, n)
-        rows = np.concatenate([row_of[masks[0]], masks[1].nonzero()[0]])
-        numbers = index.row_query[rows], index.positives[masks[0]], selection.negatives[masks[1]]
-        unique = [np.unique(one) for one in numbers]
-        queries, *others = map(np.searchsorted, unique, numbers)
-        pairs = list(zip(np.split(queries, [len(others[0])]), others, strict=True))
-        taken = zip(texts, unique, strict=True)
-        return [self._vectors(text.take(some), "scorer") for text, some in taken], pairs, masks
+    def _to_score(self, number: int, selection: Selection) -> list[_Scored]:
+        """What the scorer scores: kept rows' queries with their own texts, and with negatives."""
+        index, (queries, documents, corpus), *_ = self._task(number)
+        kept, row_of = selection.status == KEPT, np.repeat(range(len(index)), np.diff(index.starts))
+        own, mined = kept[row_of] & selection.is_kept, kept[:, None] & (selection.negatives >= 0)
+        parts = [
+            (selection.scores, own, row_of[own], documents, index.texts[own]),
+            (
+                selection.negative_scores,
+                mined,
+                mined.nonzero()[0],
+                corpus,
+                selection.negatives[mined],
+            ),
+        ]
+        found: list[_Scored] = []
+        for scores, mask, rows, texts, numbers in parts:
+            left, right = (
+                (self._vectors(some.take(unique), "scorer"), positions)
+                for some, (unique, positions) in (
+                    (queries, np.unique(index.row_query[rows], return_inverse=True)),
+                    (texts, np.unique(numbers, return_inverse=True)),
+                )
+            )
+            found.append((scores, mask, left, right))
+        return found
 
     def _is_finished(self, number: int) -> bool:
-        """Whether the output of a task exists, made from these rows with these settings."""
-        path = self._path("tasks", number, "json")
-        if not path.is_file():
+        """Whether the output of a task is whole, made from these rows with these settings."""
+        try:
+            record = read_json(self._path("tasks", number, "json"))
+            seal = self._seal(number, self._made_with(number), record["summary"])
+            return record["seal"] == seal
+        except (OSError, ValueError, TypeError, KeyError):  # absent or damaged: it is made again
             return False
-        record = read_json(path)
-        made_with = json.loads(json.dumps(self._made_with(number, self._index(number))))
-        is_written = (self.config.output / f"{self.names[number]}.jsonl").is_file()
-        return record["made_with"] == made_with and is_written == (record["summary"]["kept"] > 0)
 
-    def _made_with(self, number: int, index: TextIndex) -> dict[str, object]:
+    def _seal(self, number: int, made_with: dict[str, object], summary: report.Summary) -> str:
+        """A digest of a record and of the files that it is about."""
+        paths = [(path.name, path) for path in self._outputs(number) if path.is_file()]
+        return digest(json.dumps([made_with, summary]), files.hash_files(paths))
+
+    def _made_with(self, number: int) -> dict[str, object]:
         """Everything on which a task's output depends."""
-        task = {"data": index.fingerprint, "settings": asdict(self.data.settings[number])}
+        index = self._index(number)
+        known = self.labels.of(index.queries["key"])
+        task: dict[str, object] = {
+            "data": index.fingerprint,
+            "settings": asdict(self.data.settings[number]),
+            "known": digest(known.codes.tobytes(), known.classes.tobytes()),
+        }
         return self.made_with | self.manifests | task
 
     def _path(self, folder: str, number: int, suffix: str) -> Path:
         return self.work / folder / f"{self.names[number]}.{suffix}"
 
-    def _share(self, items: Iterable[T], title: str, unit: str) -> Iterator[T]:
-        """This process's share of some work; the first process shows its progress."""
-        share = list(items)[self.rank :: self.world]
+    def _each(
+        self, action: Callable[[T], object], items: Iterable[T], title: str, unit: str
+    ) -> None:
+        """Do this process's share of some work, and wait for the others; an error ends all."""
+        share, error = list(items)[self.rank :: self.world], None
         with Progress(len(share), unit, self.stream, title=title) as progress:
-            for item in share:
-                yield item
-                progress.update(1)
+            try:
+                for item in share:
+                    action(item)
+                    progress.update(1)
+            except (ValueError, OSError) as found:
+                error = found
+        for found in filter(None, distributed.gather_objects(error)):
+            raise found
 
 
 def _check_output(output: Path, data: Path, names: Iterable[str]) -> None:
@@ -409,9 +491,9 @@ def _check_output(output: Path, data: Path, names: Iterable[str]) -> None:
 
 
 def _mined_lines(
-    data: TrainingData, index: TextIndex, selection: Selection, corpus: TextSet
+    data: TrainingData, index: TextIndex, selection: Selection, documents: TextSet, corpus: TextSet
 ) -> Iterator[str]:
-    """The kept rows with their new negatives and scores, otherwise unchanged."""
+    """The kept rows with their negatives and scores, otherwise unchanged."""
 
     def rounded(scores: Scores) -> list[float]:  # to the digits that float32 vectors justify
         return [round(score, 6) for score in scores.tolist()]
@@ -423,13 +505,17 @@ def _mined_lines(
         texts = {number: corpus.read(number, number + 1)[0] for number in needed if number >= 0}
         for row in rows.tolist():
             record, chosen = data.record(index.first + row), selection.negatives[row] >= 0
-            positives = slice(*index.starts[row : row + 2])
+            own = np.arange(*index.starts[row : row + 2])
+            positives = own[index.is_positive[own]]
+            negatives = own[selection.is_kept[own] & ~index.is_positive[own]]
+            again = [documents.read(n, n + 1)[0] for n in index.texts[negatives].tolist()]
+            scores = selection.scores[negatives], selection.negative_scores[row, chosen]
             mined = {
                 "query": record["query"],
                 "pos": record["pos"],
-                "pos_scores": rounded(selection.positive_scores[positives]),
-                "neg": [texts[number] for number in selection.negatives[row, chosen].tolist()],
-                "neg_scores": rounded(selection.negative_scores[row, chosen]),
+                "pos_scores": rounded(selection.scores[positives]),
+                "neg": again + [texts[n] for n in selection.negatives[row, chosen].tolist()],
+                "neg_scores": rounded(np.concatenate(scores)),
             }
             rest = {key: value for key, value in record.items() if key not in mined}
             yield json.dumps(mined | rest, ensure_ascii=False) + "\n"

@@ -6,6 +6,8 @@ what ranked above them, suspected false negatives, and kept rows. No time or pat
 same run gives the same bytes. The plot needs matplotlib (an extra).
 """
 
+import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,11 @@ import numpy as np
 
 from kalm_min import console
 from kalm_min.data import TrainingData
-from kalm_min.files import atomic_write, write_text
+from kalm_min.files import atomic_write, escape_name, write_text
 from kalm_min.mining import rules
-from kalm_min.mining.rules import BINS, INCONSISTENT, KEPT, SHORT, Bools, Selection
-from kalm_min.mining.texts import TextIndex
+from kalm_min.mining.rules import BINS, INCONSISTENT, KEPT, SHORT, Selection
+from kalm_min.mining.texts import Bools, TextIndex
+from kalm_min.options import Rules
 from kalm_min.topk import Ints
 from kalm_min.vectors import TextSet
 
@@ -32,16 +35,18 @@ _KINDS = {
     "negatives": "chosen negatives",
     "unlabelled": "all listed unlabelled candidates",
 }
-_SHOWN = 20  # dropped rows, and suspected negatives, per task
 _SUSPECT = 0.95  # share of the positive's score above which NV-Retriever takes no negative
 _CUT = 240  # characters shown of a text
-_COUNTS = ("rows", "kept", "inconsistent", "short", "kept_with_fewer", "negatives", "suspects")
+_COUNTS = (
+    *("rows", "kept", "inconsistent", "short", "kept_with_fewer", "negatives", "suspects"),
+    *("own_negatives", "own_negatives_kept"),
+)
 
 Summary = dict[str, Any]  # counts and histograms of a task, as stored in its record
 Tasks = Mapping[str, Summary]
 
 
-def summarise(index: TextIndex, selection: Selection, corpus: int) -> Summary:
+def summarise(index: TextIndex, selection: Selection, corpus: int, settings: Rules) -> Summary:
     """Counts and histograms of a task and of the corpus it was mined from."""
     status = selection.status
     kept = status == KEPT
@@ -50,8 +55,8 @@ def summarise(index: TextIndex, selection: Selection, corpus: int) -> Summary:
     listed = np.histogram(ranks[ranks > 0], bins=[*_RANKS, np.iinfo(np.int64).max])[0]
     of_kept = np.repeat(kept, np.diff(index.starts))
     scores = {
-        "kept": selection.positive_scores[of_kept],
-        "dropped": selection.positive_scores[~of_kept],
+        "kept": selection.scores[of_kept & index.is_positive],
+        "dropped": selection.scores[~of_kept & index.is_positive],
         "negatives": selection.negative_scores[kept][chosen],
     }
     histograms = {kind: rules.score_histogram(some).tolist() for kind, some in scores.items()}
@@ -60,9 +65,11 @@ def summarise(index: TextIndex, selection: Selection, corpus: int) -> Summary:
         "kept": int(kept.sum()),
         "inconsistent": int((status == INCONSISTENT).sum()),
         "short": int((status == SHORT).sum()),
-        "kept_with_fewer": int((~chosen.all(1)).sum()),
+        "kept_with_fewer": int((chosen.sum(1) < settings.num_negatives).sum()),
         "negatives": int(chosen.sum()),
-        "suspects": int(_suspects(index, selection).sum()),
+        "suspects": int(_suspects(selection).sum()),
+        "own_negatives": index.labelled,
+        "own_negatives_kept": int((of_kept & selection.is_kept & ~index.is_positive).sum()),
         "corpus": corpus,
         "ranks": [*listed.tolist(), int((ranks < 0).sum())],
         "scores": histograms | {"unlabelled": selection.histogram.tolist()},
@@ -99,10 +106,17 @@ def remarks(tasks: Tasks) -> list[str]:
 
 
 def sentence(total: Mapping[str, int]) -> str:
-    """One sentence that accounts for all rows."""
-    return (
+    """One sentence that accounts for all rows, and one for the negatives that they had."""
+    rows = (
         f"{total['rows']:,} rows = {total['kept']:,} kept + {total['inconsistent']:,} that failed "
         f"the consistency filter + {total['short']:,} with too few negatives"
+    )
+    if not total["own_negatives"]:
+        return rows
+    kept = f"{total['own_negatives_kept']:,}" if total["own_negatives_kept"] else "none"
+    return (
+        f"{rows}; of {total['own_negatives']:,} negatives that the rows had, {kept} stay "
+        "(--keep-negatives keeps those of kept rows)"
     )
 
 
@@ -111,9 +125,9 @@ def _ranks(selection: Selection) -> Ints:
     return np.where(selection.beyond, -1, selection.ahead + 1)
 
 
-def _suspects(index: TextIndex, selection: Selection) -> Bools:
+def _suspects(selection: Selection) -> Bools:
     """(R, n) negatives that score nearly as high as the row's best positive."""
-    best = np.maximum.reduceat(selection.positive_scores, index.starts[:-1])[:, None]
+    best = selection.best[:, None]
     chosen = (selection.status == KEPT)[:, None] & (selection.negatives >= 0) & (best > 0)
     return chosen & (selection.negative_scores >= _SUSPECT * best)
 
@@ -122,54 +136,60 @@ def examples(
     data: TrainingData, index: TextIndex, selection: Selection, corpus: TextSet, summary: Summary
 ) -> str:
     """A task's page with example rows: dropped, with suspected false negatives, and kept."""
-    ranks, suspects = _ranks(selection), _suspects(index, selection)
-    failed = f"{summary['inconsistent']:,} rows failed the consistency filter"
-    suspected = f"{summary['suspects']:,} suspected false negatives"
+    ranks, suspects, status = _ranks(selection), _suspects(selection), selection.status
     top = selection.top[:, None], selection.top_scores[:, None]
     negatives, scores = selection.negatives, selection.negative_scores
     some = np.where(suspects, negatives, -1)
     parts = [
-        (failed, selection.status == INCONSISTENT, "top unlabelled", *top, _SHOWN),
-        (suspected, suspects.any(1), "negative", some, scores, _SHOWN),
-        (
-            f"{summary['kept']:,} rows kept",
-            selection.status == KEPT,
-            "negative",
-            negatives,
-            scores,
-            5,
-        ),
+        ("inconsistent", "rows failed the consistency filter", status == INCONSISTENT, *top, 20),
+        ("suspects", "suspected false negatives", suspects.any(1), some, scores, 20),
+        ("kept", "rows kept", status == KEPT, negatives, scores, 5),
     ]
     lines: list[str] = []
-    for title, which, kind, numbers, scores, count in parts:
+    for key, title, which, numbers, scores, count in parts:
         rows = np.flatnonzero(which)
         # A random but always identical sample, in order.
         hashes = index.queries["hash"][index.row_query[rows]]
         keys = rules.random_keys(hashes, rows[:, None], 0)[:, 0]
         sample = sorted(rows[np.argsort(keys, kind="stable")[:count]].tolist())
-        lines += [f"## {title}", ""] if sample else []
+        shown = f" ({len(sample)} rows shown)" if len(sample) < len(rows) else ""
+        lines += [f"## {summary[key]:,} {title}{shown}", ""] if sample else []
+        kind = "top unlabelled" if key == "inconsistent" else "negative"
         for row in sample:
             example = data[index.first + row]
-            positives = selection.positive_scores[index.starts[row] : index.starts[row + 1]]
-            best = int(positives.argmax())
-            below = f"below all {selection.ahead[row]} listed"
-            rank = below if ranks[row] < 0 else f"rank {ranks[row]}"
-            shown = [(positives[best], f"positive, {rank}", example.positives[best])]
-            shown += [
+            own = slice(*index.starts[row : row + 2])
+            best = int(np.where(index.is_positive[own], selection.scores[own], -np.inf).argmax())
+            rank = f"rank {ranks[row]}"
+            if ranks[row] < 0:
+                rank = f"below all {selection.ahead[row]} listed"
+            texts = [(selection.best[row], f"positive, {rank}", example.positives[best])]
+            texts += [
                 (scores[row, column], kind, corpus.read(number, number + 1)[0])
                 for column, number in enumerate(numbers[row].tolist())
                 if number >= 0
             ]
-            lines.append(f"- {_clip(example.query)}")
-            lines += [f"    - {score:.3f} {what}: {_clip(text)}" for score, what, text in shown]
+            lines.append(f"- {_code(example.query)}")
+            lines += [f"    - {score:.3f} {what}: {_code(text)}" for score, what, text in texts]
         lines += [""] if sample else []
     return "\n".join(lines)
 
 
-def _clip(text: str) -> str:
-    """A text on one line, as code, so that nothing in it is read as Markdown."""
-    text = " ".join(text.split()).replace("``", "` `")
-    return f"`` {text if len(text) <= _CUT else text[: _CUT - 1] + '…'} ``"
+def printable(text: str) -> str:
+    """The text with control characters and terminal codes made visible."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _code(text: str) -> str:
+    """A text on one line, as code: nothing in it is read as Markdown, HTML or a terminal's codes."""
+    text = printable(" ".join(text.split()))
+    text = text if len(text) <= _CUT else text[: _CUT - 1] + "…"
+    ticks = "`" * max(2, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{ticks} {text} {ticks}"
+
+
+def escaped(name: str) -> str:
+    """A name in which nothing is read as Markdown, HTML or a terminal's codes."""
+    return re.sub(r"[\\`*\[\]<>&~]|\b_|_\b", r"\\\g<0>", printable(name))
 
 
 def write(
@@ -180,32 +200,39 @@ def write(
     `tasks` holds the summaries by name, `model` the manifest of its vectors.
     """
     total = totals(tasks)
-    counts = {name: [f"{one[name]:,}" for one in tasks.values()] for name in (*_COUNTS, "corpus")}
+    columns = [name for name in _COUNTS if total["own_negatives"] or not name.startswith("own")]
+    counts = {name: [f"{one[name]:,}" for one in tasks.values()] for name in (*columns, "corpus")}
     recalls = [one.get("recall") for one in tasks.values()]
     if any(value is not None for value in recalls):
         counts["recall"] = ["none" if value is None else f"{value:.4f}" for value in recalls]
     ranks = [[f"{count:,}" for count in one["ranks"]] for one in tasks.values()]
     percentiles = [[_percentiles(one["scores"][kind]) for kind in _KINDS] for one in tasks.values()]
-    set_to = (f"{name} {'none' if one is None else one}" for name, one in settings.items())
-    head = [name.replace("_", " ") for name in counts]
-    model_line = (
-        f"Checkpoint {str(model['checkpoint'])[:12]}, {model['dtype']}, at most "
-        f"{model['max_length']} tokens. Settings: {', '.join(set_to)}."
-    )
-    sums = (
-        f"{sentence(total)}. {total['kept_with_fewer']:,} kept rows have fewer negatives than "
-        f"requested; {total['suspects']:,} of {total['negatives']:,} negatives are suspects: they "
-        f"score at least {_SUSPECT:.0%} of the row's best positive.\n\nAn unlabelled candidate is a "
-        "document that is not labelled as an answer to the query. A row fails the consistency filter "
-        "when more unlabelled candidates than allowed score higher than its best positive."
+    flags = " ".join(
+        f"--{name.replace('_', '-')} {' '.join(map(str, one)) if isinstance(one, tuple) else one}"
+        for name, one in settings.items()
+        if one is not None
     )
     parts = [
         "# Mined training data",
-        model_line,
-        sums,
+        (
+            f"Checkpoint {str(model['checkpoint'])[:12]}, {model['dtype']}, at most "
+            f"{model['max_length']} tokens. Settings: {_code(flags)}"
+        ),
+        (
+            f"{sentence(total)}. {total['kept_with_fewer']:,} kept rows have fewer negatives than "
+            f"requested; {total['suspects']:,} of {total['negatives']:,} negatives are suspects: they "
+            f"score at least {_SUSPECT:.0%} of the row's best positive."
+        ),
+        (
+            "An unlabelled candidate is a document that no line of any task labels as an answer to the "
+            "query, also if case and white space are ignored. A row fails the consistency filter when "
+            "more unlabelled candidates than allowed score higher than its best positive."
+        ),
         "![ranks, one bar per task](README.png)" if _plot(folder, tasks) else "",
-        "\n".join(f"- Look at {remark}." for remark in remarks(tasks)),
-        _table(tasks, head, zip(*counts.values(), strict=True)),
+        "\n".join(f"- Look at {escaped(remark)}." for remark in remarks(tasks)),
+        _table(
+            tasks, [name.replace("_", " ") for name in counts], zip(*counts.values(), strict=True)
+        ),
         "## Rank of the best positive among unlabelled candidates",
         _table(tasks, _RANK_NAMES, ranks),
         "## Scores: 10th, 50th and 90th percentile, to a hundredth",
@@ -217,7 +244,9 @@ def write(
 def _table(tasks: Tasks, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """One line per task, whose name links to its page."""
     cells = [
-        [f"[{task}]({PAGES}/{quote(task)}.md)" if one["corpus"] else task, *row]
+        [f"[{escaped(task)}]({PAGES}/{quote(escape_name(task))}.md)", *row]
+        if one["corpus"]
+        else [escaped(task), *row]
         for (task, one), row in zip(tasks.items(), rows, strict=True)
     ]
     return console.table(["task", *head], cells, right=range(1, len(head) + 1))
@@ -239,15 +268,19 @@ def _plot(folder: Path, tasks: Tasks) -> bool:
         from matplotlib.figure import Figure
     except ImportError:
         return False
+    if len(tasks) > 1000:  # more pixels than matplotlib draws
+        return False
     figure = Figure(figsize=(8, 2 + 0.3 * len(tasks)), layout="constrained")
     axes = figure.add_subplot(title="rows by the rank of their best positive", xlim=(0, 1))
-    left = np.zeros(len(tasks))
+    left, places = np.zeros(len(tasks)), range(len(tasks))
     for i, name in enumerate(_RANK_NAMES):
         share = np.array([one["ranks"][i] / max(1, one["rows"]) for one in tasks.values()])
-        axes.barh([*tasks], share, left=left, color=colormaps["viridis"](i / 7), label=name)
+        axes.barh(places, share, left=left, color=colormaps["viridis"](i / 7), label=name)
         left += share
+    # Names are no formulas ("$"), and the font may lack their characters.
+    axes.set_yticks(places, [printable(task)[:40] for task in tasks], parse_math=False)
     axes.invert_yaxis()
     axes.legend(ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1))
-    with atomic_write(folder / "README.png") as file:
+    with atomic_write(folder / "README.png") as file, warnings.catch_warnings(action="ignore"):
         FigureCanvasAgg(figure).print_png(file)
     return True

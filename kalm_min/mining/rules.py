@@ -1,31 +1,31 @@
 """Which rows are consistent, and which neighbours become their negatives. Numpy only.
 
 KaLM V1 section 3 (ranking consistency filtering, k = 50; 7 hard negatives of ranks 50 to 100), with
-margins as in NV-Retriever. An unlabelled candidate is a document of the corpus that is not labelled
-as an answer to the query: not the query's text itself, not a positive of the query in any row, not a
-text of its class. Ranks count unlabelled candidates, from 1; a positive's rank is one more than the
-unlabelled candidates with a higher score.
+margins as in NV-Retriever. An unlabelled candidate is a document of the corpus that no line of any
+task labels as an answer to the query: not the query's text itself, not a positive of the query, not
+a text of its class, nor a duplicate of one (`text_key`). Ranks count unlabelled candidates, from 1;
+a positive's rank is one more than the unlabelled candidates with a higher score.
 
-B rows of a block    K stored neighbours    n negatives per row    R, P rows and positives of a task
+B rows of a block    K stored neighbours    n negatives per row    R, P rows and their texts
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kalm_min.mining.texts import TextIndex
+from kalm_min.mining.texts import Bools, TextIndex
 from kalm_min.options import Rules
 from kalm_min.topk import Ints, Rows
 
-Bools = NDArray[np.bool_]
 Scores = NDArray[np.float32]
 Codes = NDArray[np.uint64]
 
 KEPT, INCONSISTENT, SHORT = 0, 1, 2  # status of a row
 BINS = 100  # of scores from -1 to 1
-_ROWS = 2048  # at a time
+_ROWS = 2048  # at a time, if they have about 100 neighbours
+_CELLS = 1 << 22  # neighbours of the rows of a block
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 _LAST = np.uint64(2**64 - 1)
 
@@ -39,7 +39,13 @@ class Choice(NamedTuple):
 
 
 def choose(
-    scores: Scores, is_unlabelled: Bools, is_listed: Bools, best: Scores, keys: Codes, rules: Rules
+    scores: Scores,
+    is_unlabelled: Bools,
+    is_listed: Bools,
+    best: Scores,
+    keys: Codes,
+    rules: Rules,
+    is_own: Bools | None = None,
 ) -> Choice:
     """Filter rows and choose their negatives.
 
@@ -55,12 +61,15 @@ def choose(
         best: (B,) score of each row's best positive.
         keys: (B, K) random numbers; the lowest are chosen.
         rules: the settings.
+        is_own: (B, K) whether each neighbour is a negative that the row has already.
     """
     off = int(rules.official_rank)
     counted = is_listed if rules.official_rank else is_unlabelled
     ahead = (counted & (scores > best[:, None])).sum(1)
     ranks = np.cumsum(counted, axis=1)
     allowed = is_unlabelled & (ranks >= rules.rank_range[0] + off) & (ranks <= rules.rank_range[1])
+    if is_own is not None:
+        allowed &= ~is_own
     if rules.min_score is not None:
         allowed &= scores >= np.float32(rules.min_score)
     if rules.max_score is not None:
@@ -81,15 +90,13 @@ def choose(
 
 def _take(allowed: Bools, keys: Codes, rules: Rules) -> Ints:
     """(B, n) columns of the chosen neighbours, in order; -1 if there are fewer."""
-    count, n = allowed.shape[1], rules.num_negatives
+    count, (first, last) = allowed.shape[1], rules.rank_range
+    n = min(rules.num_negatives, last - first + 1, count)  # before anything has this size
     positions = np.broadcast_to(np.arange(count, dtype=np.uint64), allowed.shape)
     priority = np.where(allowed, keys >> 1 if rules.choice == "random" else positions, _LAST)
     order = np.argsort(priority, axis=1, kind="stable")[:, :n]
-    taken = np.where(np.take_along_axis(allowed, order, 1), order, count)
-    columns = np.full((len(allowed), n), -1)
-    columns[:, : taken.shape[1]] = np.sort(taken, axis=1)
-    columns[columns == count] = -1
-    return columns
+    columns = np.sort(np.where(np.take_along_axis(allowed, order, 1), order, count), axis=1)
+    return np.where(columns < count, columns, -1)
 
 
 def random_keys(queries: Ints, candidates: Ints, seed: int) -> Codes:
@@ -105,23 +112,61 @@ def random_keys(queries: Ints, candidates: Ints, seed: int) -> Codes:
     return state ^ (state >> np.uint64(31))
 
 
-def labelled_pairs(index: TextIndex) -> Codes:
-    """The codes of a task's labelled pairs, sorted: queries, and classes, with their texts."""
-    queries = index.queries["hash"][index.row_query]  # (R,)
-    positives = index.documents["hash"][index.positives]  # (P,)
-    count, groups = np.diff(index.starts), index.groups
-    of_positives = np.repeat(groups, count)  # (P,)
-    pairs = [
-        _pairs(queries, queries),
-        _pairs(np.repeat(queries, count), positives),
-        _pairs(groups, queries)[groups != 0],
-        _pairs(of_positives, positives)[of_positives != 0],
-    ]
-    return np.unique(np.concatenate(pairs))
+class Labels(NamedTuple):
+    """What the lines of all tasks say about texts, as pairs of keys."""
+
+    answers: Ints  # (a, 2) a query and one of its positives; both ways in a symmetric task
+    members: Ints  # (m, 2) a class and a text of it
+
+    @classmethod
+    def collect(cls, indexes: Iterable[TextIndex]) -> "Labels":
+        """Those of some tasks."""
+        answers, members = [np.empty((0, 2), np.int64)], [np.empty((0, 2), np.int64)]
+        for index in indexes:
+            queries = index.queries["key"][index.row_query]  # (R,)
+            rows = np.repeat(np.arange(len(index)), np.diff(index.starts))[index.is_positive]
+            texts = index.documents["key"][index.texts[index.is_positive]]
+            answers.append(np.stack([queries[rows], texts], 1))
+            if index.symmetric:
+                answers.append(answers[-1][:, ::-1])
+            for some, of_class in ((queries, index.groups), (texts, index.groups[rows])):
+                members.append(np.stack([of_class, some], 1)[of_class != 0])
+        return cls(np.concatenate(answers), np.concatenate(members))
+
+    def of(self, queries: Ints) -> "Known":
+        """What is known of some queries, in whatever task."""
+        queries = np.unique(queries)
+        answers = self.answers[_is_in(self.answers[:, 0], queries)]
+        classes = self.members[_is_in(self.members[:, 1], queries)]
+        members = self.members[_is_in(self.members[:, 0], np.unique(classes[:, 0]))]
+        order = np.lexsort((classes[:, 0], classes[:, 1]))
+        codes = np.unique(_pairs(*np.concatenate([answers, members]).T))
+        counts = np.unique(answers[:, 0], return_counts=True)[1]
+        return Known(codes, classes[order], int(counts.max(initial=0)))
 
 
-def _is_in(pairs: Codes, known: Codes) -> Bools:
+class Known(NamedTuple):
+    """The labels of a task's queries, to look them up."""
+
+    codes: Codes  # sorted: of each query and its answers, of each class and its texts
+    classes: Ints  # (c, 2) a class and a query in it, in the order of the queries
+    most: int  # answers of a query
+
+    def marks(self, queries: Ints, texts: Ints) -> Bools:
+        """(B, K) whether each text is the query, its answer or of its class, for (B,) queries."""
+        known = (texts == queries[:, None]) | _is_in(_pairs(queries[:, None], texts), self.codes)
+        start, stop = (np.searchsorted(self.classes[:, 1], queries, x) for x in ("left", "right"))
+        for step in range(int((stop - start).max(initial=0))):
+            (rows,) = np.nonzero(start + step < stop)
+            classes = self.classes[start[rows] + step, :1]
+            known[rows] |= _is_in(_pairs(classes, texts[rows]), self.codes)
+        return known
+
+
+def _is_in(pairs: NDArray[Any], known: NDArray[Any]) -> Bools:
     """Whether each pair is among sorted ones; np.isin would sort those again for every block."""
+    if not len(known):
+        return np.zeros(pairs.shape, np.bool_)
     return known[np.minimum(np.searchsorted(known, pairs), len(known) - 1)] == pairs
 
 
@@ -136,9 +181,11 @@ class Selection(NamedTuple):
     status: Ints  # (R,) KEPT, INCONSISTENT or SHORT
     ahead: Ints  # (R,) listed unlabelled candidates that score higher than the best positive
     beyond: Bools  # (R,) the best positive scores less than every listed neighbour: rank unknown
+    best: Scores  # (R,) score of the best positive
     negatives: Ints  # (R, n) numbers in the corpus, the highest score first; -1 for none
     negative_scores: Scores  # (R, n)
-    positive_scores: Scores  # (P,) in the order of TextIndex.positives
+    scores: Scores  # (P,) in the order of TextIndex.texts
+    is_kept: Bools  # (P,) False for a negative of the line that some line labels as an answer
     top: Ints  # (R,) the unlabelled candidate with the highest score; -1 for none
     top_scores: Scores  # (R,)
     histogram: Ints  # (BINS,) scores of all listed unlabelled candidates
@@ -147,6 +194,7 @@ class Selection(NamedTuple):
 def select(
     index: TextIndex,
     corpus: Ints,
+    known: Known,
     queries: Rows,
     documents: Rows,
     neighbours: Callable[[Ints], tuple[Ints, Scores]],
@@ -156,36 +204,42 @@ def select(
 
     Args:
         index: the task.
-        corpus: (N,) hashes of the texts that were searched.
+        corpus: (N,) keys of the texts that were searched.
+        known: the labels of its queries.
         queries: vectors of index.queries.
         documents: vectors of index.documents, which include the positives.
         neighbours: maps (B,) numbers of queries to (B, K) ids in the corpus and scores.
         rules: the settings.
     """
-    labelled = labelled_pairs(index)
     histogram = np.zeros(BINS, np.int64)
     parts: list[tuple[NDArray[Any], ...]] = []
-    for start in range(0, len(index), _ROWS):
-        rows = slice(start, min(start + _ROWS, len(index)))
+    step = max(1, min(_ROWS, _CELLS // min(2 * rules.depth + 100, len(corpus))))
+    for start in range(0, len(index), step):
+        rows = slice(start, min(start + step, len(index)))
         numbers = index.row_query[rows]
         bounds = index.starts[rows.start : rows.stop + 1]
-        answers = index.positives[bounds[0] : bounds[-1]]
-        positives = pair_scores(queries, np.repeat(numbers, np.diff(bounds)), documents, answers)
-        best = np.maximum.reduceat(positives, bounds[:-1] - bounds[0])  # every row has a positive
+        own = slice(bounds[0], bounds[-1])
+        row_of, texts = np.repeat(np.arange(len(numbers)), np.diff(bounds)), index.texts[own]
+        own_scores = pair_scores(queries, numbers[row_of], documents, texts)
+        hashes, own_keys = index.queries["key"][numbers], index.documents["key"][texts]
+        is_kept = index.is_positive[own] | ~known.marks(hashes[row_of], own_keys[:, None])[:, 0]
+        # Every row has a positive.
+        of_positives = np.where(index.is_positive[own], own_scores, -np.inf).astype(np.float32)
+        best = np.maximum.reduceat(of_positives, bounds[:-1] - bounds[0])
         ids, scores = neighbours(numbers)
-        is_listed = ids >= 0
-        hashes, candidates = index.queries["hash"][numbers], corpus[ids]
-        groups = index.groups[rows, None]
-        is_labelled = _is_in(_pairs(hashes[:, None], candidates), labelled)
-        is_labelled |= (groups != 0) & _is_in(_pairs(groups, candidates), labelled)
-        is_unlabelled = is_listed & ~is_labelled
+        is_listed, candidates = ids >= 0, corpus[ids]
+        is_unlabelled = is_listed & ~known.marks(hashes, candidates)
+        is_own = _is_in(
+            _pairs(np.arange(len(numbers))[:, None], candidates),
+            np.unique(_pairs(row_of, own_keys)),
+        )
         keys = random_keys(hashes, candidates, rules.seed)
-        status, ahead, columns = choose(scores, is_unlabelled, is_listed, best, keys, rules)
+        choice = choose(scores, is_unlabelled, is_listed, best, keys, rules, is_own)
         beyond = best < np.where(is_listed, scores, np.inf).min(1, initial=np.inf)
-        chosen = _at(ids, columns, -1), _at(scores, columns, np.nan)
+        chosen = _at(ids, choice.columns, -1), _at(scores, choice.columns, np.nan)
         first = np.where(is_unlabelled.any(1), is_unlabelled.argmax(1), -1)[:, None]
         top = _at(ids, first, -1)[:, 0], _at(scores, first, np.nan)[:, 0]
-        parts.append((status, ahead, beyond, *chosen, positives, *top))
+        parts.append((*choice[:2], beyond, best, *chosen, own_scores, is_kept, *top))
         histogram += score_histogram(scores[is_unlabelled])
     return Selection(*map(np.concatenate, zip(*parts, strict=True)), histogram=histogram)
 

@@ -2,13 +2,14 @@
 
     rows -> queries    (unique by instruction and text)
          -> documents  (unique by text: positives, then negatives, in order of appearance)
-         -> the query and the positives of each row
+         -> the query and the documents of each row, and what the rows say about texts
 
 A text is a 64-bit hash and the position (row, slot) where it can be read again, so a task of many
 millions of rows is never a list of strings. The numbers are a function of the data alone.
 """
 
 import json
+import unicodedata
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -20,16 +21,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kalm_min.data import JsonlFile, TrainingData
-from kalm_min.files import atomic_write, digest, text_hash
+from kalm_min.files import Object, atomic_write, digest, text_hash
 from kalm_min.schema import Field, is_text, problem_with
 from kalm_min.topk import Ints
 from kalm_min.vectors import TextSet
 
 Table = NDArray[np.void]
-# A text: hash without instruction, number of the instruction, where to read it (slot 0 is the
-# query, followed by positives and negatives), characters with instruction.
-TEXT = np.dtype([(name, np.int64) for name in ("hash", "instruction", "row", "slot", "size")])
+Bools = NDArray[np.bool_]
+# A text: hash and key without instruction, number of the instruction, where to read it (slot 0 is
+# the query, followed by positives and negatives), characters with instruction.
+TEXT = np.dtype([(x, np.int64) for x in ("hash", "key", "instruction", "row", "slot", "size")])
 _POOL = {"text": Field("a non-empty string of valid Unicode", is_text, required=True)}
+
+
+def text_key(text: str) -> int:
+    """A hash that texts share if they differ only in case, white space or width (Unicode NFKC).
+
+    Such a duplicate of a positive is never a negative.
+    """
+    return text_hash(" ".join(unicodedata.normalize("NFKC", text).casefold().split()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,9 +51,12 @@ class TextIndex:
     queries: Table  # (n,) of TEXT
     documents: Table  # (n,) of TEXT
     row_query: Ints  # (R,) the number of each row's query
-    starts: Ints  # (R + 1,) row r has positives[starts[r] : starts[r + 1]]
-    positives: Ints  # (P,) numbers of documents
-    groups: Ints  # (R,) hash of the class label; 0 for none
+    starts: Ints  # (R + 1,) row r has texts[starts[r] : starts[r + 1]]
+    texts: Ints  # (P,) numbers of documents: a row's positives, then the negatives it keeps
+    is_positive: Bools  # (P,)
+    groups: Ints  # (R,) hash of the task and the class label; 0 for none
+    labelled: int  # negatives in the lines
+    symmetric: bool  # a query is an answer to its positives
     fingerprint: str  # a digest of every row, which changes with anything in the task
 
     def __len__(self) -> int:
@@ -60,9 +73,7 @@ class TextIndex:
     def load(cls, path: Path) -> "TextIndex":
         """Read a file that `save` wrote."""
         with np.load(path, allow_pickle=False) as file:
-            arrays = dict[str, Any](file)
-        for name in ("first", "fingerprint", "instructions"):
-            arrays[name] = arrays[name].item()
+            arrays = {name: one if one.ndim else one.item() for name, one in file.items()}
         arrays["instructions"] = tuple(json.loads(arrays["instructions"]))
         return cls(**arrays)
 
@@ -80,35 +91,47 @@ class _UniqueTexts:
         prompt = self._instructions.setdefault(instruction, len(self._instructions))
         number = self._numbers.setdefault(code + (prompt << 64 if apart else 0), len(self._numbers))
         if number == len(self._table) // len(TEXT.names or ()):
-            self._table.extend((code, prompt, row, slot, len(instruction) + len(text)))
+            size = len(instruction) + len(text)
+            self._table.extend((code, text_key(text), prompt, row, slot, size))
         return number
 
     def table(self) -> Table:
         return np.frombuffer(self._table.tobytes(), TEXT)
 
 
-def index_task(data: TrainingData, task: int, *, with_negatives: bool) -> TextIndex:
-    """Read task number `task` once; its negatives are documents too if it is its own corpus.
+def index_task(data: TrainingData, task: int, *, as_corpus: bool, keep: bool) -> TextIndex:
+    """Read task number `task` once.
 
-    A document that occurs with several instructions in a symmetric task is encoded with the first
-    of them.
+    Its negatives are documents too if it is its own corpus (`as_corpus`), or if its rows `keep`
+    them. A document that occurs with several instructions in a symmetric task is encoded with the
+    first of them.
     """
-    first = sum(data.task_sizes[:task])
+    first, symmetric = sum(data.task_sizes[:task]), data.settings[task].symmetric
     instructions: dict[str, int] = {}
     queries, documents = _UniqueTexts(instructions), _UniqueTexts(instructions)
-    row_query, positives, groups, starts, hashes = (array("q") for _ in range(5))
+    row_query, texts, is_positive, groups, starts, hashes = (array("q") for _ in range(6))
     starts.append(0)
+    labelled = 0
     for row in range(first, first + data.task_sizes[task]):
-        example = data[row]
-        instruction = example.instruction or ""
-        of_documents = instruction if example.symmetric else ""
-        hashes.append(text_hash(json.dumps([data.record(row), instruction, of_documents])))
-        row_query.append(queries.add(example.query, instruction, row, 0, apart=True))
-        texts = example.positives + (example.negatives if with_negatives else ())
-        numbers = [documents.add(text, of_documents, row, i) for i, text in enumerate(texts, 1)]
-        positives.extend(numbers[: len(example.positives)])
-        starts.append(len(positives))
-        groups.append(0 if example.group is None else text_hash(json.dumps(example.group)))
+        record = data.record(row)
+        # Without the negatives that a label-based task draws: none is used.
+        example = data.example(row, epoch=0, seed=0, num_negatives=0)
+        instruction, group = example.instruction or "", example.group
+        of_documents = instruction if symmetric else ""
+        hashes.append(text_hash(json.dumps([record, instruction, of_documents])))
+        query, *listed = _texts(record)
+        row_query.append(queries.add(query, instruction, row, 0, apart=True))
+        count = len(record.get("pos") or ())
+        labelled += len(listed) - count
+        listed = listed if as_corpus or keep else listed[:count]
+        numbers = [documents.add(text, of_documents, row, i) for i, text in enumerate(listed, 1)]
+        own = [*numbers[:count], *dict.fromkeys(numbers[count:] if keep else ())]
+        texts.extend(own)
+        is_positive.extend(number < count for number in range(len(own)))
+        starts.append(len(texts))
+        # With the task, since label "1" of one task is not label "1" of another.
+        group_code = 0 if group is None else text_hash(json.dumps([data.task_names[task], group]))
+        groups.append(group_code)
     return TextIndex(
         first=first,
         instructions=tuple(instructions),
@@ -116,19 +139,26 @@ def index_task(data: TrainingData, task: int, *, with_negatives: bool) -> TextIn
         documents=documents.table(),
         row_query=np.array(row_query),
         starts=np.array(starts),
-        positives=np.array(positives),
+        texts=np.array(texts),
+        is_positive=np.array(is_positive, np.bool_),
         groups=np.array(groups),
+        labelled=labelled,
+        symmetric=symmetric,
         fingerprint=digest(hashes.tobytes()),
     )
+
+
+def _texts(record: Object) -> list[str]:
+    """The query, the positives and the negatives of a line."""
+    return [record["query"], *(record.get("pos") or ()), *(record.get("neg") or ())]
 
 
 def text_sets(data: TrainingData, index: TextIndex) -> list[TextSet]:
     """The queries and the documents of a task, with the plain instructions as prompts."""
 
     @lru_cache(maxsize=1)  # the texts of a row are read together
-    def texts(row: int) -> tuple[str, ...]:
-        example = data[row]
-        return (example.query, *example.positives, *example.negatives)
+    def texts(row: int) -> list[str]:
+        return _texts(data.record(row))
 
     tables = (index.queries, index.documents)
     return [
@@ -136,15 +166,22 @@ def text_sets(data: TrainingData, index: TextIndex) -> list[TextSet]:
     ]
 
 
-def open_pool(path: Path, cache_dir: Path | None = None) -> TextSet:
-    """The unique texts of a JSONL(.gz) file of {"text"}. Raises ValueError with file:line."""
+def open_pool(path: Path, cache_dir: Path | None = None) -> tuple[TextSet, Ints]:
+    """The unique texts of a JSONL(.gz) file of {"text"}, and their keys.
+
+    Raises ValueError with file:line for a line that holds no text.
+    """
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "nothing there"
+        raise ValueError(f'{path}: expected a JSONL(.gz) file of {{"text"}} to mine, found {found}')
     file, unique = JsonlFile(path, cache_dir), _UniqueTexts({})
     for row in range(len(file)):
         record = file[row]
         if problem := problem_with(record, _POOL, extra=True):
             raise ValueError(f"{file.location(row)}: {problem}")
         unique.add(record["text"], "", row, 0)
-    return _text_set(unique.table(), ("",), lambda row, slot: file[row]["text"])
+    table = unique.table()
+    return _text_set(table, ("",), lambda row, slot: file[row]["text"]), table["key"].copy()
 
 
 def _text_set(

@@ -15,7 +15,7 @@ import pytest
 
 import mine
 from kalm_min.data import TrainingData
-from kalm_min.files import read_json, write_json
+from kalm_min.files import locked, read_json, write_json
 
 ROOT = Path(__file__).parent.parent.parent
 WORDS = "the cat sat on a mat while one dog ran far from its house to see blue birds".split()
@@ -348,4 +348,211 @@ def test_two_ranks_write_the_same(toy, mined, tiny_model_dir, tmp_path):
         timeout=150,
     )
     assert done.returncode == 0, done.stderr
+    assert contents(output) == contents(mined)
+
+
+def test_what_is_known_of_a_query_is_known_in_every_task(tiny_model_dir, tmp_path):
+    """Positives in other tasks, the query, texts of its class, and their duplicates by case, white
+    space or width are never negatives, with a pool or without; class 1 of a task is not another's."""
+    question, other = "Where is the CAT", "where is\tthe ｃat "
+    grouped = [{"query": f"one {group} {n}", "group": group} for group in "xy" for n in range(2)]
+    tasks = {
+        "a": [{"query": question, "pos": ["on the mat"]}, {"query": "see", "pos": ["the dog"]}],
+        "b": [{"query": other, "pos": ["in its house"], "neg": ["On  the MAT", "far"]}],
+        "c": [{"query": "in ITS house", "pos": ["a blue house"]}],
+        "d": [*grouped, {"query": question, "group": "x"}],
+        "e": [
+            {"query": question, "pos": ["cat"], "group": 1},
+            {"query": "birds", "pos": ["cat"], "group": 1},
+            {"query": "dogs", "pos": ["dog"], "group": 2},
+        ],
+        "f": [{"query": "blue birds", "pos": ["a mat"], "group": 1}],
+    }
+    data = write(tmp_path / "data", **tasks)
+    (data / "c.toml").write_text("symmetric = true\n", encoding="utf-8")
+    (data / "d.toml").write_text("label_based = true\n", encoding="utf-8")
+    pool = ["ON THE MAT", "IN its house", "Where is the cat", "one x 0", "ONE X 1", "BIRDS", "Cat"]
+    pool += ["one y 0", "dogs", "dog", "a blue house", "A  BLUE HOUSE", "blue birds", "far"]
+    write(tmp_path, pool=[{"text": one} for one in pool])
+    rules = ("--rank-range", "1", "100", "--num-negatives", "99", "--consistency-top-k", "none")
+    flags = (*rules, "--pool", str(tmp_path / "pool.jsonl"))
+    assert run(tiny_model_dir, data, tmp_path / "out", *flags) == 0
+    for task in "abe":  # the first row of each asks the same
+        negatives = set(rows_of(tmp_path / "out", task)[0]["neg"])
+        assert negatives == {
+            "one y 0",
+            "dogs",
+            "dog",
+            "a blue house",
+            "A  BLUE HOUSE",
+            "blue birds",
+            "far",
+        }
+    asked = rows_of(tmp_path / "out", "c")[0]["neg"]
+    assert "a blue house" not in asked
+    assert "Where is the cat" in asked  # an answer is no query, except in a symmetric task
+    assert run(tiny_model_dir, data, tmp_path / "own", *rules) == 0
+    assert rows_of(tmp_path / "own", "b")[0]["neg"] == ["far"]
+
+
+def test_a_new_answer_in_one_task_changes_another(tiny_model_dir, tmp_path):
+    """A finished task is mined again when another task says more about its queries, else left."""
+    data = write(tmp_path / "data", a=planted(40), b=planted(40, seed=1), c=planted(40, seed=2))
+    output, flags = tmp_path / "out", ("--rank-range", "1", "9", "--consistency-top-k", "none")
+    assert run(tiny_model_dir, data, output, *flags) == 0
+    first, times = rows_of(output, "a")[0], (output / "c.jsonl").stat().st_mtime_ns
+    write(data, b=[*planted(40, seed=1), {"query": first["query"], "pos": [first["neg"][0]]}])
+    assert run(tiny_model_dir, data, output, *flags) == 0
+    assert first["neg"][0] not in rows_of(output, "a")[0]["neg"]
+    assert (output / "c.jsonl").stat().st_mtime_ns == times
+
+
+@pytest.mark.parametrize("with_pool", [True, False])
+def test_a_row_keeps_its_negatives(tiny_model_dir, make_model, tmp_path, with_pool):
+    """With --keep-negatives they come first, once each, with scores; never one that some line labels
+    as an answer, and the report counts them. Without it they are counted as replaced."""
+    rows = planted(40)
+    rows[0]["neg"] = ["far birds", "far birds", rows[0]["pos"][0].upper(), "its house"]
+    rows[1]["neg"] = ["a mat"]
+    rows.append({"query": rows[1]["query"], "pos": ["A mat"]})
+    data, output = write(tmp_path / "data", one=rows), tmp_path / "out"
+    write(tmp_path, pool=[{"text": row["pos"][0]} for row in rows])
+    scorer = make_model(tmp_path / "scorer", seed=5)
+    flags = ["--rank-range", "1", "30", "--consistency-top-k", "none"]
+    flags += ["--pool", str(tmp_path / "pool.jsonl")] if with_pool else []
+    keep = ("--keep-negatives", "--scorer", str(tmp_path / "scorer"))
+    assert run(tiny_model_dir, data, output, *flags, *keep) == 0
+    first, second, *_ = mined = rows_of(output, "one")
+    assert first["neg"][:2] == ["far birds", "its house"]
+    assert len(first["neg"]) == len(set(first["neg"])) == len(first["neg_scores"]) == 9
+    assert "a mat" not in second["neg"]
+    assert mined[2]["neg"][:2] == rows[2]["neg"]
+    expected = scorer.similarity(scorer.encode([first["query"]]), scorer.encode(first["neg"]))[0]
+    assert first["neg_scores"] == pytest.approx(expected.tolist(), abs=2e-6)
+    readme = (output / "README.md").read_text(encoding="utf-8")
+    total = sum(len(row.get("neg", [])) for row in rows)
+    kept = sum(len(row["neg"]) - 7 for row in mined)
+    assert f"of {total} negatives that the rows had, {kept} stay" in readme
+    assert run(tiny_model_dir, data, output, *flags) == 0
+    assert (
+        f"of {total} negatives that the rows had, none stay" in (output / "README.md").read_text()
+    )
+    assert len(rows_of(output, "one")[0]["neg"]) == 7
+
+
+def test_a_damaged_output_is_not_finished(toy, mined, tiny_model_dir, tmp_path):
+    """A file of a finished task that was cut, changed or removed is written again, and so is one whose
+    record is damaged."""
+    output = tmp_path / "out"
+    shutil.copytree(mined, output)
+    for name in ("planted.jsonl", "twice.toml", "README.tasks/labels.md"):
+        path = output / name
+        path.write_bytes(path.read_bytes()[:-9])
+    record = output / ".mining" / "tasks" / "grouped.json"
+    wrong = read_json(record)
+    wrong["summary"]["kept"] = "many"
+    for damaged in (b"[" * 100_000, b"[]", b"{", json.dumps(wrong).encode()):
+        record.write_bytes(damaged)
+        assert run(tiny_model_dir, toy, output, *RULES) == 0
+        assert contents(output) == contents(mined)
+
+
+def test_names_of_tasks_are_only_names(tiny_model_dir, tmp_path, capsys):
+    """Tasks whose names are paths, share escapes, are long or hold codes have files of their own in the
+    output, settings only from the data's folder, and do nothing in the report or on a terminal."""
+    names = [
+        "a/b",
+        "a%2Fb",
+        "../secret",
+        ".x",
+        "README",
+        "n" * 300,
+        "<b>*[$\\x](y)|",
+        "\x1b[31m\nred",
+        "猫",
+    ]
+    rows = [
+        {"query": f"one {n} {m}", "pos": [f"the {n} cat ```<i>`` \x1b[0m"], "task": name}
+        for n, name in enumerate(names)
+        for m in range(3)
+    ]
+    data, output = write(tmp_path / "data" / "train", all=rows), tmp_path / "out"
+    (tmp_path / "data" / "secret.toml").write_text("weight = 7", encoding="utf-8")
+    flags = ("--rank-range", "1", "9", "--consistency-top-k", "1")
+    assert run(tiny_model_dir, data, output, *flags) == 0
+    mined = TrainingData(output)
+    assert sorted(mined.task_names) == sorted(names)
+    assert sum(mined.task_sizes) == len(rows)
+    assert {one.weight for one in mined.settings} == {1.0}
+    assert not list(output.rglob("*.toml"))
+    for page in (output / "README.md", *output.glob("README.tasks/*")):
+        said = page.read_text(encoding="utf-8")
+        assert "\x1b" not in said
+        assert "<b>" not in said
+        assert "``<i>" not in re.sub(r"(`{4,}) .*? \1", "", said)
+    assert "\x1b" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("keep", ["--keep-negatives", "--official-rank"])
+def test_numbers_beyond_the_corpus(tiny_model_dir, tmp_path, keep):
+    """A rank, number or filter of a million millions means all that the corpus holds."""
+    data = write(tmp_path / "data", one=planted(20))
+    many = str(10**12)
+    flags = ("--rank-range", "1", many, "--num-negatives", many, "--consistency-top-k", many)
+    assert run(tiny_model_dir, data, tmp_path / "out", *flags, keep, "--seed", many) == 0
+    rows = rows_of(tmp_path / "out", "one")
+    assert len({one for row in rows for one in (*row["pos"], *row["neg"])}) == len(
+        {one for row in planted(20) for one in (*row["pos"], *row.get("neg", []))}
+    )
+
+
+def test_what_is_missing_is_said_before_encoding(tiny_model_dir, tmp_path, capsys, monkeypatch):
+    """No faiss, an index that faiss refuses, no pool: one sentence, and nothing was encoded."""
+    data = write(tmp_path / "data", one=planted(20))
+    nowhere = str(tmp_path / "nowhere.jsonl")
+    wrong = {
+        (
+            "--pool",
+            nowhere,
+        ): f'{nowhere}: expected a JSONL(.gz) file of {{"text"}} to mine, found nothing',
+        ("--pool", str(tmp_path)): "found a folder",
+        ("--index", "Flt"): "faiss refused",
+        ("--index", "Flat;nprobe=x"): "faiss refused",
+        ("--device", "gpu"): "device: expected cpu",
+    }
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    for flags in (("--search", "faiss"), ("--index", "Flat")):
+        assert run(tiny_model_dir, data, tmp_path / "out", *flags) == 2
+        assert "faiss is not installed" in capsys.readouterr().err
+    monkeypatch.undo()
+    for flags, sentence in wrong.items():
+        if flags[0] == "--index":
+            pytest.importorskip("faiss")
+        assert run(tiny_model_dir, data, tmp_path / "out", *flags) == 2
+        assert sentence in capsys.readouterr().err
+    assert not list(tmp_path.rglob("shards"))
+
+
+def test_two_runs_on_one_output(toy, tiny_model_dir, tmp_path, capsys):
+    """The second is told about the first and touches nothing; a dry run needs no lock."""
+    with locked(tmp_path / "out"):
+        assert run(tiny_model_dir, toy, tmp_path / "out", *RULES) == 2
+        assert "to be alone there" in capsys.readouterr().err
+        assert run(tiny_model_dir, toy, tmp_path / "out", *RULES, "--dry-run") == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+def test_a_stopped_run_says_what_is_kept(toy, mined, tiny_model_dir, tmp_path):
+    """SIGTERM ends a run in one sentence; the same command continues to the same bytes."""
+    output = tmp_path / "out"
+    command = [sys.executable, *program(tiny_model_dir, toy, output)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not any((output / ".mining").glob("model/shards/*.npy")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate()[1]
+    assert process.returncode == 143
+    assert said.splitlines()[-1].startswith("interrupted; what was written is kept")
+    assert run(tiny_model_dir, toy, output, *RULES) == 0
     assert contents(output) == contents(mined)
