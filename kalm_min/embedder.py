@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm  # comes with tokenizers, through huggingface_hub
 
-from kalm_min.files import atomic_directory, checkpoint_folders
+from kalm_min.files import atomic_directory
 from kalm_min.model import Packed, Qwen2, load_model, pool, save_model, truncate
 from kalm_min.model.lora import Adapter, load_adapter, merge, merged_state, save_adapter
 from kalm_min.sampling import token_budget_batches
@@ -31,7 +31,7 @@ from kalm_min.settings import (
     Settings,
     Similarity,
     check_template,
-    read_settings,
+    open_folder,
     write_settings,
 )
 from kalm_min.tokenizer import Tokenizer, check_texts, prefetch
@@ -85,7 +85,7 @@ class Embedder:
         self.similarity_fn_name: Similarity = similarity_fn_name
         self.adapter: Adapter | None = None
         """Set while the model carries an adapter that is not merged (during training)."""
-        self.dimension = model.config.hidden_size
+        self.dimension = model.config.dense[0] if model.config.dense else model.config.hidden_size
         """Coordinates of a full vector."""
         self.tokens_per_batch = _TOKENS_PER_BATCH.get(self.device.type, 2048)
 
@@ -103,8 +103,8 @@ class Embedder:
 
         The default `device` is the first GPU, else the CPU. The default `dtype` is bfloat16 if the
         device computes it natively, else float32; "auto" keeps the dtype of the file. `causal`,
-        `pooling` and `max_length` (tokens) replace what the folder states. The defaults of a silent
-        folder are causal attention (Qwen2's mode), mean pooling, and the number of positions.
+        `pooling` and `max_length` (tokens) replace what the folder states; `settings.open_folder` says
+        what holds where it states nothing.
 
         An adapter folder (LoRA, in PEFT's format) is merged into the base model that it names; the
         tokenizer and settings are those of the base where the folder has none.
@@ -116,20 +116,13 @@ class Embedder:
         if dtype != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
             expected = 'a name like "float32" or "bfloat16"'
             raise ValueError(f"dtype: expected {expected}, found {dtype!r}")
-        folder, *rest = checkpoint_folders(path_or_hub_id)
-        base = rest[0] if rest else folder  # of an adapter
-        model = load_model(base, dtype=kind, device=device)
-        name = str(path_or_hub_id)
-        if rest:
-            config, name = load_adapter(model, folder)
-            model = merge(model, config)
-        with_settings, with_tokenizer = (
-            folder if (folder / file).is_file() else base
-            for file in ("modules.json", "tokenizer.json")
-        )
-        given = {"causal": causal, "pooling": pooling, "max_length": max_length}
-        settings = read_settings(with_settings, base, name, given)
-        return cls(model, Tokenizer.from_folder(with_tokenizer), **asdict(settings))
+        found = open_folder(path_or_hub_id, causal=causal, pooling=pooling, max_length=max_length)
+        model = load_model(found.model, dtype=kind, device=device, dense=found.dense)
+        if found.adapter:
+            model = merge(model, load_adapter(model, found.adapter).config)
+        rows = model.config.vocab_size
+        tokenizer = Tokenizer.from_folder(found.tokenizer, found.end_of_text, rows)
+        return cls(model, tokenizer, **asdict(found.settings))
 
     @property
     def device(self) -> torch.device:
@@ -259,7 +252,9 @@ class Embedder:
         self.tokenizer.save(folder, max_length=self.max_length)
         settings = Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
         base = apart.base if apart else None
-        write_settings(folder, settings, self.dimension, adapter_base=base)
+        config = self.model.config
+        dense = config.dense is not None
+        write_settings(folder, settings, config.hidden_size, dense=dense, adapter_base=base)
 
 
 def pick_device(name: torch.device | str | None = None) -> torch.device:

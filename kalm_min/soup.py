@@ -21,8 +21,8 @@ from kalm_min.config import run
 from kalm_min.embedder import Embedder
 from kalm_min.model import Qwen2
 
-# Keys of config.json that do not change the vectors. `is_causal` is compared once resolved.
-_INDIFFERENT = {"initializer_range", "tie_word_embeddings", "is_causal"}
+# Keys of config.json that do not change the vectors.
+_INDIFFERENT = {"initializer_range", "tie_word_embeddings"}
 _INDIFFERENT |= {"bos_token_id", "eos_token_id", "pad_token_id"}
 _BLOCK = 2**22  # parameters averaged at a time: 32 MiB per model in float64
 

@@ -56,8 +56,17 @@ class Tokenizer:
             self.settings |= _GENERIC_CLASS
 
     @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str]) -> Self:
-        """Read `tokenizer.json`. Raises ValueError when it is missing or unreadable."""
+    def from_folder(
+        cls,
+        folder: str | os.PathLike[str],
+        end_of_text: bool | None = None,
+        rows: int | None = None,
+    ) -> Self:
+        """Read `tokenizer.json`. Raises ValueError when it is missing or unreadable.
+
+        `end_of_text` replaces the file's `add_eos_token`. Added tokens beyond the `rows` of an
+        embedding table are dropped, so that they are read as plain text.
+        """
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise ValueError(f"{folder}: expected tokenizer.json, found none")
@@ -66,12 +75,22 @@ class Tokenizer:
         except Exception as error:  # the library raises a bare Exception
             raise ValueError(f"{path}: expected a tokenizers file, found: {error}") from error
         side = path.with_name(_SIDE_FILE)
-        return cls(fast, read_json(side) if side.is_file() else None)
+        settings: Object = read_json(side) if side.is_file() else {}
+        if end_of_text is not None:
+            settings["add_eos_token"] = end_of_text
+        if rows is not None and max(fast.get_vocab().values(), default=0) >= rows:
+            state = json.loads(fast.to_str())
+            state["added_tokens"] = [one for one in state["added_tokens"] if one["id"] < rows]
+            fast = FastTokenizer.from_str(json.dumps(state))
+            listed = settings.get("added_tokens_decoder", {})  # transformers would add them again
+            kept = {key: token for key, token in listed.items() if int(key) < rows}
+            settings["added_tokens_decoder"] = kept
+        return cls(fast, settings)
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, added tokens included."""
-        return self._fast.get_vocab_size()
+        """One more than the highest id, added tokens included: ids may have holes."""
+        return max(self._fast.get_vocab().values(), default=-1) + 1
 
     def encode(self, texts: Sequence[str], prompt: str = "", *, max_length: int) -> list[list[int]]:
         """Token ids of `prompt + text`, at most `max_length` of them, special tokens included.

@@ -234,7 +234,7 @@ def test_new_style_pooling_file(folder):
 
 
 def test_modules_that_would_be_skipped_are_refused(folder):
-    """A Dense layer after pooling would silently be missing from the vectors."""
+    """A Dense layer after the last module would silently be missing from the vectors."""
     modules = json.loads((folder / "modules.json").read_text())
     modules.append(
         {"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"}
@@ -248,8 +248,8 @@ def test_attention_mode_is_never_guessed(folder):
     """Remote code without is_causal: the caller must say; the argument wins over the file."""
     edit(folder, "config.json", is_causal=None)
     assert load(folder).causal is True
-    edit(folder, "config.json", auto_map={"AutoModel": "modeling.Qwen2Model"})
-    with pytest.raises(ValueError, match="pass causal=False"):
+    edit(folder, "config.json", auto_map={"AutoModel": "someone/model--custom.Model"})
+    with pytest.raises(ValueError, match=r"remote code custom\.Model .* pass causal=True or"):
         load(folder)
     assert load(folder, causal=False).causal is False
     edit(folder, "config.json", is_causal=False)

@@ -7,8 +7,9 @@ What this package does not compute is refused, since a wrong guess would raise n
 only lower scores. Remote code is never run, and pickled weights are never opened.
 """
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -17,75 +18,81 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kalm_min.files import write_json
-from kalm_min.model.qwen2 import REQUIRED_SIZES, ModelConfig, Qwen2
-from kalm_min.settings import read_object
+from kalm_min.model.qwen2 import ModelConfig, Qwen2
+from kalm_min.schema import Field, read_object
+from kalm_min.settings import DENSE, IDENTITY, SIZES, is_name, read_config
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SHARDS = {
+    "weight_map": Field(
+        "an object of plain file names",
+        lambda value: isinstance(value, dict) and all(map(is_name, value.values())),
+        required=True,
+    )
+}
+# What PEFT, torch.compile, DDP and language models put before names.
+_PREFIXES = re.compile(r"^(base_model\.model\.|_orig_mod\.|module\.|model\.)+")
+# Tensors without a part in a vector: output heads, and tables of rotary embeddings.
+_LEFT_OVER = re.compile(r"(lm_head|score)\.weight|.*rotary_emb\.inv_freq")
 
 
 def load_config(folder: Path) -> ModelConfig:
     """Read `config.json`. Raises ValueError if it is missing, damaged or not supported."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder}: expected a model folder with config.json, found none")
-    hf = read_object(path)
-    hf |= hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5, 4
-    kind, mode, act = hf.get("model_type"), hf.get("is_causal"), hf.get("hidden_act", "silu")
-    missing = [name for name in REQUIRED_SIZES if name not in hf]
-    rope, layers = hf.get("rope_type", hf.get("type", "default")), hf.get("layer_types") or []
-    if not layers and hf.get("use_sliding_window") and hf.get("sliding_window") is not None:
-        layers = ["sliding"] * (hf.get("num_hidden_layers", 0) - hf.get("max_window_layers", 0))
-    for refused, sentence in (
-        (kind not in ("qwen2", "qwen3"), f"model_type: expected qwen2 or qwen3, found {kind!r}"),
-        (missing, f"the keys {', '.join(missing)} are missing"),
-        (not isinstance(mode, bool | None), f"is_causal: expected true or false, found {mode!r}"),
-        (act != "silu", f"hidden_act: expected silu, found {act!r}"),
-        (
-            rope != "default",
-            f"rope_type: only unscaled rotary embeddings are built, found {rope!r}",
-        ),
-        (hf.get("quantization_config"), "quantised weights cannot be read, use the original"),
-        (kind == "qwen3" and hf.get("attention_bias"), "Qwen3 with biases is not built"),
-        ({*layers} - {"full_attention"}, "sliding-window attention is in use and is not built"),
-    ):
-        if refused:
-            raise ValueError(f"{path}: {sentence}")
+    stated = read_config(folder)
     # transformers' defaults for keys that the file omits.
-    defaults = {"num_key_value_heads": hf["num_attention_heads"], "rope_theta": 10_000.0}
-    defaults |= {"head_dim": 128 if kind == "qwen3" else 0, "tie_word_embeddings": False}
-    keys = [f.name for f in fields(ModelConfig)]
-    stated = {key: hf[key] for key in keys if hf.get(key) is not None or key in REQUIRED_SIZES}
+    defaults = {"num_key_value_heads": stated["num_attention_heads"], "rope_theta": 10_000.0}
+    defaults |= {"head_dim": 128 if stated["model_type"] == "qwen3" else 0}
+    defaults |= {"tie_word_embeddings": False}
+    stated = {f.name: stated[f.name] for f in fields(ModelConfig) if f.name in stated}
     try:
-        return ModelConfig(**defaults | stated)
+        return ModelConfig(**defaults | stated | {"dense": None})
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
 
 def load_model(
-    folder: Path, *, dtype: torch.dtype | None, device: torch.device | str = "cpu"
+    folder: Path,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str = "cpu",
+    dense: Path | None = None,
 ) -> Qwen2:
     """Build the decoder of a folder and fill it from its safetensors files.
 
     `dtype` None leaves each parameter as it is stored. A tensor already in that dtype stays a
     private view of the mapped file, without a copy: do not rewrite a weights file in place while
     its model is in use (this package renames a finished file over the old one, which is safe).
+    `dense` is the folder of a Dense module.
     Raises ValueError, one sentence, for anything that is wrong with config.json or the weights.
     """
-    with torch.device("meta"):
-        model = Qwen2(load_config(folder))
-    files = [_SINGLE]
+    config, files = load_config(folder), [_SINGLE]
     if not (folder / _SINGLE).is_file():
-        names = read_object(folder / _INDEX).get("weight_map")
-        if not names and not (folder / _INDEX).is_file():
+        if not (folder / _INDEX).is_file():
             pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
             hint = "; pickled weights are never opened, convert them to safetensors" * pickled
             raise ValueError(f"{folder}: expected {_SINGLE} or {_INDEX}, found neither{hint}")
-        if not isinstance(names, dict) or any(
-            Path(str(name)).name != name for name in names.values()
-        ):
-            raise ValueError(f"{folder / _INDEX}: expected plain file names in weight_map")
-        files = sorted(set(names.values()))
-    tensors = load_tensors(folder, files, model.state_dict())
+        files = sorted({*read_object(folder / _INDEX, _SHARDS, extra=True)["weight_map"].values()})
+    tensors = _read_tensors(folder, files)
+    linear = _read_tensors(dense, [_SINGLE]) if dense else {}
+    if dense and {*linear} - {"linear.bias"} != {"linear.weight"}:
+        raise ValueError(f"{dense}: expected linear.weight, found {', '.join(linear)}")
+    for name, tensor in linear.items():
+        tensors[name.replace("linear", "dense")] = tensor
+        config = replace(config, dense=(len(tensor), "linear.bias" in linear))
+    # A size that no tensor has would be refused below, but only after it has been built.
+    longest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    for name in (*SIZES, "num_key_value_heads", "head_dim"):
+        most = len(tensors) if name == "num_hidden_layers" else longest
+        if (size := getattr(config, name)) > most:
+            raise ValueError(
+                f"{folder / 'config.json'}: {name}: {size} is more than the weights hold"
+            )
+    with torch.device("meta"):
+        model = Qwen2(config)
+    if config.tie_word_embeddings and "embed_tokens.weight" not in tensors:
+        head = tensors.pop("lm_head.weight", None)  # one of two tied tensors is kept
+        tensors |= {} if head is None else {"embed_tokens.weight": head}
+    tensors = check_tensors(folder, tensors, model.state_dict())
     state = {name: x.to(device=device, dtype=dtype) for name, x in tensors.items()}
     model.load_state_dict(state, assign=True)
     return model
@@ -96,35 +103,48 @@ def load_tensors(
 ) -> dict[str, Tensor]:
     """The tensors of a folder's safetensors files, as private views of the mapped files.
 
-    `wanted` is a state dict, for its names and shapes; stored names may also begin with `model.`
-    (language models) or `base_model.model.` (PEFT). Raises ValueError, one sentence that
-    lists every missing, unexpected or wrong-shaped tensor, or every file that cannot be read.
+    `wanted` is a state dict, for its names and shapes. Stored names may also begin with `model.`
+    (language models), `base_model.model.` (PEFT), `module.` (DDP) or `_orig_mod.` (torch.compile).
+    Raises ValueError, one sentence that lists every missing, unexpected or wrong-shaped tensor, or
+    every file that cannot be read.
     """
+    return check_tensors(folder, _read_tensors(folder, files), wanted)
+
+
+def _read_tensors(folder: Path, files: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors of some files, without the prefixes that others put before their names."""
     found: dict[str, Tensor] = {}
     problems: list[str] = []
     for file in files:
         try:
             stored = load_file(folder / file)
         except FileNotFoundError:
-            problems.append(f"{file} is named by the index and is not there")
+            problems.append(f"expected {file}, found none")
         except (SafetensorError, OSError) as error:
             problems.append(f"{file} is truncated or not safetensors ({error})")
         else:
             for key, tensor in stored.items():
-                name = key.removeprefix("base_model.model.").removeprefix("model.")
+                name = _PREFIXES.sub("", key)
                 problems += [f"{name} is stored twice"] if name in found else []
                 found[name] = tensor
-    # A file that cannot be read would also show up as missing tensors: report only the cause.
-    if not problems:
-        extra = found.keys() - wanted.keys() - {"lm_head.weight"}  # an embedder has no output head
-        listed = {"missing": wanted.keys() - found.keys(), "unexpected": extra}
-        problems = [f"{kind} tensors: {', '.join(sorted(s))}" for kind, s in listed.items() if s]
-        for name in sorted(wanted.keys() & found.keys()):
-            expected, shape = tuple(wanted[name].shape), tuple(found[name].shape)
-            if shape != expected:
-                problems.append(f"{name}: expected shape {expected}, found {shape}")
-            if not found[name].is_floating_point() or found[name].itemsize == 1:
-                problems.append(f"{name}: expected a float tensor, found {found[name].dtype}")
+    if problems:
+        raise ValueError(f"{folder}: {'; '.join(problems)}")
+    return found
+
+
+def check_tensors(
+    folder: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Those of `found` that are wanted; ValueError if any is missing, unexpected or misshapen."""
+    extra = {name for name in found.keys() - wanted.keys() if not _LEFT_OVER.fullmatch(name)}
+    listed = {"missing": wanted.keys() - found.keys(), "unexpected": extra}
+    problems = [f"{kind} tensors: {', '.join(sorted(s))}" for kind, s in listed.items() if s]
+    for name in sorted(wanted.keys() & found.keys()):
+        expected, shape = tuple(wanted[name].shape), tuple(found[name].shape)
+        if shape != expected:
+            problems.append(f"{name}: expected shape {expected}, found {shape}")
+        if not found[name].is_floating_point() or found[name].itemsize == 1:
+            problems.append(f"{name}: expected a float tensor, found {found[name].dtype}")
     if problems:
         raise ValueError(f"{folder}: {'; '.join(problems)}")
     return {name: found[name] for name in wanted}
@@ -145,6 +165,9 @@ def save_model(
     """
     state = model.state_dict() if state is None else state
     config = {key: value for key, value in asdict(model.config).items() if value is not None}
+    if config.pop("dense", None):
+        _save_dense({name: x for name, x in state.items() if name.startswith("dense")}, folder)
+        state = {name: x for name, x in state.items() if not name.startswith("dense")}
     config |= {
         "architectures": [f"{model.config.model_type.capitalize()}Model"],
         "hidden_act": "silu",
@@ -154,5 +177,17 @@ def save_model(
         "is_causal": causal,
         "torch_dtype": str(next(iter(state.values())).dtype).removeprefix("torch."),
     }
+    if not causal:  # the only key that text-embeddings-inference reads of a Qwen3
+        config["use_bidirectional_attention"] = True
     write_json(folder / "config.json", config)
     save_tensors(state, folder / _SINGLE)
+
+
+def _save_dense(state: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the folder of the Dense module."""
+    linear = {name.replace("dense", "linear"): tensor for name, tensor in state.items()}
+    out_features, in_features = linear["linear.weight"].shape
+    (folder / DENSE).mkdir(exist_ok=True)
+    save_tensors(linear, folder / DENSE / _SINGLE)
+    sizes = {"in_features": in_features, "out_features": out_features, "bias": len(linear) > 1}
+    write_json(folder / DENSE / "config.json", sizes | {"activation_function": IDENTITY})

@@ -22,7 +22,7 @@ from kalm_min.files import Object, write_json
 from kalm_min.model.folder import load_tensors, save_tensors
 from kalm_min.model.qwen2 import Linear, Qwen2
 from kalm_min.options import LoRAConfig
-from kalm_min.settings import read_object
+from kalm_min.schema import read_object
 
 ADAPTER_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -137,7 +137,7 @@ def read_adapter(folder: Path) -> Adapter:
     Raises ValueError for any setting under which the update is not exactly alpha / r * B A.
     """
     path = folder / ADAPTER_CONFIG
-    raw: Object = {"lora_alpha": 8} | read_object(path)  # PEFT's default
+    raw: Object = {"lora_alpha": 8} | read_object(path, {}, extra=True)  # PEFT's default
     rank, alpha, names = raw.get("r", 0), raw["lora_alpha"], raw.get("target_modules", "")
     start, base = raw.get("init_lora_weights"), raw.get("base_model_name_or_path", "")
     # PiSSA, OLoRA, CorDA and LoftQ first change the base, and the file does not hold that change.

@@ -6,13 +6,13 @@ H  query heads      K  key/value heads      E  head size
     h = embed(ids)
     for each layer:   h += o_proj(attention(norm(h)))
                       h += down_proj(silu(gate_proj(norm(h))) * up_proj(norm(h)))
-    h = norm(h)
+    h = norm(h);  with a Dense module:  h = dense(h)
 
 Parameter names are Hugging Face's, so the state dict is the checkpoint file. There is no output
 head, cache or dropout, so that a second forward pass gives the same values (gradient caching).
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kalm_min.model.attention import packed_attention
 from kalm_min.model.packed import Packed
+from kalm_min.settings import SIZES
 
 _CACHED_ROWS = 512  # rows of the feed-forward layer at a time on a CPU
 
@@ -45,17 +46,17 @@ class ModelConfig:
     rope_theta: float = 1_000_000.0
     max_position_embeddings: int = 32_768
     initializer_range: float = 0.02
-    is_causal: bool | None = None
-    """None if the file does not state it."""
     tie_word_embeddings: bool = True
     """Like the token ids, only kept for `config.json`: an embedder has no output head."""
     bos_token_id: object = None
     eos_token_id: object = None
     pad_token_id: object = None
+    dense: tuple[int, bool] | None = None
+    """Size of the output, and whether there is a bias, of a Dense module (not in `config.json`)."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for sizes that no decoder can have."""
-        for name in (*REQUIRED_SIZES, "num_key_value_heads", "max_position_embeddings"):
+        for name in (*SIZES, "num_key_value_heads", "max_position_embeddings"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}: expected a whole number of at least 1, found {value!r}")
@@ -68,10 +69,6 @@ class ModelConfig:
         if head_dim < 2 or head_dim % 2:
             raise ValueError(f"head_dim: expected an even number for rotary, found {head_dim}")
         object.__setattr__(self, "head_dim", head_dim)
-
-
-REQUIRED_SIZES = [field.name for field in fields(ModelConfig)][:5]
-"""What every `config.json` must state."""
 
 
 class Linear(nn.Linear):
@@ -201,11 +198,15 @@ class Qwen2(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # sentence-transformers applies it to the pooled vector. A linear map commutes with both
+        # poolings; as a part of the decoder it is trained, sharded and saved like the rest.
+        size, bias = config.dense or (0, False)
+        self.dense = Linear(config.hidden_size, size, bias=bias) if size else nn.Identity()
         self.gradient_checkpointing = False
         """Keep only each layer's input for the backward pass, which computes the layer again."""
 
     def forward(self, packed: Packed, *, causal: bool) -> Tensor:
-        """Hidden states after the last norm, (T, D): what transformers calls `last_hidden_state`.
+        """Hidden states after the last norm (transformers' `last_hidden_state`) and Dense, (T, D).
 
         A token attends to itself and what precedes it if `causal`, else to its full sequence.
         """
@@ -215,7 +216,7 @@ class Qwen2(nn.Module):
         for layer in self.layers:
             run = partial(checkpoint, layer, use_reentrant=False) if recompute else layer
             hidden = run(hidden, rotary, packed, causal=causal)  # (T, D)
-        return self.norm(hidden)
+        return self.dense(self.norm(hidden))
 
 
 def initialise(model: Qwen2, seed: int) -> None:
