@@ -80,11 +80,14 @@ class Tokenizer:
             settings["add_eos_token"] = end_of_text
         if rows is not None and max(fast.get_vocab().values(), default=0) >= rows:
             state = json.loads(fast.to_str())
+            dropped = {one["content"] for one in state["added_tokens"] if one["id"] >= rows}
             state["added_tokens"] = [one for one in state["added_tokens"] if one["id"] < rows]
             fast = FastTokenizer.from_str(json.dumps(state))
-            listed = settings.get("added_tokens_decoder", {})  # transformers would add them again
-            kept = {key: token for key, token in listed.items() if int(key) < rows}
-            settings["added_tokens_decoder"] = kept
+            # transformers would add again what is listed here; tokenizer.json is sufficient.
+            settings.pop("added_tokens_decoder", None)
+            for key, value in settings.items():
+                if isinstance(value, list):
+                    settings[key] = [one for one in value if one not in dropped]
         return cls(fast, settings)
 
     @property

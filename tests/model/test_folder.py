@@ -93,12 +93,12 @@ def test_damaged_files_are_named(folder):
         load_model(folder, dtype=torch.float32)
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"norm.weight": "gone.safetensors"}}))
-    with pytest.raises(
-        ValueError, match=r"expected gone\.safetensors, found none"
-    ):
+    with pytest.raises(ValueError, match=r"expected gone\.safetensors, found none"):
         load_model(folder, dtype=torch.float32)
     index.write_text(json.dumps({"weight_map": {"norm.weight": "../../secret.safetensors"}}))
-    with pytest.raises(ValueError, match="expected 'weight_map' to be an object of plain file names"):
+    with pytest.raises(
+        ValueError, match="expected 'weight_map' to be an object of plain file names"
+    ):
         load_model(folder, dtype=torch.float32)
 
 
@@ -203,5 +203,7 @@ def test_what_is_not_in_use_is_accepted(tmp_path):
     assert config_of({**BASE, "model_type": "qwen3"}, tmp_path).head_dim == 128
     config = BASE.copy()
     del config["vocab_size"]
-    with pytest.raises(ValueError, match=r"config\.json: expected 'vocab_size' to be .*, found nothing"):
+    with pytest.raises(
+        ValueError, match=r"config\.json: expected 'vocab_size' to be .*, found nothing"
+    ):
         config_of(config, tmp_path)
