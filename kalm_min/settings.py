@@ -190,6 +190,8 @@ class Opened(NamedTuple):
     """The folder of a Dense module, a linear map of the pooled vector."""
     dimension: int
     """Coordinates of a full vector."""
+    config: Object
+    """What config.json states."""
     released: str
     """The name of its entry in released.json, or ""."""
     sources: dict[str, str]
@@ -319,6 +321,7 @@ def open_folder(path_or_hub_id: str | Path, **given: Any) -> Opened:
         end_of_text=closes is not False and tokens.get("add_eos_token", bool(closes)),
         dense=dense,
         dimension=dimension,
+        config=config,
         released=row["name"],
         sources=sources,
     )
@@ -341,8 +344,9 @@ def read_config(folder: Path, unknown: list[str] | None = None) -> Object:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder}: expected a model folder with config.json, found none")
-    kind = read_json(path)
-    kind = kind.get("model_type") if isinstance(kind, dict) else None
+    raw = read_json(path)
+    raw = raw if isinstance(raw, dict) else {}
+    kind = raw.get("model_type")
     if isinstance(kind, str) and kind not in {"qwen2", "qwen3"}:
         expected = f"model_type: expected qwen2 or qwen3, found {kind!r}"
         raise ValueError(f"{path}: {expected}{_advice(kind)}")
@@ -351,6 +355,9 @@ def read_config(folder: Path, unknown: list[str] | None = None) -> Object:
     if problem := problem_with(rope, _ROPE, extra=True):
         raise ValueError(f"{path}: {problem}")
     config |= {key: rope[key] for key in _ROPE.keys() & rope}
+    for key in ("rope_theta", "rms_norm_eps"):
+        if raw.get(key, 0) is None and key not in config:
+            raise ValueError(f"{path}: expected {key!r} to be {_ABOVE_0.expected}, found null")
     if kind == "qwen3" and config.get("attention_bias"):
         raise ValueError(f"{path}: Qwen3 with biases is not built")
     window, layers = config.get("sliding_window"), config.get("layer_types", [])
@@ -409,9 +416,9 @@ def _read_modules(
         raise ValueError(f"{path}: expected a list of modules, found {describe(modules)}")
     places: dict[str, Path] = {}
     for number, module in enumerate(modules, 1):
-        is_object = isinstance(module, dict)
-        problem = problem_with(module, _MODULE) if is_object else "expected an object"
-        if problem:
+        if not isinstance(module, dict):
+            raise ValueError(f"{path}: module {number}: expected an object, found {module!r:.60}")
+        if problem := problem_with(module, _MODULE):
             raise ValueError(f"{path}: module {number}: {problem}")
         package, _, kind = module["type"].rpartition(".")
         if package.partition(".")[0] != "sentence_transformers" or kind in places:

@@ -77,7 +77,7 @@ CONFINED = {
     "matplotlib": ("kalm_min.mining.report", "kalm_min.evaluation.report"),
     "pyarrow": ("kalm_min.convert",),
     "transformers": (),
-    "sentence_transformers": (),
+    "sentence_transformers": ("kalm_min.check",),
     "argparse": ("kalm_min.config",),
     "pickle": (),
 }

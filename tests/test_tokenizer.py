@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from kalm_min import Embedder
 from kalm_min.tokenizer import Tokenizer, check_texts, prefetch
 
 
@@ -23,6 +24,18 @@ def test_ids_are_those_of_transformers(folder):
         found = ours.encode(texts, prompt, max_length=20)
         expected = [theirs(prompt + t, truncation=True, max_length=20)["input_ids"] for t in texts]
         assert found == expected
+
+
+def test_a_vocabulary_may_have_holes(folder):
+    """The highest id decides whether it fits a table, not the number of entries."""
+    path = folder / "tokenizer.json"
+    state = json.loads(path.read_text())
+    vocabulary = state["model"]["vocab"]
+    vocabulary["unheard of"] = 5 * len(vocabulary)
+    path.write_text(json.dumps(state))
+    assert Tokenizer.from_folder(folder).vocab_size == vocabulary["unheard of"] + 1
+    with pytest.raises(ValueError, match="not of one checkpoint"):
+        Embedder.from_pretrained(folder, dtype="float32")
 
 
 def test_a_file_that_closes_texts_is_not_closed_twice(folder, tmp_path):

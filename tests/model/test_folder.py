@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -25,6 +26,12 @@ def change(folder, edit):
     edit(tensors)
     save_file(tensors, folder / FILE)
     return tensors
+
+
+def edit(folder, **changes):
+    """Change keys of config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def state(folder, dtype=torch.float32):
@@ -100,6 +107,50 @@ def test_damaged_files_are_named(folder):
         ValueError, match="expected 'weight_map' to be an object of plain file names"
     ):
         load_model(folder, dtype=torch.float32)
+
+
+def test_names_and_leftovers_of_others_are_known(folder):
+    """DDP's, torch.compile's and PEFT's prefixes, rotary tables, output heads: the same tensors."""
+    plain = state(folder)
+    tensors = load_file(folder / FILE)
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod.model.", "base_model.model.model."):
+        save_file({f"{prefix}{key}": tensor for key, tensor in tensors.items()}, folder / FILE)
+        assert same(state(folder), plain)
+    left = {"layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4), "score.weight": torch.ones(2)}
+    save_file(tensors | left | {"rotary_emb.inv_freq": torch.zeros(4)}, folder / FILE)
+    assert same(state(folder), plain)
+
+
+def test_one_of_two_tied_tensors_is_enough(folder):
+    """safetensors.save_model keeps lm_head.weight alone, which is the table if the file says so."""
+    plain = state(folder)
+    tensors = load_file(folder / FILE)
+    tensors["lm_head.weight"] = tensors.pop("embed_tokens.weight")
+    save_file({f"model.{key}": tensor for key, tensor in tensors.items()}, folder / FILE)
+    assert same(state(folder), plain)
+    edit(folder, tie_word_embeddings=False)
+    with pytest.raises(ValueError, match=r"missing tensors: embed_tokens\.weight"):
+        state(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "num_hidden_layers",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "head_dim",
+    ],
+)
+def test_sizes_are_bounded_by_the_weights(folder, name):
+    """A billion layers in config.json end in a sentence, before anything is built."""
+    edit(folder, **{name: 2**30})
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=rf"{name}: 1073741824 is more than the weights hold"):
+        state(folder)
+    assert time.monotonic() - start < 2
 
 
 def test_pickles_are_never_opened(folder):
@@ -192,8 +243,11 @@ def test_what_is_not_built_is_refused(tmp_path, changes, message):
 
 
 def test_what_is_not_in_use_is_accepted(tmp_path):
-    """A sliding window that no layer uses, default rope under both names, defaults of transformers."""
+    """A sliding window that no layer uses or that is longer than every position, default rope under
+    both names, defaults of transformers."""
     window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
+    assert config_of(BASE | window, tmp_path).head_dim == 8
+    window |= {"max_window_layers": 0, "sliding_window": 64, "max_position_embeddings": 64}
     assert config_of(BASE | window, tmp_path).head_dim == 8
     plain = BASE | {"rope_theta": 5e5, "rope_scaling": None}
     assert config_of(plain, tmp_path).rope_theta == 5e5
