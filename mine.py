@@ -42,7 +42,8 @@ def mine(config: MiningConfig) -> int:
         if config.dry_run:
             output, text = sys.stdout, miner.plan()
         else:
-            total, remarks = miner.run()
+            with distributed.locked(config.output):
+                total, remarks = miner.run()
             sums = f"{report.sentence(total)}; {total['negatives']:,} negatives"
             lines = [*(f"look at {report.printable(remark)}" for remark in remarks), sums]
             output, text = sys.stderr, "\n".join(lines) + f"; report: {config.output}/README.md"

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from kalm_min.config import parse
-from kalm_min.mining.pipeline import StoredNeighbours
+from kalm_min.mining.pipeline import as_pairs, stored_neighbours
 from kalm_min.mining.rules import Labels, select
 from kalm_min.mining.texts import TEXT, TextIndex
 from kalm_min.options import Rules
@@ -216,7 +216,7 @@ def searched_on_disk(options: Options, folder: Path) -> tuple[str, ...]:
     documents = on_disk(folder, options.documents, options.dim)
     queries = unit(options.queries, options.dim, 1)
     index = an_index(options.queries, documents.texts.hashes)
-    stored = StoredNeighbours(folder / str(options.k), options.queries, options.k)
+    stored = stored_neighbours(folder / str(options.k), options.queries)
     top_k(queries[:8], unit(2048, options.dim, 2), 8)  # what a library allocates once
     start, before = time.perf_counter(), resident("VmRSS")
     rises: list[int] = []
@@ -224,11 +224,12 @@ def searched_on_disk(options: Options, folder: Path) -> tuple[str, ...]:
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak so far
         if step == "search":
             for block in stored.missing():
-                stored.write(block, top_k(queries[block], documents, options.k))
+                some = queries[slice(*stored.cuts[block : block + 2])]
+                stored.write(block, as_pairs(top_k(some, documents, options.k)))
         else:
             known = Labels.collect([index]).of(index.queries["key"])
             keys = documents.texts.hashes
-            select(index, keys, known, queries, documents, stored.read, Rules())
+            select(index, keys, known, queries, documents, stored.__getitem__, Rules())
         rises.append(resident("VmHWM") - before)
     return str(before), *map(str, rises), f"{time.perf_counter() - start:.0f}"
 

@@ -8,8 +8,7 @@ float64 holds exactly, so a float64 score does not depend on the order of summat
 Q queries    N documents    D dimension    S length of a shortlist    q, n  those of a block
 """
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -53,9 +52,9 @@ def on_grid(vectors: Vectors | NDArray[np.float64]) -> Vectors:
 
 
 def top_k(
-    queries: Rows,
-    documents: Rows,
-    k: int,
+    queries: Rows,  # (Q, D) unit or zero vectors on the grid (`on_grid`)
+    documents: Rows,  # (N, D) likewise; they are read in blocks, twice per 8,192 queries
+    k: int,  # at least 1; if there are fewer documents, the result has that many columns
     *,
     device: torch.device | str = "cpu",
     backend: Literal["torch", "faiss"] = "torch",
@@ -66,9 +65,6 @@ def top_k(
     """The k documents with the highest inner product, for each query.
 
     Args:
-        queries: (Q, D) unit or zero vectors on the grid (`on_grid`).
-        documents: (N, D) likewise. They are read in blocks, twice per 8,192 queries.
-        k: at least 1; if there are fewer documents, the result has that many columns.
         device: the device of the products.
         backend: selects the shortlists; faiss is an extra, and uses a GPU if it has one.
         span: search documents span[0] to span[1] only; ids stay those of the full set.
@@ -77,8 +73,8 @@ def top_k(
         index: an `approximate_index` of the same span, which selects the shortlists and misses
             some neighbours: measure how many with `recall`.
 
-    Raises ValueError for vectors longer than 1 or not finite, for k < 1, and if torch is set to
-    multiply less exactly than float32.
+    Raises ValueError for vectors that are longer than 1 or not finite, for k < 1, and if torch is
+    set to multiply less exactly than float32.
     """
     if k < 1:
         raise ValueError(f"k: expected 1 or more, found {k}")
@@ -226,44 +222,29 @@ def _exhaustive(queries: Tensor, documents: Rows, k: int, span: Span) -> _Pairs:
     return ids, scores
 
 
-def empty_index(dimension: int, factory: str) -> Any:
-    """A faiss index; `factory` is for example "IVF4096,Flat;nprobe=64".
+def approximate_index(documents: Rows, factory: str, span: Span | None = None) -> Any:
+    """A faiss index of all documents, or those of `span`, for corpora too large for products.
 
-    After the semicolon stand search parameters. Raises ValueError if faiss refuses any of it.
+    `factory` is for example "IVF4096,Flat;nprobe=64": after the semicolon, search parameters. Each
+    of several processes indexes its span, so their number affects which neighbours are missed.
+    Raises ValueError if faiss refuses the factory, which no documents suffice to find out.
     """
     faiss = import_faiss()
     name, _, parameters = factory.partition(";")
-    with _refusals(factory):
-        index = faiss.index_factory(dimension, name, faiss.METRIC_INNER_PRODUCT)
-        if parameters:
-            faiss.ParameterSpace().set_index_parameters(index, parameters)
-        return index
-
-
-def approximate_index(documents: Rows, factory: str, span: Span | None = None) -> Any:
-    """An `empty_index` with all documents, or those of `span`, for corpora too large for products.
-
-    Each of several processes indexes its span, so their number affects which neighbours are missed.
-    """
     span = span or (0, len(documents))
-    index = empty_index(documents[:1].shape[1], factory)
-    with _refusals(factory):
+    try:
+        index = faiss.index_factory(documents[:1].shape[1], name, faiss.METRIC_INNER_PRODUCT)
         if not index.is_trained and span[1] > span[0]:
             step = max(1, -(-(span[1] - span[0]) // _SAMPLE))
             index.train(documents[np.arange(*span, step)])
         for _, block in _blocks(documents, span, _INDEXED):
             index.add(block.numpy())
-    return index
-
-
-@contextmanager
-def _refusals(factory: str) -> Generator[None]:
-    """One sentence for what faiss raises."""
-    try:
-        yield
+        if parameters:
+            faiss.ParameterSpace().set_index_parameters(index, parameters)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"index {factory!r}: faiss refused it ({reason})") from error
+    return index
 
 
 def recall(found: Ints, exact: Ints) -> float:

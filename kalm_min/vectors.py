@@ -13,9 +13,9 @@ import hashlib
 import io
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
@@ -151,37 +151,81 @@ def _header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
     return file.getvalue()
 
 
-def unreadable(parts: Iterable[int], read: Callable[[int], object]) -> list[int]:
-    """The parts that `read` finds missing or damaged, which must be made (again)."""
-    found: list[int] = []
-    for part in parts:
-        try:
-            read(part)
-        except (OSError, ValueError):
-            found.append(part)
-    return found
+class StoredRows:
+    """Rows of `width` items each, as `topk.Rows`, in files: read from them when needed.
 
-
-class StoredVectors:
-    """(n, D) float32 vectors of a text set, as `topk.Rows`: read from their files when needed.
-
-    Reading a row of a missing shard raises FileNotFoundError: first `encode` what is `missing`.
+    Reading a row of a missing file raises FileNotFoundError: first write what is `missing`.
     """
+
+    def __init__(
+        self, folder: Path | None, names: list[str], cuts: Ints, width: int, dtype: np.dtype[Any]
+    ) -> None:
+        """File i of `names` holds rows cuts[i] to cuts[i + 1]; None: all are kept in memory."""
+        self.folder, self.names, self.cuts = folder, names, cuts
+        self._width, self._dtype = width, dtype
+        self._in_memory: dict[int, NDArray[Any]] = {}
+
+    def __len__(self) -> int:
+        return int(self.cuts[-1])
+
+    def missing(self) -> list[int]:
+        """The files that do not exist or are damaged, which must be written (again)."""
+        found: list[int] = []
+        for number in range(len(self.names)):
+            try:
+                self._part(number, check=True)
+            except (OSError, ValueError):
+                found.append(number)
+        return found
+
+    def write(self, number: int, rows: NDArray[Any], *, needs_disk: bool = True) -> None:
+        """Write a file. A full disk raises OSError; without needs_disk, rows stay in memory then."""
+        self._in_memory[number] = rows
+        if self.folder is not None:
+            path = self.folder / self.names[number]
+            try:
+                write_array(path, rows)
+                del self._in_memory[number]
+            except OSError as error:
+                if needs_disk:
+                    raise
+                sys.stderr.write(f"{path} was not kept: {error}\n")
+
+    def __getitem__(self, key: slice | Ints) -> NDArray[Any]:
+        """The rows of a slice without a step, or those in an array of numbers in any order."""
+        numbers = np.arange(*key.indices(len(self))) if isinstance(key, slice) else key
+        rows = np.empty((len(numbers), self._width), self._dtype)
+        order = np.argsort(numbers, kind="stable")
+        ordered = numbers[order]
+        bounds = np.searchsorted(ordered, self.cuts)
+        for part in np.flatnonzero(np.diff(bounds)).tolist():
+            some = slice(bounds[part], bounds[part + 1])
+            rows[order[some]] = self._part(part)[ordered[some] - self.cuts[part]]
+        return rows
+
+    def _part(self, number: int, *, check: bool = False) -> NDArray[Any]:
+        """All rows of a file."""
+        if number in self._in_memory:
+            return self._in_memory[number]
+        if self.folder is None:
+            raise FileNotFoundError(f"rows of part {number} do not exist")
+        shape = int(self.cuts[number + 1] - self.cuts[number]), self._width
+        return read_array(self.folder / self.names[number], shape, self._dtype, check=check)
+
+
+class StoredVectors(StoredRows):
+    """(n, D) float32 vectors of a text set."""
 
     def __init__(self, folder: Path | None, texts: TextSet, dimension: int) -> None:
         """Find the shards of `texts` in a folder; without a folder, vectors are kept in memory."""
-        self.folder, self.texts, self.dimension = folder, texts, dimension
-        self.cuts = cuts(texts.hashes, texts.sizes)
+        self.texts, self.dimension = texts, dimension
+        bounds = cuts(texts.hashes, texts.sizes)
         codes = np.array([text_hash(prompt) for prompt in texts.prompts], np.int64)
         pairs = np.stack([codes[texts.prompt_ids], texts.hashes], axis=1)  # (n, 2)
-        parts = [pairs[start:stop].tobytes() for start, stop in pairwise(self.cuts.tolist())]
-        self.names = [f"shards/{digest(part)[:32]}.npy" for part in parts]
-        self.key = digest(*self.names)[:32]  # a digest of all texts and prompts, in order
-        self._in_memory: dict[int, Vectors] = {}
-        self._stored_dimension = dimension
-
-    def __len__(self) -> int:
-        return len(self.texts.hashes)
+        parts = [pairs[start:stop].tobytes() for start, stop in pairwise(bounds.tolist())]
+        names = [f"shards/{digest(part)[:32]}.npy" for part in parts]
+        super().__init__(folder, names, bounds, dimension, np.dtype(np.float32))
+        self.key = digest(*names)[:32]  # a digest of all texts and prompts, in order
 
     def cut(self, dim: int) -> Self:
         """The same vectors cut to their first `dim` coordinates, at unit length (Matryoshka)."""
@@ -189,55 +233,20 @@ class StoredVectors:
         view.dimension = dim
         return view
 
-    def missing(self) -> list[int]:
-        """The shards that are not stored, or stored but unreadable."""
-        return unreadable(range(len(self.names)), partial(self._shard, check=True))
-
     def encode(self, shard: int, embedder: Embedder, *, needs_disk: bool = True) -> None:
-        """Encode a shard and write it; its texts are always encoded together.
-
-        A full disk raises OSError; with needs_disk=False the vectors stay in memory instead.
-        """
+        """Encode a shard and write it; its texts are always encoded together."""
         start, stop = self.cuts[shard : shard + 2].tolist()
         texts, prompt_ids = self.texts.read(start, stop), self.texts.prompt_ids[start:stop]
-        vectors = np.empty((stop - start, self._stored_dimension), np.float32)
+        vectors = np.empty((stop - start, self._width), np.float32)
         for number in np.unique(prompt_ids).tolist():
             rows = np.flatnonzero(prompt_ids == number)
             chosen = [texts[row] for row in rows.tolist()]
             vectors[rows] = embedder.encode(chosen, self.texts.prompts[number])
-        self._in_memory[shard] = on_grid(vectors)
-        if self.folder is not None:
-            path = self.folder / self.names[shard]
-            try:
-                write_array(path, self._in_memory[shard])
-                del self._in_memory[shard]
-            except OSError as error:
-                if needs_disk:
-                    raise
-                sys.stderr.write(f"{path} was not kept: {error}\n")
-
-    def _shard(self, shard: int, *, check: bool = False) -> Vectors:
-        """(n, D) vectors of a shard, at the stored dimension."""
-        if shard in self._in_memory:
-            return self._in_memory[shard]
-        if self.folder is None:
-            raise FileNotFoundError(f"shard {shard} is not encoded")
-        shape = (int(self.cuts[shard + 1] - self.cuts[shard]), self._stored_dimension)
-        path = self.folder / self.names[shard]
-        return read_array(path, shape, np.dtype(np.float32), check=check)
+        self.write(shard, on_grid(vectors), needs_disk=needs_disk)
 
     def __getitem__(self, key: slice | Ints) -> Vectors:
         """The rows of a slice without a step, or those in an array of numbers in any order."""
-        numbers = np.arange(*key.indices(len(self))) if isinstance(key, slice) else key
-        rows = np.empty((len(numbers), self.dimension), np.float32)
-        order = np.argsort(numbers, kind="stable")
-        ordered = numbers[order]
-        bounds = np.searchsorted(ordered, self.cuts)
-        for shard in np.flatnonzero(np.diff(bounds)).tolist():
-            part = slice(bounds[shard], bounds[shard + 1])
-            vectors = self._shard(shard)[ordered[part] - self.cuts[shard]]
-            rows[order[part]] = cut_dimension(vectors, self.dimension)
-        return rows
+        return cut_dimension(super().__getitem__(key), self.dimension)
 
 
 def cut_dimension(vectors: Vectors, dim: int) -> Vectors:

@@ -22,40 +22,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kalm_min import files, vectors
+from kalm_min import files, topk, vectors
 from kalm_min.console import Progress, table
 from kalm_min.data import TrainingData
 from kalm_min.embedder import Embedder
-from kalm_min.files import (
-    atomic_write,
-    digest,
-    escape_name,
-    read_json,
-    read_text,
-    write_json,
-    write_text,
-)
+from kalm_min.files import atomic_write, digest, read_json, write_json, write_text
 from kalm_min.mining import report
 from kalm_min.mining.rules import KEPT, Known, Labels, Scores, Selection, pair_scores, select
 from kalm_min.mining.texts import Bools, TextIndex, index_task, open_pool, text_sets
 from kalm_min.options import MiningConfig, Rules
 from kalm_min.settings import fill_template
-from kalm_min.topk import (
-    Ints,
-    Neighbours,
-    approximate_index,
-    empty_index,
-    import_faiss,
-    merge,
-    recall,
-    top_k,
-)
+from kalm_min.topk import Ints, top_k
 from kalm_min.training import distributed
-from kalm_min.vectors import StoredVectors, TextSet
+from kalm_min.vectors import StoredRows, StoredVectors, TextSet
 
 _LAYOUT = 3  # rises when the same settings give another output
 _RECALL_QUERIES = 256
-_QUERIES = 8192  # per file of neighbours, if they have up to 512 each
+_QUERIES = 8192  # per file of neighbours, and
+_LISTED = 1 << 22  # neighbours per file at most
 _NEIGHBOUR = np.dtype([("id", np.int64), ("score", np.float32)])
 _ROWS = 8192  # whose negatives are read at a time
 
@@ -64,45 +48,19 @@ T = TypeVar("T")
 _Scored = tuple[Scores, Bools, tuple[StoredVectors, Ints], tuple[StoredVectors, Ints]]
 
 
-class StoredNeighbours(NamedTuple):
-    """The `depth` nearest documents of `size` queries, in files of `step` queries each."""
+def stored_neighbours(folder: Path, size: int) -> StoredRows:
+    """The neighbours of `size` queries, as many of each as the folder's name says."""
+    width = int(folder.name)
+    step = max(1, min(_QUERIES, _LISTED // width))
+    names = [f"{number:06d}.npy" for number in range(-(-size // step))]
+    return StoredRows(folder, names, np.append(np.arange(0, size, step), size), width, _NEIGHBOUR)
 
-    folder: Path  # its name is the number of neighbours per query in the files
-    size: int
-    depth: int
 
-    @property
-    def step(self) -> int:
-        """Longer lists are in smaller files, so that one takes no more memory."""
-        return max(1, min(_QUERIES, (_QUERIES << 9) // int(self.folder.name)))
-
-    def missing(self) -> list[slice]:
-        """The queries of each file that does not exist or is damaged."""
-        starts = range(0, self.size, self.step)
-        found = vectors.unreadable(starts, partial(self._load, check=True))
-        return [slice(start, min(start + self.step, self.size)) for start in found]
-
-    def write(self, queries: slice, found: Neighbours) -> None:
-        """Write one file."""
-        pairs = np.empty(found.ids.shape, _NEIGHBOUR)
-        pairs["id"], pairs["score"] = found
-        vectors.write_array(self._path(queries.start), pairs)
-
-    def read(self, numbers: Ints) -> tuple[Ints, Scores]:
-        """(len(numbers), depth) ids (-1 for none) and scores of some queries."""
-        pairs = np.empty((len(numbers), self.depth), _NEIGHBOUR)
-        starts = numbers // self.step * self.step
-        for start in np.unique(starts).tolist():
-            chosen = starts == start
-            pairs[chosen] = self._load(start)[numbers[chosen] - start, : self.depth]
-        return np.ascontiguousarray(pairs["id"]), np.ascontiguousarray(pairs["score"])
-
-    def _load(self, start: int, *, check: bool = False) -> NDArray[np.void]:
-        shape = (min(self.step, self.size - start), int(self.folder.name))
-        return vectors.read_array(self._path(start), shape, _NEIGHBOUR, check=check)
-
-    def _path(self, start: int) -> Path:
-        return self.folder / f"{start // self.step:06d}.npy"
+def as_pairs(found: topk.Neighbours) -> NDArray[np.void]:
+    """(Q, k) neighbours as they are stored."""
+    pairs = np.empty(found.ids.shape, _NEIGHBOUR)
+    pairs["id"], pairs["score"] = found
+    return pairs
 
 
 class _Task(NamedTuple):
@@ -126,9 +84,9 @@ class Miner:
         self.work = config.output / ".mining"
         self.store = config.store or self.work
         if config.index is not None or config.search == "faiss":
-            import_faiss()  # or fail now
+            topk.import_faiss()  # or fail now
         self.data, self.pool, self.pool_keys = distributed.rank_zero_first(self._open_data)
-        self.names = [escape_name(task) for task in self.data.task_names]
+        self.names = [files.escape_name(task) for task in self.data.task_names]
         self.made_with: dict[str, object] = {
             "layout": _LAYOUT,
             "rules": {field.name: getattr(config, field.name) for field in fields(Rules)},
@@ -137,13 +95,10 @@ class Miner:
         }
         self.manifests: dict[str, dict[str, object]] = {}  # of "scorer" and "model"
         self._task = lru_cache(maxsize=1)(self._open_task)
+        self._choose = lru_cache(maxsize=1)(self._select)
 
     def run(self) -> tuple[dict[str, int], list[str]]:
         """Mine every unfinished task; return totals over all rows, and remarks."""
-        with distributed.locked(self.config.output):
-            return self._run()
-
-    def _run(self) -> tuple[dict[str, int], list[str]]:
         config, everything = self.config, range(len(self.names))
         if self.rank == 0:  # temporary files of killed runs
             for torn in config.output.rglob(".*.tmp"):
@@ -156,12 +111,10 @@ class Miner:
         if config.scorer is not None:  # first, so that only one model is in memory at a time
             self._open_model(config.scorer, "scorer")
         embedder = self._open_model(config.model, "model")
-        if config.index is not None:
-            empty_index(embedder.dimension, config.index)  # or fail now
-        mine = [
-            number for number in everything[self.rank :: self.world] if self._is_finished(number)
-        ]
-        finished = {number for some in distributed.gather_objects(mine) for number in some}
+        if config.index is not None:  # a wrong one fails now
+            topk.approximate_index(np.empty((0, embedder.dimension), np.float32), config.index)
+        looked = [n for n in everything[self.rank :: self.world] if self._is_finished(n)]
+        finished = {number for some in distributed.gather_objects(looked) for number in some}
         unfinished = [number for number in everything if number not in finished]
         # A label-based task draws its positives and negatives anew in every epoch: it is copied.
         todo = [number for number in unfinished if not self.data.settings[number].label_based]
@@ -173,16 +126,15 @@ class Miner:
             embedder = self._open_model(config.scorer, "scorer")
 
             def to_score(number: int) -> list[StoredVectors]:
-                pairs = self._to_score(number, self._choose(number))
-                return [one for _, _, *both in pairs for one, _ in both]
+                return [one for _, _, *sides in self._to_score(number) for one, _ in sides]
 
             self._encode(todo, embedder, "score", to_score)
         self._each(self._write, unfinished, "write", "tasks")
         records = [read_json(self._path("tasks", number, "json")) for number in everything]
-        names = self.data.task_names
-        tasks = {name: one["summary"] for name, one in zip(names, records, strict=True)}
+        summaries = (record["summary"] for record in records)
+        tasks = dict(zip(self.data.task_names, summaries, strict=True))
         if self.rank == 0:
-            names = [field.name for field in fields(Rules)] + ["pool", "scorer", "index"]
+            names = [*(field.name for field in fields(Rules)), "pool", "scorer", "index"]
             settings = {name: getattr(config, name) for name in names}
             report.write(config.output, tasks, self.manifests["model"], settings)
             shutil.rmtree(self.work / "index", ignore_errors=True)
@@ -206,7 +158,7 @@ class Miner:
                 for one in task.vectors
                 for i in one.missing()
             }
-            blocks = len(self._neighbours(number).missing())
+            blocks = len(self._neighbours(number)[0].missing())
             if not characters and not blocks:
                 kept = f"{(self._choose(number).status == KEPT).sum():,}"
             sizes = [f"{len(one):,}" for one in (task.text_index, *task.vectors)]
@@ -223,7 +175,7 @@ class Miner:
             cache_dir=config.cache_dir,
             progress=self.stream,
         )
-        _check_output(config.output, config.data, map(escape_name, data.task_names))
+        _check_output(config.output, config.data, map(files.escape_name, data.task_names))
         if config.pool is None:
             return data, None, np.empty(0, np.int64)
         return data, *open_pool(config.pool, config.cache_dir)
@@ -265,69 +217,56 @@ class Miner:
 
     def _search(self, todo: Iterable[int]) -> None:
         """Find the neighbours of queries without stored ones; each process searches its span."""
-        config, device = self.config, self.device
-        work = {number: self._neighbours(number).missing() for number in todo}
+        work = {number: self._neighbours(number)[0].missing() for number in todo}
         distributed.barrier()
         total = sum(map(len, work.values()))
         with Progress(total, "blocks", self.stream, title="search") as progress:
             for number in filter(work.get, work):
-                all_queries, _, corpus = self._task(number).vectors
-                stored, n = self._neighbours(number), len(corpus)
-                measured = stored.folder / "recall.json"
+                queries, _, corpus = self._task(number).vectors
+                (stored, depth), n = self._neighbours(number), len(corpus)
                 span = n * self.rank // self.world, n * (self.rank + 1) // self.world
-                find = partial(top_k, documents=corpus, k=stored.depth, device=device)
-                index = None
-                if config.index is not None:
-                    index = approximate_index(corpus, config.index, span)
+                find = partial(top_k, documents=corpus, k=depth, device=self.device)
+                factory = self.config.index
+                index = None if factory is None else topk.approximate_index(corpus, factory, span)
                 for block in work[number]:
-                    queries = all_queries[block]
-                    part = find(queries, backend=config.search, span=span, index=index)
-                    found = merge(distributed.gather_objects(part), stored.depth)
-                    if self.rank == 0 and index is not None and not measured.exists():
-                        exact = find(queries[:_RECALL_QUERIES]).ids
-                        share = recall(found.ids[: len(exact)], exact)
-                        write_json(measured, {"recall": share, "queries": len(exact)})
+                    asked = queries[slice(*stored.cuts[block : block + 2])]
+                    part = find(asked, backend=self.config.search, span=span, index=index)
+                    found = topk.merge(distributed.gather_objects(part), depth)
                     if self.rank == 0:
-                        stored.write(block, found)
+                        stored.write(block, as_pairs(found))
                     progress.update(1, self.data.task_names[number])
         distributed.barrier()
 
     def _write(self, number: int) -> None:
         """Write all files of a task; its record, the mark of the end, is deleted first, written last."""
-        data, name, record = (
-            self.config.data,
-            self.names[number],
-            self._path("tasks", number, "json"),
-        )
-        page = ""
+        name, data, page = self.names[number], self.config.data, ""
         if self.data.settings[number].label_based:
             index = self._index(number)
             rows = range(index.first, index.first + len(index))
             lines = (json.dumps(self.data.record(row), ensure_ascii=False) + "\n" for row in rows)
             summary = report.copied(len(index))
         else:
-            index, (_, documents, corpus), *_ = self._task(number)
+            index, (_, documents, corpus), (queries, _, found), *_ = self._task(number)
             selection = self._choose(number)
             summary = report.summarise(index, selection, len(corpus.hashes), self.config)
-            measured = self._neighbours(number).folder / "recall.json"
-            summary["recall"] = read_json(measured)["recall"] if measured.exists() else None
+            if self.config.index is not None:
+                (stored, depth), some = self._neighbours(number), slice(0, _RECALL_QUERIES)
+                exact = top_k(queries[some], found, depth, device=self.device).ids
+                summary["recall"] = topk.recall(stored[some][:, :depth]["id"], exact)
             page = f"# {report.escaped(name)}\n\n"
             page += report.examples(self.data, index, selection, corpus, summary)
-            if self.config.scorer is not None:
-                for scores, mask, (queries, left), (texts, right) in self._to_score(
-                    number, selection
-                ):
-                    scores[mask] = pair_scores(queries, left, texts, right)
+            for scores, mask, *sides in self._to_score(number) if self.config.scorer else ():
+                scores[mask] = pair_scores(*sides[0], *sides[1])
             lines = _mined_lines(self.data, index, selection, documents, corpus)
-        record.unlink(missing_ok=True)
         source = (data if data.is_dir() else data.parent) / f"{name}.toml"
-        path, *others = self._outputs(number)
+        record, (path, *others) = self._path("tasks", number, "json"), self._outputs(number)
+        record.unlink(missing_ok=True)
         if summary["kept"]:
             with atomic_write(path, "w") as file:
                 file.writelines(lines)
         else:
             path.unlink(missing_ok=True)  # an empty file is not a task
-        settings = read_text(source) if summary["kept"] and source.is_file() else ""
+        settings = files.read_text(source) if summary["kept"] and source.is_file() else ""
         for path, text in zip(others, (settings, page), strict=True):
             if text:
                 write_text(path, text)
@@ -339,12 +278,9 @@ class Miner:
 
     def _outputs(self, number: int) -> list[Path]:
         """The files of a task: rows, settings and page."""
-        name, output = self.names[number], self.config.output
-        return [
-            output / f"{name}.jsonl",
-            output / f"{name}.toml",
-            output / report.PAGES / f"{name}.md",
-        ]
+        name = self.names[number]
+        names = f"{name}.jsonl", f"{name}.toml", f"{report.PAGES}/{name}.md"
+        return [self.config.output / one for one in names]
 
     def _read(self, number: int) -> TextIndex:
         as_corpus, keep = self.pool is None, self.config.keep_negatives
@@ -381,8 +317,8 @@ class Miner:
         prompts = tuple(fill_template(template, x) for x in texts.prompts)
         return StoredVectors(self.store / name, replace(texts, prompts=prompts), dimension)
 
-    def _neighbours(self, number: int) -> StoredNeighbours:
-        """The stored lists of a task, long enough for the rules.
+    def _neighbours(self, number: int) -> tuple[StoredRows, int]:
+        """The stored lists of a task, and how many neighbours of each the rules need.
 
         A longer stored list is used, since it begins with the shorter one. (Those of an approximate
         index may not.)
@@ -394,40 +330,34 @@ class Miner:
         folder = self.store / "model" / "neighbours" / key
         stored = sorted(int(entry.name) for entry in folder.glob("*") if entry.name.isdecimal())
         for longer in stored if config.index is None else ():
-            found = StoredNeighbours(folder / str(longer), len(queries), depth)
+            found = stored_neighbours(folder / str(longer), len(queries))
             if longer >= depth and not found.missing():
-                return found
-        return StoredNeighbours(folder / str(depth), len(queries), depth)
+                return found, depth
+        return stored_neighbours(folder / str(depth), len(queries)), depth
 
-    def _choose(self, number: int) -> Selection:
+    def _select(self, number: int) -> Selection:
         index, _, (queries, documents, _), corpus, known = self._task(number)
-        read = self._neighbours(number).read
-        return select(index, corpus, known, queries, documents, read, self.config)
+        stored, depth = self._neighbours(number)
 
-    def _to_score(self, number: int, selection: Selection) -> list[_Scored]:
+        def neighbours(numbers: Ints) -> NDArray[np.void]:
+            return stored[numbers][:, :depth]
+
+        return select(index, corpus, known, queries, documents, neighbours, self.config)
+
+    def _to_score(self, number: int) -> list[_Scored]:
         """What the scorer scores: kept rows' queries with their own texts, and with negatives."""
         index, (queries, documents, corpus), *_ = self._task(number)
+        selection = self._choose(number)
         kept, row_of = selection.status == KEPT, np.repeat(range(len(index)), np.diff(index.starts))
         own, mined = kept[row_of] & selection.is_kept, kept[:, None] & (selection.negatives >= 0)
-        parts = [
-            (selection.scores, own, row_of[own], documents, index.texts[own]),
-            (
-                selection.negative_scores,
-                mined,
-                mined.nonzero()[0],
-                corpus,
-                selection.negatives[mined],
-            ),
-        ]
         found: list[_Scored] = []
-        for scores, mask, rows, texts, numbers in parts:
-            left, right = (
-                (self._vectors(some.take(unique), "scorer"), positions)
-                for some, (unique, positions) in (
-                    (queries, np.unique(index.row_query[rows], return_inverse=True)),
-                    (texts, np.unique(numbers, return_inverse=True)),
-                )
-            )
+        for scores, mask, rows, texts, numbers in (
+            (selection.scores, own, row_of[own], documents, index.texts),
+            (selection.negative_scores, mined, mined.nonzero()[0], corpus, selection.negatives),
+        ):
+            pairs = (queries, index.row_query[rows]), (texts, numbers[mask])
+            unique = [(some, *np.unique(one, return_inverse=True)) for some, one in pairs]
+            left, right = ((self._vectors(a.take(b), "scorer"), c) for a, b, c in unique)
             found.append((scores, mask, left, right))
         return found
 
@@ -437,7 +367,8 @@ class Miner:
             record = read_json(self._path("tasks", number, "json"))
             seal = self._seal(number, self._made_with(number), record["summary"])
             return record["seal"] == seal
-        except (OSError, ValueError, TypeError, KeyError):  # absent or damaged: it is made again
+        # Absent or damaged: the task is mined again.
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return False
 
     def _seal(self, number: int, made_with: dict[str, object], summary: report.Summary) -> str:

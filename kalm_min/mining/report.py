@@ -22,7 +22,6 @@ from kalm_min.mining import rules
 from kalm_min.mining.rules import BINS, INCONSISTENT, KEPT, SHORT, Selection
 from kalm_min.mining.texts import Bools, TextIndex
 from kalm_min.options import Rules
-from kalm_min.topk import Ints
 from kalm_min.vectors import TextSet
 
 PAGES = "README.tasks"  # folder of the tasks' pages; reading the data skips the name
@@ -48,10 +47,8 @@ Tasks = Mapping[str, Summary]
 
 def summarise(index: TextIndex, selection: Selection, corpus: int, settings: Rules) -> Summary:
     """Counts and histograms of a task and of the corpus it was mined from."""
-    status = selection.status
-    kept = status == KEPT
+    kept, ranks = selection.status == KEPT, selection.rank
     chosen = selection.negatives[kept] >= 0  # (kept, n)
-    ranks = _ranks(selection)
     listed = np.histogram(ranks[ranks > 0], bins=[*_RANKS, np.iinfo(np.int64).max])[0]
     of_kept = np.repeat(kept, np.diff(index.starts))
     scores = {
@@ -60,17 +57,19 @@ def summarise(index: TextIndex, selection: Selection, corpus: int, settings: Rul
         "negatives": selection.negative_scores[kept][chosen],
     }
     histograms = {kind: rules.score_histogram(some).tolist() for kind, some in scores.items()}
-    return {
+    counts = {
         "rows": len(index),
-        "kept": int(kept.sum()),
-        "inconsistent": int((status == INCONSISTENT).sum()),
-        "short": int((status == SHORT).sum()),
-        "kept_with_fewer": int((chosen.sum(1) < settings.num_negatives).sum()),
-        "negatives": int(chosen.sum()),
-        "suspects": int(_suspects(selection).sum()),
+        "kept": kept.sum(),
+        "inconsistent": (selection.status == INCONSISTENT).sum(),
+        "short": (selection.status == SHORT).sum(),
+        "kept_with_fewer": (chosen.sum(1) < settings.num_negatives).sum(),
+        "negatives": chosen.sum(),
+        "suspects": _suspects(selection).sum(),
         "own_negatives": index.labelled,
-        "own_negatives_kept": int((of_kept & selection.is_kept & ~index.is_positive).sum()),
+        "own_negatives_kept": (of_kept & selection.is_kept & ~index.is_positive).sum(),
         "corpus": corpus,
+    }
+    return {name: int(count) for name, count in counts.items()} | {
         "ranks": [*listed.tolist(), int((ranks < 0).sum())],
         "scores": histograms | {"unlabelled": selection.histogram.tolist()},
     }
@@ -113,16 +112,10 @@ def sentence(total: Mapping[str, int]) -> str:
     )
     if not total["own_negatives"]:
         return rows
-    kept = f"{total['own_negatives_kept']:,}" if total["own_negatives_kept"] else "none"
     return (
-        f"{rows}; of {total['own_negatives']:,} negatives that the rows had, {kept} stay "
-        "(--keep-negatives keeps those of kept rows)"
+        f"{rows}; of {total['own_negatives']:,} negatives that the rows had, "
+        f"{total['own_negatives_kept']:,} stay (--keep-negatives keeps those of kept rows)"
     )
-
-
-def _ranks(selection: Selection) -> Ints:
-    """(R,) rank of the best positive; -1 if it is below every listed document."""
-    return np.where(selection.beyond, -1, selection.ahead + 1)
 
 
 def _suspects(selection: Selection) -> Bools:
@@ -136,39 +129,35 @@ def examples(
     data: TrainingData, index: TextIndex, selection: Selection, corpus: TextSet, summary: Summary
 ) -> str:
     """A task's page with example rows: dropped, with suspected false negatives, and kept."""
-    ranks, suspects, status = _ranks(selection), _suspects(selection), selection.status
+    suspects, scores = _suspects(selection), selection.negative_scores
     top = selection.top[:, None], selection.top_scores[:, None]
-    negatives, scores = selection.negatives, selection.negative_scores
-    some = np.where(suspects, negatives, -1)
+    some = np.where(suspects, selection.negatives, -1)
     parts = [
-        ("inconsistent", "rows failed the consistency filter", status == INCONSISTENT, *top, 20),
-        ("suspects", "suspected false negatives", suspects.any(1), some, scores, 20),
-        ("kept", "rows kept", status == KEPT, negatives, scores, 5),
+        ("inconsistent", "rows failed the consistency filter", "top unlabelled", *top, 20),
+        ("suspects", "suspected false negatives", "negative", some, scores, 20),
+        ("kept", "rows kept", "negative", selection.negatives, scores, 5),
     ]
+    which = selection.status == INCONSISTENT, suspects.any(1), selection.status == KEPT
     lines: list[str] = []
-    for key, title, which, numbers, scores, count in parts:
-        rows = np.flatnonzero(which)
+    for is_part, (key, title, kind, numbers, scores, count) in zip(which, parts, strict=True):
+        rows = np.flatnonzero(is_part)
         # A random but always identical sample, in order.
-        hashes = index.queries["hash"][index.row_query[rows]]
-        keys = rules.random_keys(hashes, rows[:, None], 0)[:, 0]
-        sample = sorted(rows[np.argsort(keys, kind="stable")[:count]].tolist())
+        keys = rules.random_keys(index.queries["hash"][index.row_query[rows]], rows[:, None], 0)
+        sample = sorted(rows[np.argsort(keys[:, 0], kind="stable")[:count]].tolist())
         shown = f" ({len(sample)} rows shown)" if len(sample) < len(rows) else ""
         lines += [f"## {summary[key]:,} {title}{shown}", ""] if sample else []
-        kind = "top unlabelled" if key == "inconsistent" else "negative"
         for row in sample:
-            example = data[index.first + row]
+            example, rank = data[index.first + row], selection.rank[row]
+            place = f"rank {rank}" if rank > 0 else f"below all {selection.ahead[row]} listed"
             own = slice(*index.starts[row : row + 2])
-            best = int(np.where(index.is_positive[own], selection.scores[own], -np.inf).argmax())
-            rank = f"rank {ranks[row]}"
-            if ranks[row] < 0:
-                rank = f"below all {selection.ahead[row]} listed"
-            texts = [(selection.best[row], f"positive, {rank}", example.positives[best])]
+            best = np.where(index.is_positive[own], selection.scores[own], -np.inf).argmax()
+            lines.append(f"- {_code(example.query)}")
+            texts = [(selection.best[row], f"positive, {place}", example.positives[best])]
             texts += [
                 (scores[row, column], kind, corpus.read(number, number + 1)[0])
                 for column, number in enumerate(numbers[row].tolist())
                 if number >= 0
             ]
-            lines.append(f"- {_code(example.query)}")
             lines += [f"    - {score:.3f} {what}: {_code(text)}" for score, what, text in texts]
         lines += [""] if sample else []
     return "\n".join(lines)

@@ -39,13 +39,13 @@ class Choice(NamedTuple):
 
 
 def choose(
-    scores: Scores,
-    is_unlabelled: Bools,
-    is_listed: Bools,
-    best: Scores,
-    keys: Codes,
+    scores: Scores,  # (B, K) of the neighbours, the highest first
+    is_unlabelled: Bools,  # (B, K) whether each neighbour is an unlabelled candidate
+    is_listed: Bools,  # (B, K) whether each position holds a neighbour
+    best: Scores,  # (B,) score of each row's best positive
+    keys: Codes,  # (B, K) random numbers; the lowest are chosen
     rules: Rules,
-    is_own: Bools | None = None,
+    is_own: Bools | None = None,  # (B, K) whether each is a negative that the row has already
 ) -> Choice:
     """Filter rows and choose their negatives.
 
@@ -53,15 +53,6 @@ def choose(
     is higher than its best positive's (so rank k + 1 still passes), and a range is one of 0-based
     positions, including the first but not the last. (The official code also lets every row pass if
     its list is not longer than k, which is not repeated here.)
-
-    Args:
-        scores: (B, K) of the neighbours, the highest first.
-        is_unlabelled: (B, K) whether each neighbour is an unlabelled candidate.
-        is_listed: (B, K) whether each position holds a neighbour.
-        best: (B,) score of each row's best positive.
-        keys: (B, K) random numbers; the lowest are chosen.
-        rules: the settings.
-        is_own: (B, K) whether each neighbour is a negative that the row has already.
     """
     off = int(rules.official_rank)
     counted = is_listed if rules.official_rank else is_unlabelled
@@ -180,7 +171,7 @@ class Selection(NamedTuple):
 
     status: Ints  # (R,) KEPT, INCONSISTENT or SHORT
     ahead: Ints  # (R,) listed unlabelled candidates that score higher than the best positive
-    beyond: Bools  # (R,) the best positive scores less than every listed neighbour: rank unknown
+    rank: Ints  # (R,) of the best positive; -1 if it scores less than every listed neighbour
     best: Scores  # (R,) score of the best positive
     negatives: Ints  # (R, n) numbers in the corpus, the highest score first; -1 for none
     negative_scores: Scores  # (R, n)
@@ -193,24 +184,15 @@ class Selection(NamedTuple):
 
 def select(
     index: TextIndex,
-    corpus: Ints,
-    known: Known,
-    queries: Rows,
-    documents: Rows,
-    neighbours: Callable[[Ints], tuple[Ints, Scores]],
+    corpus: Ints,  # (N,) keys of the texts that were searched
+    known: Known,  # what is known of index.queries
+    queries: Rows,  # vectors of index.queries
+    documents: Rows,  # vectors of index.documents
+    # Maps (B,) numbers of queries to (B, K) pairs of "id", in the corpus, and "score".
+    neighbours: Callable[[Ints], NDArray[np.void]],
     rules: Rules,
 ) -> Selection:
-    """Filter the rows of a task and choose their negatives, block by block.
-
-    Args:
-        index: the task.
-        corpus: (N,) keys of the texts that were searched.
-        known: the labels of its queries.
-        queries: vectors of index.queries.
-        documents: vectors of index.documents, which include the positives.
-        neighbours: maps (B,) numbers of queries to (B, K) ids in the corpus and scores.
-        rules: the settings.
-    """
+    """Filter the rows of a task and choose their negatives, block by block."""
     histogram = np.zeros(BINS, np.int64)
     parts: list[tuple[NDArray[Any], ...]] = []
     step = max(1, min(_ROWS, _CELLS // min(2 * rules.depth + 100, len(corpus))))
@@ -223,23 +205,22 @@ def select(
         own_scores = pair_scores(queries, numbers[row_of], documents, texts)
         hashes, own_keys = index.queries["key"][numbers], index.documents["key"][texts]
         is_kept = index.is_positive[own] | ~known.marks(hashes[row_of], own_keys[:, None])[:, 0]
-        # Every row has a positive.
-        of_positives = np.where(index.is_positive[own], own_scores, -np.inf).astype(np.float32)
-        best = np.maximum.reduceat(of_positives, bounds[:-1] - bounds[0])
-        ids, scores = neighbours(numbers)
+        of_positives = np.where(index.is_positive[own], own_scores, np.float32(-np.inf))
+        best = np.maximum.reduceat(of_positives, bounds[:-1] - bounds[0])  # every row has one
+        listed = neighbours(numbers)
+        ids, scores = listed["id"], listed["score"]
         is_listed, candidates = ids >= 0, corpus[ids]
         is_unlabelled = is_listed & ~known.marks(hashes, candidates)
-        is_own = _is_in(
-            _pairs(np.arange(len(numbers))[:, None], candidates),
-            np.unique(_pairs(row_of, own_keys)),
-        )
+        in_rows = _pairs(np.arange(len(numbers))[:, None], candidates)
+        is_own = _is_in(in_rows, np.unique(_pairs(row_of, own_keys)))
         keys = random_keys(hashes, candidates, rules.seed)
         choice = choose(scores, is_unlabelled, is_listed, best, keys, rules, is_own)
-        beyond = best < np.where(is_listed, scores, np.inf).min(1, initial=np.inf)
+        is_below = best < np.where(is_listed, scores, np.inf).min(1, initial=np.inf)
+        rank = np.where(is_below, -1, choice.ahead + 1)
         chosen = _at(ids, choice.columns, -1), _at(scores, choice.columns, np.nan)
         first = np.where(is_unlabelled.any(1), is_unlabelled.argmax(1), -1)[:, None]
         top = _at(ids, first, -1)[:, 0], _at(scores, first, np.nan)[:, 0]
-        parts.append((*choice[:2], beyond, best, *chosen, own_scores, is_kept, *top))
+        parts.append((*choice[:2], rank, best, *chosen, own_scores, is_kept, *top))
         histogram += score_histogram(scores[is_unlabelled])
     return Selection(*map(np.concatenate, zip(*parts, strict=True)), histogram=histogram)
 
