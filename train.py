@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from functools import partial
+from importlib.util import find_spec
 from types import FrameType
 
 import torch
@@ -19,7 +20,11 @@ from kalm_min.data import TrainingData
 from kalm_min.options import DataConfig, TrainConfig
 from kalm_min.training import checkpoint, distributed
 from kalm_min.training.checkpoint import open_model
-from kalm_min.training.trainer import LogLine, Trainer
+from kalm_min.training.prompts import describe
+from kalm_min.training.tracking import LogLine
+from kalm_min.training.trainer import Trainer
+
+_NEGATIVES = ("hard", "in_batch", "cross_device", "query_query", "document_document", "mixed")
 
 say = partial(print, file=sys.stderr, flush=True)
 
@@ -62,7 +67,11 @@ def open_data(config: DataConfig) -> tuple[TrainingData, TrainingData | None]:
 def train(config: TrainConfig, device: torch.device) -> int:
     """Start or resume the run; return the exit code."""
     is_main, text = distributed.rank() == 0, to_toml(config)
-    resume = checkpoint.claim(config.output, text)
+    if (tracker := config.training.log_to) and not find_spec(tracker):
+        raise ValueError(
+            f"--training.log-to: expected the package {tracker}, found none; pip install {tracker}"
+        )
+    resume, damaged = checkpoint.claim(config.output, text)
     if len({*distributed.gather_objects(resume)}) > 1:  # no process writes before all have looked
         raise ValueError(
             f"{config.output}: expected one folder that all processes share, found other "
@@ -70,12 +79,18 @@ def train(config: TrainConfig, device: torch.device) -> int:
         )
     data, validation = distributed.rank_zero_first(partial(open_data, config.data))
     model = open_model(config.model, resume, device, config.lora)
-    trainer = Trainer(model, data, validation, config.output, config, resume)
+    trainer = Trainer(
+        model, data, validation, config.output, config, resume, config.model.query_prompt
+    )
     if is_main:
         checkpoint.write_description(config.output, text, device)
+        attention = None if resume else checkpoint.change_of_attention(config.model)
+        for remark in (*damaged, attention, *trainer.remarks):
+            if remark:
+                say(remark)
         say(
             f"{len(data):,} examples in {len(data.task_names)} tasks, {trainer.total_steps:,} steps "
-            f"of {config.sampling.batch_size} queries on {distributed.world_size()} process(es), "
+            f"of {trainer.recipe.sampling.batch_size} queries on {distributed.world_size()} process(es), "
             f"{device.type}" + (f", resuming from step {trainer.step}" if resume else "")
         )
     signals: list[int] = []
@@ -88,16 +103,22 @@ def train(config: TrainConfig, device: torch.device) -> int:
         signal.signal(number, stop)
     progress = Progress(trainer.total_steps, "steps", sys.stderr, title="train", done=trainer.step)
     with progress:
-        stopped = trainer.run(partial(show, progress), signals)
+        told: set[str] = set()
+        stopped = trainer.run(lambda line: show(progress, line, told), signals)
     if is_main and stopped:
         say(f"stopped after step {trainer.step}; the same command continues from there")
     elif is_main:
-        say(f"finished: {config.output / 'final'}")
+        if trainer.step < trainer.total_steps:
+            patience = config.training.patience
+            say(
+                f"stopped early, after step {trainer.step}: no better MRR in {patience} validations"
+            )
+        say(f"finished: {config.output / 'final'}; {describe(model.prompts)}")
     return 128 + stopped if stopped else 0
 
 
-def show(progress: Progress, line: LogLine) -> None:
-    """Show a line of the log."""
+def show(progress: Progress, line: LogLine, told: set[str]) -> None:
+    """Show a line of the log; `told` are the tasks about which was warned."""
     if scores := line.get("validation"):
         progress.line(
             f"step {line['step']}: accuracy@1 {scores['accuracy']:.3f}, MRR {scores['mrr']:.3f}; "
@@ -109,6 +130,12 @@ def show(progress: Progress, line: LogLine) -> None:
     else:
         speed = f"{line['tokens_per_second']:,} tokens/s"
         progress.update(1, f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, {speed}")
+        if not any(line[kind] for kind in _NEGATIVES) and line["task"] not in told:
+            told.add(line["task"])
+            progress.line(
+                f"step {line['step']}: no query of task {line['task']} has a negative, so nothing is "
+                'learned; give its lines "neg", or set in_batch_negatives = true'
+            )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from kalm_min.settings import Pooling, check_template
 
 
 class Range(NamedTuple):
-    """The numbers that a setting, or every item of a list, may be. None is never out of range."""
+    """The finite numbers that a setting, or every item of a list, may be; None is always in range."""
 
     low: float
     high: float = math.inf
@@ -25,18 +25,21 @@ class Range(NamedTuple):
             return all(map(self.holds, value))
         if not isinstance(value, int | float):
             return value is None
-        return self.low <= value <= self.high and not (self.is_open and value == self.low)
+        inside = self.low <= value <= self.high and abs(value) < math.inf
+        return inside and not (self.is_open and value == self.low)
 
     def __str__(self) -> str:
         """`at least 1`, `more than 0` or `0 to 1`."""
         if self.is_open:
             return f"more than {self.low:g}"
-        return (
-            f"at least {self.low:g}" if self.high == math.inf else f"{self.low:g} to {self.high:g}"
-        )
+        if self.high == math.inf:
+            return f"at least {self.low:g}"
+        return f"{self.low:,.15g} to {self.high:,.15g}"
 
 
-COUNT, ANY_COUNT, POSITIVE, SHARE = Range(1), Range(0), Range(0, is_open=True), Range(0, 1)
+# What cannot be a typing error: no count is beyond a billion.
+COUNT, ANY_COUNT, SIZE = Range(1, 10**9), Range(0, 10**9), Range(1, 2**17)
+POSITIVE, SHARE, TEMPERATURE = Range(0, is_open=True), Range(0, 1), Range(1e-6, 1e6)
 COSINE = Range(-1, 1)
 
 
@@ -58,15 +61,15 @@ class ModelSource(Ranged):
 
     path: Annotated[str | None, "Checkpoint to start from: a folder or a hub id."] = None
     tokenizer: Annotated[Path | None, "Folder of the tokenizer of a fresh model."] = None
-    hidden_size: Annotated[
-        int, "Dimension of a fresh model's hidden states and vectors.", COUNT
-    ] = 256
-    intermediate_size: Annotated[
-        int, "Dimension of a fresh model's feed-forward layers.", COUNT
-    ] = 1024
-    num_hidden_layers: Annotated[int, "Layers of a fresh model.", COUNT] = 4
-    num_attention_heads: Annotated[int, "Query heads of a fresh model.", COUNT] = 4
-    num_key_value_heads: Annotated[int, "Key/value heads of a fresh model.", COUNT] = 2
+    hidden_size: Annotated[int, "Dimension of a fresh model's hidden states and vectors.", SIZE] = (
+        256
+    )
+    intermediate_size: Annotated[int, "Dimension of a fresh model's feed-forward layers.", SIZE] = (
+        1024
+    )
+    num_hidden_layers: Annotated[int, "Layers of a fresh model.", Range(1, 1000)] = 4
+    num_attention_heads: Annotated[int, "Query heads of a fresh model.", Range(1, 1024)] = 4
+    num_key_value_heads: Annotated[int, "Key/value heads of a fresh model.", Range(1, 1024)] = 2
     initializer_range: Annotated[
         float, "Standard deviation of a fresh model's weights.", Range(0, 10)
     ] = 0.02
@@ -82,6 +85,11 @@ class ModelSource(Ranged):
     ] = 512
     instruction_template: Annotated[
         str | None, "Template of a prompt, with {instruction}; none: the checkpoint's."
+    ] = None
+    query_prompt: Annotated[
+        str | None,
+        "Prompt that the model stores for queries, also for those trained without an instruction; "
+        "none: that of the instruction, else the checkpoint's.",
     ] = None
 
     def __post_init__(self) -> None:
@@ -100,7 +108,7 @@ class ModelSource(Ranged):
 class LoRAConfig(Ranged):
     """Low-rank adapters on a frozen checkpoint instead of training all its weights."""
 
-    rank: Annotated[int, "Rank of the updates; 0 trains all weights.", ANY_COUNT] = 0
+    rank: Annotated[int, "Rank of the updates; 0 trains all weights.", Range(0, 2**17)] = 0
     alpha: Annotated[float, "The updates are multiplied by alpha / rank.", POSITIVE] = 32.0
     target_modules: Annotated[
         tuple[str, ...], "Names, or their last parts, of the projections that get an update."
@@ -143,29 +151,31 @@ class SamplingConfig(Ranged):
 class LossConfig(Ranged):
     """The loss of a step; the defaults are those of the public fine-tuning script."""
 
-    temperature: Annotated[float, "Divides the cosine similarity.", POSITIVE] = 0.01
+    temperature: Annotated[float, "Divides the cosine similarity.", TEMPERATURE] = 0.01
     gamma: Annotated[
-        float, "Exponent of the focal weight (1 - p)^gamma; V2 uses 0.5.", Range(0)
+        float, "Exponent of the focal weight (1 - p)^gamma; V2 uses 0.5.", Range(0, 100)
     ] = 0.0
     matryoshka_dims: Annotated[
         tuple[int, ...], "Leading dimensions to train for use alone.", COUNT
     ] = ()
-    matryoshka_weights: Annotated[tuple[float, ...], "One weight per dimension.", Range(0)] = ()
+    matryoshka_weights: Annotated[tuple[float, ...], "One weight per dimension.", POSITIVE] = ()
     mixing: Annotated[bool, "Add two negatives per query, mixed from its own (V2)."] = False
     distillation_weight: Annotated[
         float, "Share of the KL term in the loss; V2.5 uses 0.7.", SHARE
     ] = 0.0
     distillation_temperature: Annotated[
-        float, "Divides both models' scores in the KL.", POSITIVE
+        float, "Divides both models' scores in the KL.", TEMPERATURE
     ] = 0.05
     memory_gib: Annotated[
-        float, "GiB for scores; beyond it, they are computed twice.", POSITIVE
+        float, "GiB for scores; beyond it, they are computed twice.", Range(1e-9, 1e6)
     ] = 1.0
     mask_false_negatives: Annotated[
         bool, "Exclude a query's known positives, its own text and its class from its negatives."
     ] = True
     false_negative_margin: Annotated[
-        float | None, "Mask negatives with a cosine above the positive's plus this; Qwen3: 0.1."
+        float | None,
+        "Mask negatives with a cosine above the positive's plus this; Qwen3: 0.1.",
+        Range(-2, 2),
     ] = None
     query_negatives: Annotated[bool, "Use the other queries of a batch as negatives."] = False
     document_negatives: Annotated[bool, "Use a query's negatives as its positive's too."] = False
@@ -196,8 +206,11 @@ class OptimizerConfig(Ranged):
     weight_decay: Annotated[
         float, "Decay of weight matrices; biases and norms never decay.", Range(0)
     ] = 0.0
-    betas: Annotated[tuple[float, float], "Decay rates of both moments.", SHARE] = (0.9, 0.999)
-    eps: Annotated[float, "Added to the square root of the second moment.", Range(0)] = 1e-8
+    betas: Annotated[tuple[float, float], "Decay rates of both moments.", Range(0, 0.999999)] = (
+        0.9,
+        0.999,
+    )
+    eps: Annotated[float, "Added to the square root of the second moment.", POSITIVE] = 1e-8
     max_grad_norm: Annotated[
         float, "L2 norm to which all gradients together are clipped.", POSITIVE
     ] = 1.0
@@ -226,6 +239,12 @@ class LoopConfig(Ranged):
     ] = "stop"
     validate_every: Annotated[int, "Steps between validations.", COUNT] = 500
     validation_limit: Annotated[int, "Pairs per held-out task that a validation uses.", COUNT] = 500
+    patience: Annotated[
+        int | None, "Stop after so many validations without a better MRR; none: never.", COUNT
+    ] = None
+    log_to: Annotated[
+        Literal["tensorboard", "wandb"] | None, "Where the log is shown, besides log.jsonl."
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -74,7 +74,11 @@ CONFINED = {
     "faiss": ("kalm_min.topk",),
     "mteb": MTEB_SIDE,
     "datasets": MTEB_SIDE,
-    "matplotlib": ("kalm_min.mining.report", "kalm_min.evaluation.report"),
+    "matplotlib": (
+        "kalm_min.mining.report",
+        "kalm_min.evaluation.report",
+        "kalm_min.training.tracking",
+    ),
     "pyarrow": ("kalm_min.convert",),
     "transformers": (),
     "sentence_transformers": ("kalm_min.check",),

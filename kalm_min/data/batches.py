@@ -47,7 +47,14 @@ class TextBatch:
 
 
 def collate(
-    examples: Sequence[Example], *, num_negatives: int, template: str, epoch: int, seed: int
+    examples: Sequence[Example],
+    *,
+    num_negatives: int,
+    template: str,
+    epoch: int,
+    seed: int,
+    query_prompt: str = "",
+    document_prompt: str = "",
 ) -> TextBatch:
     """Draw the documents of each example and join them into one batch.
 
@@ -57,10 +64,12 @@ def collate(
     Args:
         examples: at least one.
         num_negatives: the maximum per query; a row with fewer negatives is not padded.
-        template: turns an instruction into a prompt through its field {instruction}. An example
-            without an instruction has no prompt.
+        template: turns an instruction into a prompt through its field {instruction}.
         epoch: positives and negatives are drawn anew in each epoch.
         seed: the run's seed.
+        query_prompt: put before queries that have no instruction; "" is one, and means no prompt.
+        document_prompt: put before documents, unless the task is symmetric: then they get the
+            query's prompt.
     """
     assert examples, "a batch needs an example"
     queries, labels = list[str](), list[int]()
@@ -84,7 +93,9 @@ def collate(
         if len(negatives) > 1:
             mix_pair[number] = rng.permutation(len(negatives))[:2]
 
-        prompt = fill_template(template, example.instruction)
+        instruction = example.instruction
+        prompt = query_prompt if instruction is None else fill_template(template, instruction)
+        before = prompt if example.symmetric else document_prompt
         queries.append(prompt + example.query)
         labels.append(len(documents))
         teacher = example.positive_scores[chosen] if example.positive_scores else np.nan
@@ -92,8 +103,7 @@ def collate(
         for text, group, score in [positive, *negatives]:
             # With the task, so that label "1" of one task is not label "1" of another.
             group_hash = 0 if group is None else text_hash(json.dumps([example.task, group]))
-            prompted = prompt + text if example.symmetric else text
-            documents.append((prompted, text, number, group_hash, score))
+            documents.append((before + text, text, number, group_hash, score))
     prompted_texts, texts, owner, group_hashes, teacher_scores = zip(*documents, strict=True)
     document_groups = np.array(group_hashes, np.int64)
     return TextBatch(

@@ -83,7 +83,7 @@ class TrainingData:
     ) -> None:
         path = Path(path)
         self._reopen = partial(type(self), path, instruction=instruction, cache_dir=cache_dir)
-        self._instruction = instruction
+        self.instruction = instruction
         files = [(name, JsonlFile(file, cache_dir)) for name, file in _find_files(path)]
         checked = check_all(path, [file for _, file in files], progress)
         tasks: dict[str, list[Segment]] = {}
@@ -143,7 +143,7 @@ class TrainingData:
             record["pos_scores"] = record["neg_scores"] = None
         given = (record.get("pos_scores"), record.get("neg_scores"))
         scores = [None if some is None else tuple(map(float, some)) for some in given]
-        instructions = (record.get("instruction"), settings.instruction, self._instruction)
+        instructions = (record.get("instruction"), settings.instruction, self.instruction)
         return Example(
             query=record["query"],
             positives=tuple(record.get("pos") or ()),

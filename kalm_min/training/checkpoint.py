@@ -10,13 +10,17 @@ rate are pure functions of the seed, the epoch and the step. Nothing is pickled.
 
 import json
 import platform
+import re
 import shutil
 import tomllib
+import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from safetensors import safe_open
@@ -30,10 +34,12 @@ from torch.distributed.checkpoint.state_dict import (
 
 from kalm_min.embedder import Embedder
 from kalm_min.files import (
+    Object,
     atomic_directory,
     differences,
+    digest,
     flatten,
-    read_json,
+    read_jsonl,
     read_toml,
     write_json,
     write_text,
@@ -41,10 +47,21 @@ from kalm_min.files import (
 from kalm_min.model import ModelConfig, Qwen2, initialise
 from kalm_min.model.lora import ADAPTER_CONFIG, Adapter, add_adapter, load_adapter
 from kalm_min.options import LoRAConfig, ModelSource
+from kalm_min.schema import Field, is_number, is_whole, read_object
+from kalm_min.settings import open_folder
 from kalm_min.tokenizer import Tokenizer
 from kalm_min.training import distributed, parallel
 
 _STATE, _OPTIMIZER = "state.json", "optimizer.safetensors"
+_TABLE = partial(Field, "an object", lambda value: isinstance(value, dict))
+_FIELDS = {
+    "step": Field("a whole number above 0", partial(is_whole, least=1), required=True),
+    "sampler": _TABLE(required=True),  # its fingerprint; the position follows from the step
+    "validation": Field("a number", is_number),  # the score at this step, if there is one
+    "sources": _TABLE(),  # digests of what the run was started with: see Trainer
+    "prompts": _TABLE(),  # the prompts of texts without an instruction: see Trainer
+    "files": _TABLE(),  # the name and `_head` of every other file
+}
 
 # Shards are joined one tensor at a time, on the CPU of rank 0; other ranks get nothing.
 _ALL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -90,6 +107,8 @@ def open_model(
         )
     if source.instruction_template is not None:
         embedder.instruction_template = source.instruction_template
+    if source.query_prompt is not None:
+        embedder.prompts["query"] = source.query_prompt
     if lora is not None and source.path is not None:
         folder = Path(source.path).expanduser()
         if (folder / ADAPTER_CONFIG).is_file():
@@ -105,6 +124,18 @@ def open_model(
     return embedder
 
 
+def change_of_attention(source: ModelSource) -> str | None:
+    """A sentence, if the model is trained with another attention than its checkpoint states."""
+    if source.path is None or source.causal is None:
+        return None
+    with suppress(ValueError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # opening the model warns
+        if open_folder(source.path).settings.causal != source.causal:
+            now, before = ("causal", "bidirectional")[:: 1 if source.causal else -1]
+            return f"{source.path} has {before} attention; it is trained with {now} attention"
+    return None
+
+
 def save(
     root: Path, embedder: Embedder, optimizer: torch.optim.Optimizer, state: Mapping[str, object]
 ) -> None:
@@ -112,8 +143,7 @@ def save(
 
     A folder that `Embedder.from_pretrained` opens (a model, or with LoRA an adapter, whose base stays
     where it is), plus `optimizer.safetensors` ("step/", "exp_avg/" and "exp_avg_sq/" before each
-    parameter's name) and `state.json`: "step", "sampler" (position and fingerprint), "validation"
-    (the score at this step, or null). It appears in one rename.
+    parameter's name) and `state.json`: `state` and what `whole` needs. It appears in one rename.
     """
     weights = cast("dict[str, Tensor]", get_model_state_dict(embedder.model, options=_TRAINABLE))
     moments: dict[str, Tensor] = {}
@@ -122,11 +152,22 @@ def save(
         for name, values in cast("dict[str, dict[str, Tensor]]", full.get("state", {})).items():
             moments |= {f"{kind}/{name}": value for kind, value in values.items()}
     if distributed.rank() == 0:
-        with atomic_directory(root / f"step_{state['step']:08d}") as folder:
+        path = root / f"step_{state['step']:08d}"
+        if path.exists():  # a damaged one
+            _remove(path)
+        with atomic_directory(path) as folder:
             embedder.write_files(folder, weights, merged=False)
             save_file(moments, folder / _OPTIMIZER)
-            write_json(folder / _STATE, state)
+            files = sorted(file for file in folder.rglob("*") if file.is_file())
+            heads = {file.relative_to(folder).as_posix(): _head(file) for file in files}
+            write_json(folder / _STATE, {**state, "files": heads})
     distributed.barrier()
+
+
+def _head(path: Path) -> str:
+    """A digest of a file's size and first MiB: all of a small one, the header of a large one."""
+    with path.open("rb") as file:
+        return digest(str(path.stat().st_size), file.read(1 << 20))
 
 
 def save_model(path: Path, embedder: Embedder) -> None:
@@ -165,41 +206,64 @@ def restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optim
             }
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """The `state` with which the checkpoint `path` was saved."""
-    return read_json(path / _STATE)
+def read_state(path: Path) -> Object:
+    """The `state` with which the checkpoint `path` was saved. Raises ValueError if it is damaged."""
+    state = read_object(path / _STATE, _FIELDS)
+    if path.name != f"step_{state['step']:08d}":
+        raise ValueError(f"{path / _STATE}: expected the step of its folder, found {state['step']}")
+    for name, head in state.get("files", {}).items():
+        if not (path / name).is_file() or _head(path / name) != head:
+            raise ValueError(f"{path / name}: expected the file that was saved, found another")
+    return state
+
+
+def whole(root: Path) -> tuple[dict[Path, Object], dict[Path, str]]:
+    """The states of the whole checkpoints by folder, first to last, and what is wrong with others."""
+    states: dict[Path, Object] = {}
+    damaged: dict[Path, str] = {}
+    for path in sorted(root.glob("step_*")):
+        if re.fullmatch(r"step_\d{8,}", path.name):
+            try:
+                states[path] = read_state(path)
+            except (ValueError, OSError) as error:
+                damaged[path] = str(error)
+    return dict(sorted(states.items(), key=lambda item: item[1]["step"])), damaged
 
 
 def newest(root: Path) -> Path | None:
-    """The checkpoint of the highest step, if any. Unfinished ones have other names."""
-    return max(root.glob("step_*"), default=None)
+    """The whole checkpoint of the highest step, if any."""
+    return next(reversed(whole(root)[0]), None)
 
 
-def best(root: Path) -> Path | None:
+def best(states: Mapping[Path, Object]) -> Path | None:
     """The checkpoint with the highest validation score, the first of equals; None without any."""
-    states = ((path, read_state(path).get("validation")) for path in sorted(root.glob("step_*")))
-    scores = {path: score for path, score in states if score is not None}
+    scores = {path: state["validation"] for path, state in states.items() if "validation" in state}
     return max(scores, key=scores.__getitem__, default=None)
 
 
 def prune(root: Path, keep: int) -> None:
     """Delete all but the best and `keep` newest checkpoints, and remains of interrupted writes."""
-    for unfinished in root.glob(".step_*.tmp"):
-        shutil.rmtree(unfinished)
-    kept = [best(root), *sorted(root.glob("step_*"))[-keep:]]
-    for old in set(root.glob("step_*")).difference(kept):
-        # Renamed first, so that a kill in the middle leaves no folder that looks complete.
-        shutil.rmtree(old.rename(old.with_name(f".{old.name}.tmp")))
+    for unfinished in [*root.glob(".*.tmp"), *root.parent.glob(".*.tmp")]:
+        shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
+    states, _ = whole(root)
+    for old in set(states).difference([best(states), *list(states)[-keep:]]):
+        _remove(old)
 
 
-def claim(output: Path, config_toml: str) -> Path | None:
-    """Check that `output` is free or of this configuration; return the newest checkpoint.
+def _remove(path: Path) -> None:
+    """Delete a checkpoint; renamed first, so that a kill leaves no folder that looks whole."""
+    shutil.rmtree(path.rename(path.with_name(f".{path.name}.tmp")))
 
-    Raises ValueError naming the settings that differ.
+
+def claim(output: Path, config_toml: str) -> tuple[Path | None, list[str]]:
+    """Check that `output` is free or of this configuration.
+
+    Returns the newest whole checkpoint, and a sentence about each damaged one. Raises ValueError
+    naming the settings that differ, or if all checkpoints are damaged.
     """
-    path, checkpoint = output / "config.toml", newest(output / "checkpoints")
+    path, (states, damaged) = output / "config.toml", whole(output / "checkpoints")
     # If nothing has been trained, there is nothing to protect.
-    if checkpoint is not None and path.is_file():
+    if states and path.is_file():
         old, new = (
             {f"--{name.replace('_', '-')}": value for name, value in flatten(table)}
             for table in (read_toml(path), tomllib.loads(config_toml))
@@ -209,7 +273,14 @@ def claim(output: Path, config_toml: str) -> Path | None:
                 f"{output} holds a run with other settings ({changed}); "
                 "give another --output, or delete the folder"
             )
-    return checkpoint
+    if damaged and not states:
+        *_, error = damaged.values()
+        raise ValueError(
+            f"{output / 'checkpoints'}: expected a whole checkpoint, found none ({error}); delete "
+            "the folder to start over"
+        )
+    remarks = [f"{error}; delete the folder {path}" for path, error in damaged.items()]
+    return next(reversed(states), None), remarks
 
 
 def write_description(output: Path, config_toml: str, device: torch.device) -> None:
@@ -229,14 +300,15 @@ def write_description(output: Path, config_toml: str, device: torch.device) -> N
     write_json(output / "environment.json", environment)
 
 
-def cut_log(path: Path, last_step: int) -> None:
-    """Drop what was logged after the step to resume from, and a last line that a kill tore."""
-    if not path.is_file():
-        return
-    kept = ""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            kept += f"{line}\n" if json.loads(line)["step"] <= last_step else ""
-        except json.JSONDecodeError:
-            break
-    write_text(path, kept)
+def cut_log(path: Path, last_step: int) -> list[Object]:
+    """Drop what was logged after the step to resume from, and from a line that a kill tore on.
+
+    Returns what is left.
+    """
+    lines: list[Object] = []
+    if path.is_file():
+        with suppress(ValueError, TypeError):
+            for _, line in read_jsonl(path):
+                lines += [line] if line.get("step") <= last_step else []
+        write_text(path, "".join(f"{json.dumps(line)}\n" for line in lines))
+    return lines

@@ -14,11 +14,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,22 +25,25 @@ from torch import Tensor, nn
 
 from kalm_min.data import TrainingData, collate
 from kalm_min.embedder import Embedder, fastest_safe_dtype
+from kalm_min.files import checkpoint_folders, hash_checkpoint
 from kalm_min.model import Packed, pool
 from kalm_min.options import OptimizerConfig, Recipe
 from kalm_min.sampling import TaskBatchSampler, task_draws
 from kalm_min.tokenizer import prefetch
 from kalm_min.training import checkpoint, distributed, parallel
+from kalm_min.training.prompts import trained_prompts
 from kalm_min.training.step import TokenBatch, contrastive_step, tokenize
+from kalm_min.training.tracking import LogLine, draw_curve, open_tracker
 from kalm_min.training.validation import validate
 
 _PREPARED = 4  # batches tokenized ahead of the step
 _NAMED = 20  # examples of a failed step that the error names
+_EARLY = 1 << 16  # in the place of a signal's number: the validation shows no progress
+_CURVE = 30  # steps from which on a run gets a picture
 
 # glibc keeps the fragments that chunks of varying sizes leave: 7 GiB with a model of 0.03 GiB.
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 _TRIM_EVERY = 16  # steps on a CPU
-
-LogLine = dict[str, Any]  # a line of log.jsonl: a step's, or {"step": ..., "validation": ...}
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -77,23 +79,22 @@ class Trainer:
     output: Path  # the run's folder
     recipe: Recipe
     resume: Path | None = None  # a checkpoint of this run
+    query_prompt: str | None = None  # that the model stores, whatever the instructions
 
     def __post_init__(self) -> None:
-        data, sampling, loop = self.data, self.recipe.sampling, self.recipe.training
-        dimension, device = self.embedder.dimension, self.embedder.device
-        if (largest := max(self.recipe.loss.matryoshka_dims, default=0)) > dimension:
-            raise ValueError(
-                f"--loss.matryoshka-dims: expected at most {dimension}, the dimension of the model, "
-                f"found {largest}"
-            )
+        data, device, embedder = self.data, self.embedder.device, self.embedder
+        self.remarks: list[str] = []
+        """What was changed to fit the model and the data, a sentence each."""
         if self.recipe.loss.distillation_weight:
             data.require_scores()
         draws = task_draws(
             data.task_sizes,
             weights=[task.weight for task in data.settings],
             caps=[task.max_examples for task in data.settings],
-            size_exponent=sampling.size_exponent,
+            size_exponent=self.recipe.sampling.size_exponent,
         )
+        self._fit(sum(draws))
+        sampling, loop = self.recipe.sampling, self.recipe.training
         self.sampler = TaskBatchSampler(
             data.task_sizes,
             sampling.batch_size,
@@ -107,16 +108,72 @@ class Trainer:
         self.total_steps = min(loop.epochs * len(self.sampler), loop.max_steps or sys.maxsize)
         auto = loop.precision == "auto" and fastest_safe_dtype(device) is torch.bfloat16
         bfloat16 = auto or loop.precision == "bfloat16"
-        self.model = parallel.wrap(self.embedder.model, self.recipe.parallel, bfloat16=bfloat16)
+        self.model = parallel.wrap(embedder.model, self.recipe.parallel, bfloat16=bfloat16)
         self.sharded = parallel.is_sharded(self.model)
         autocast = bfloat16 and not self.sharded
         self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=autocast)
-        self.optimizer = build_optimizer(self.embedder.model, self.recipe.optimizer)
+        self.optimizer = build_optimizer(embedder.model, self.recipe.optimizer)
+        base = [embedder.adapter.base] if embedder.adapter and distributed.rank() == 0 else []
+        digests = [hash_checkpoint(*checkpoint_folders(name)) for name in base]
+        self.sources = {
+            "--data.path": data.fingerprint,
+            "--data.validation": self.validation.fingerprint if self.validation else None,
+            "--model.path": next(iter(distributed.gather_objects(digests)[0]), None),
+        }
+        self.prompts = dict(embedder.prompts)  # of texts without an instruction
         if self.resume is not None:
-            state = checkpoint.read_state(self.resume)
-            checkpoint.restore_optimizer(self.resume, self.embedder.model, self.optimizer)
-            self.step = state["step"]
-            self.sampler.load_state_dict(state["sampler"])
+            self._restore(self.resume)
+        template = embedder.instruction_template
+        embedder.prompts = trained_prompts(data, draws, template, self.prompts)
+        if self.query_prompt is not None:
+            embedder.prompts["query"] = self.query_prompt
+
+    def _fit(self, examples: int) -> None:
+        """Lower the batch size to an epoch of so many examples, and slices to the model."""
+        sampling, loss, full = self.recipe.sampling, self.recipe.loss, self.embedder.dimension
+        if examples < sampling.batch_size:
+            # Whatever the number of processes, so that a run may resume on more or fewer.
+            size = examples // 8 * 8 or examples // 2 * 2 or sampling.batch_size
+            self.remarks.append(
+                f"an epoch has {examples} examples: the batch is lowered from {sampling.batch_size} "
+                f"to {size} queries"
+            )
+            sampling = replace(sampling, batch_size=size)
+        slices = sorted(zip(loss.matryoshka_dims, loss.matryoshka_weights, strict=True))
+        if large := [dim for dim, _ in slices if dim > full]:
+            self.remarks.append(
+                f"the model has {full} dimensions: of --loss.matryoshka-dims, "
+                f"{' and '.join(map(str, large))} are dropped, and the full vector has the weight of "
+                f"{large[-1]}"
+            )
+            fitting = {min(dim, full): weight for dim, weight in slices}
+            dims, weights = tuple(fitting), tuple(fitting.values())
+            loss = replace(loss, matryoshka_dims=dims, matryoshka_weights=weights)
+        self.recipe = replace(self.recipe, sampling=sampling, loss=loss)
+
+    def _restore(self, path: Path) -> None:
+        """Continue from a checkpoint. Raises ValueError if it is not one of this run."""
+        state = checkpoint.read_state(path)
+        for name, now in self.sources.items():
+            if state.get("sources", self.sources).get(name) != now:
+                raise ValueError(
+                    f"{path}: cannot resume: expected {name} to hold what it held when the run began, "
+                    "found other content (lines, settings of tasks or weights); restore it, or give "
+                    "another --output"
+                )
+        self.step = state["step"]
+        if self.step > self.total_steps:
+            raise ValueError(
+                f"{path}: cannot resume: expected a step of at most {self.total_steps}, the length "
+                f"of the run, found {self.step}; delete the folder"
+            )
+        epoch, step = divmod(self.step, len(self.sampler))
+        try:
+            self.sampler.load_state_dict(state["sampler"] | {"epoch": epoch, "step": step})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        checkpoint.restore_optimizer(path, self.embedder.model, self.optimizer)
+        self.prompts = state.get("prompts", self.prompts)
 
     def run(self, report: Callable[[LogLine], None], signals: Sequence[int] = ()) -> int:
         """Train to the end; return 0, or the number of the signal that stopped the run.
@@ -130,29 +187,51 @@ class Trainer:
         """
         loop, is_main = self.recipe.training, distributed.rank() == 0
         checkpoints, log_path = self.output / "checkpoints", self.output / "log.jsonl"
+        shown: list[Callable[[LogLine], None]] = []
+        scores: list[float] = []  # of all validations so far, on rank 0
         if is_main:
             checkpoint.prune(checkpoints, loop.keep_checkpoints)
-            checkpoint.cut_log(log_path, self.step)
+            lines = checkpoint.cut_log(log_path, self.step)
+            scores += [line["validation"]["mrr"] for line in lines if "validation" in line]
+            shown = [report]
+            if loop.log_to:
+                shown.append(open_tracker(loop.log_to, self.output, self.step))
+
+        def check_folder() -> None:
+            """Raise OSError if the folder, or the log in it, was removed or replaced."""
+            if is_main and not (
+                log_path.exists() and os.path.samestat(log_path.stat(), os.fstat(log.fileno()))
+            ):
+                raise OSError(f"{log_path}: expected the log of this run, found it removed")
 
         def write(line: LogLine) -> None:
+            check_folder()
             log.write(json.dumps(line) + "\n")
             log.flush()
-            if is_main:
-                report(line)
+            for show in shown:
+                show(line)
 
         def validated() -> float | None:
             """Validate on every process; return the score by which checkpoints are kept."""
             if self.validation is None:
                 return None
             size, limit = self.recipe.sampling.batch_size, loop.validation_limit
-            scores = validate(
+            found = validate(
                 self.validation, self.embedder, self.autocast, size, limit, together=self.sharded
             )
-            write({"step": self.step, "validation": scores})
-            return scores["mrr"]
+            write({"step": self.step, "validation": found})
+            if is_main:
+                scores.append(found["mrr"])
+            return found["mrr"]
 
         def is_due(every: int) -> bool:
             return self.step % every == 0 or self.step == self.total_steps
+
+        def reason_to_stop() -> int:
+            """The number of a signal on any process, _EARLY without progress for long, or 0."""
+            waited = len(scores) - 1 - scores.index(max(scores)) if scores else 0
+            early = _EARLY if loop.patience and waited >= loop.patience else 0
+            return distributed.max_over_ranks(max([*signals, early]), self.embedder.device)
 
         # Without a checkpoint a run starts over, even if an earlier start has logged steps.
         mode = "a" if self.step else "w"
@@ -160,8 +239,9 @@ class Trainer:
             if self.step == 0:
                 validated()
             clock = time.perf_counter()
-            remaining = islice(self._order(), self.total_steps - self.step)
-            for batch in prefetch(self._tokenize, remaining, _PREPARED):
+            stop = reason_to_stop()
+            left = 0 if stop == _EARLY else self.total_steps - self.step
+            for batch in prefetch(self._tokenize, islice(self._order(), left), _PREPARED):
                 line = self._train_step(*batch)
                 self.step += 1
                 now = time.perf_counter()
@@ -169,19 +249,29 @@ class Trainer:
                 speed = round(line["tokens"] / seconds)
                 write(line | {"tokens_per_second": speed, "seconds": round(seconds, 4)})
                 score = validated() if is_due(loop.validate_every) else None
-                stop = distributed.max_over_ranks(max(signals, default=0), self.embedder.device)
+                stop = reason_to_stop()
                 if stop or is_due(loop.save_every):
                     if is_main:
                         os.fsync(log.fileno())  # no checkpoint may be ahead of the log on disk
                     epoch, step = divmod(self.step, len(self.sampler))
-                    sampler = self.sampler.state_dict() | {"epoch": epoch, "step": step}
-                    state = {"step": self.step, "sampler": sampler, "validation": score}
+                    state = {
+                        "step": self.step,
+                        "sampler": self.sampler.state_dict() | {"epoch": epoch, "step": step},
+                        "validation": score,
+                        "sources": self.sources,
+                        "prompts": self.prompts,
+                    }
                     checkpoint.save(checkpoints, self.embedder, self.optimizer, state)
                     if is_main:
                         checkpoint.prune(checkpoints, loop.keep_checkpoints)
                 if stop and self.step < self.total_steps:
-                    return stop
-        checkpoint.save_model(self.output / "final", self.embedder)
+                    break
+            if 0 < stop < _EARLY and self.step < self.total_steps:
+                return stop
+            checkpoint.save_model(self.output / "final", self.embedder)
+            check_folder()
+        if is_main and self.step >= _CURVE:
+            draw_curve(self.output)
         return 0
 
     def _order(self) -> Iterator[tuple[list[int], int]]:
@@ -196,7 +286,13 @@ class Trainer:
         sampling = self.recipe.sampling
         draw = {"epoch": epoch, "seed": sampling.seed, "num_negatives": sampling.num_negatives}
         examples = [self.data.example(i, **draw) for i in indices]
-        text = collate(examples, template=self.embedder.instruction_template, **draw)
+        text = collate(
+            examples,
+            template=self.embedder.instruction_template,
+            query_prompt=self.prompts["query"],
+            document_prompt=self.prompts["document"],
+            **draw,
+        )
         tokens = tokenize(text, self.embedder.tokenizer, max_length=self.embedder.max_length)
         tasks = {self.data.task_names[example.task] for example in examples}
         return indices, tasks.pop() if len(tasks) == 1 else "mixed", tokens

@@ -12,6 +12,7 @@ from kalm_min.data import TrainingData, collate
 from kalm_min.embedder import Embedder
 from kalm_min.losses import non_candidates
 from kalm_min.training import distributed
+from kalm_min.training.prompts import prompt_of
 from kalm_min.training.step import contrastive_batch
 
 
@@ -26,6 +27,7 @@ def validate(
 ) -> dict[str, float]:
     """Accuracy@1 and mean reciprocal rank over the first `limit` pairs of each held-out task.
 
+    Queries without an instruction get the prompt that the model stores for their task, or for all.
     Texts are encoded inside `autocast()`; with `together` every process encodes all of them, as a
     sharded model requires, otherwise its share.
 
@@ -40,7 +42,14 @@ def validate(
         examples = [data[start + i] for i in range(min(size, limit))]
         start += size
         template, draw = embedder.instruction_template, {"epoch": 0, "seed": 0}
-        text = collate(examples, num_negatives=10**6, template=template, **draw)
+        text = collate(
+            examples,
+            num_negatives=10**6,
+            template=template,
+            query_prompt=prompt_of(name, embedder.prompts),
+            document_prompt=embedder.prompts["document"],
+            **draw,
+        )
         unique = list(dict.fromkeys([*text.queries, *text.documents]))
         shares = [unique[rank::processes] for rank in range(processes)]
         with autocast():

@@ -1,10 +1,13 @@
 """Starting train.py as a user does, and reading what a run left."""
 
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +33,23 @@ def run(arguments, output, *extra, processes=1):
     return subprocess.run(
         line, capture_output=True, text=True, env=environment(), timeout=PATIENCE, check=False
     )
+
+
+def start(arguments, output, *extra):
+    """Run in this process, without the start of another; the exit code and what was said."""
+    import train
+
+    said = io.StringIO()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    train.say = lambda text: said.write(f"{text}\n")
+    try:
+        with redirect_stderr(said):
+            code = train.main([*map(str, [*arguments, "--output", output, *extra])])
+    except SystemExit as exit:
+        code = exit.code
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return code, said.getvalue()
 
 
 def log(output):

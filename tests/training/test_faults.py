@@ -159,26 +159,31 @@ def test_what_is_not_finite_is_skipped_on_request(broken, tmp_path, processes, s
 def fake_checkpoint(root, step, score=None):
     folder = root / f"step_{step:08d}"
     folder.mkdir(parents=True)
-    (folder / "state.json").write_text(json.dumps({"step": step, "validation": score}))
+    state = {"step": step, "validation": score, "sampler": {}}
+    (folder / "state.json").write_text(json.dumps(state))
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
     """The first of equals; only the newest without scores; unfinished and half-deleted ones go."""
+    root = tmp_path / "checkpoints"
     for step, score in ((5, 0.2), (10, 0.7), (15, 0.7), (20, None), (25, 0.1)):
-        fake_checkpoint(tmp_path, step, score)
-        checkpoint.prune(tmp_path, 2)
-    (tmp_path / ".step_00000030.abc.tmp" / "sub").mkdir(parents=True)
-    (tmp_path / ".step_00000005.tmp").mkdir()
-    checkpoint.prune(tmp_path, 1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000010", "step_00000025"]
-    assert checkpoint.best(tmp_path) == tmp_path / "step_00000010"
-    assert checkpoint.newest(tmp_path) == tmp_path / "step_00000025"
-    shutil.rmtree(tmp_path / "step_00000010")
-    (tmp_path / "step_00000025" / "state.json").write_text('{"step": 25}')
-    fake_checkpoint(tmp_path, 30)
-    checkpoint.prune(tmp_path, 1)
-    assert checkpoint.best(tmp_path) is None
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000030"]
+        fake_checkpoint(root, step, score)
+        checkpoint.prune(root, 2)
+    (root / ".step_00000030.abc.tmp" / "sub").mkdir(parents=True)
+    (root / ".step_00000005.tmp").mkdir()
+    (tmp_path / ".final.abc.tmp").mkdir()
+    (tmp_path / ".log.jsonl.abc.tmp").touch()
+    checkpoint.prune(root, 1)
+    assert [*tmp_path.iterdir()] == [root]
+    assert sorted(path.name for path in root.iterdir()) == ["step_00000010", "step_00000025"]
+    assert checkpoint.best(checkpoint.whole(root)[0]) == root / "step_00000010"
+    assert checkpoint.newest(root) == root / "step_00000025"
+    shutil.rmtree(root / "step_00000010")
+    (root / "step_00000025" / "state.json").write_text('{"step": 25, "sampler": {}}')
+    fake_checkpoint(root, 30)
+    checkpoint.prune(root, 1)
+    assert checkpoint.best(checkpoint.whole(root)[0]) is None
+    assert [path.name for path in root.iterdir()] == ["step_00000030"]
 
 
 def test_a_checkpoint_before_the_first_update_has_no_moments(tiny_model_dir, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from kalm_min import Embedder
 from kalm_min.training import checkpoint
 from kalm_min.training.checkpoint import cut_log
-from tests.training.runs import command, environment, log, run, wait_for_steps
+from tests.training.runs import command, environment, log, run, start, wait_for_steps
 
 STEPS = 12
 
@@ -39,10 +39,17 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def arguments(data, tiny_model_dir):
-    """A run of 12 steps in 3 epochs on one thread, a checkpoint every 4."""
+    """A run of 12 steps of a billion epochs on one thread, a checkpoint every 4."""
     return [
         *("--model.path", tiny_model_dir, "--data.path", data / "train"),
-        *("--sampling.batch-size", "16", "--sampling.num-negatives", "1", "--training.epochs", "3"),
+        *(
+            "--sampling.batch-size",
+            "16",
+            "--sampling.num-negatives",
+            "1",
+            "--training.epochs",
+            10**9,
+        ),
         *("--training.max-steps", str(STEPS), "--training.save-every", "4"),
         *("--training.precision", "float32", "--training.tokens-per-batch", "200"),
         *("--loss.temperature", "0.1", "--optimizer.learning-rate", "0.01"),
@@ -107,13 +114,11 @@ def test_stopping_saves_a_checkpoint(arguments, tmp_path, number):
 
 def test_a_folder_belongs_to_one_configuration(arguments, unbroken):
     """Other settings in the same folder are refused by name; the same command has nothing to do."""
-    result = run(arguments, unbroken, "--optimizer.learning-rate", "0.5")
-    assert result.returncode == 2
-    assert "--optimizer.learning-rate was 0.01, is 0.5" in result.stderr
-    assert "Traceback" not in result.stderr
+    code, said = start(arguments, unbroken, "--optimizer.learning-rate", "0.5")
+    assert code == 2
+    assert "--optimizer.learning-rate was 0.01, is 0.5" in said
     before = (unbroken / "log.jsonl").read_text()
-    result = run(arguments, unbroken)
-    assert result.returncode == 0, result.stderr
+    assert start(arguments, unbroken)[0] == 0
     assert (unbroken / "log.jsonl").read_text() == before
 
 
@@ -139,20 +144,21 @@ def test_torchrun_equals_one_process(arguments, unbroken, data, tmp_path):
     [
         (["--optimizer.learning-rat", "1"], "learning-rate"),
         (["--loss.matryoshka-dims", "8"], "matryoshka_weights: expected one for each of the 1"),
-        (["--loss.matryoshka-dims", "64", "--loss.matryoshka-weights", "1"], "at most 32"),
-        (["--sampling.batch-size", "1000"], "the data holds 80 examples"),
+        (
+            ["--loss.matryoshka-dims", "0", "--loss.matryoshka-weights", "1"],
+            "matryoshka_dims: expected 1 to",
+        ),
         (["--model.path", "nowhere"], "nowhere"),
         (["--data.path", "nowhere"], "nowhere"),
-        (["--model.tokenizer", "x"], "give either path"),
+        (["--model.tokenizer", "x"], "give either --model.path"),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_sentence(arguments, tmp_path, extra, message):
     """Exit code 2, one line, no traceback, and nothing that looks like a run."""
-    result = run(arguments, tmp_path / "run", *extra)
-    assert result.returncode == 2, result.stderr
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    code, said = start(arguments, tmp_path / "run", *extra)
+    assert code == 2, said
+    assert message in said
+    assert len(said.strip().splitlines()) == 1
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -179,11 +185,11 @@ def test_weights_caps_and_label_based_tasks_reach_the_run(tmp_path, arguments, d
     (tmp_path / "train" / "c.toml").write_text("label_based = true\nweight = 0.4\n")
     extra = ("--data.path", str(tmp_path / "train"), "--training.epochs", "1")
     output = tmp_path / "run"
-    assert run(arguments, output, *extra).returncode == 0
+    assert start(arguments, output, *extra)[0] == 0
     whole = log(output)
     # 80 + 16 + 16 examples, 16 a batch
     assert Counter(line["task"] for line in whole) == {"a": 5, "b": 1, "c": 1}
     shutil.rmtree(output / "final")
     shutil.rmtree(max((output / "checkpoints").glob("step_*")))
-    assert run(arguments, output, *extra).returncode == 0
+    assert start(arguments, output, *extra)[0] == 0
     assert log(output) == whole
