@@ -1,4 +1,4 @@
-# make venv | test | fast | lint | types | size | demo | clean | help
+# make venv | test | fast | fuzz | lint | types | size | demo | clean | help
 #
 # Everything runs in .venv, which is rebuilt whenever pyproject.toml or constraints.txt changes.
 # Another interpreter: make PYTHON=python3.12 venv. Another torch build (an index of CPU or CUDA
@@ -12,7 +12,7 @@ EXTRAS := mining,eval,report,data
 # Two test processes; more threads than cores would only slow each other down.
 PYTEST := $(BIN)/python -m pytest -n 2
 
-.PHONY: help venv test fast lint types size demo clean
+.PHONY: help venv test fast fuzz lint types size demo clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -33,6 +33,9 @@ test: lint types  ## check lint, format and types, and run all tests
 
 fast: $(READY)  ## run the quick tests
 	$(PYTEST) -m "not slow and not network and not gpu"
+
+fuzz: $(READY)  ## edit every kind of file that is read at random: make fuzz INPUTS=10000 SEED=1
+	$(BIN)/python tests/fuzz.py --inputs $(or $(INPUTS),1000) --seed $(or $(SEED),0)
 
 lint: $(READY)  ## check lint rules and format with ruff
 	$(BIN)/ruff check .

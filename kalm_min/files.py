@@ -14,11 +14,13 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 import shutil
 import socket
 import tempfile
 import tomllib
 import zlib
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +33,7 @@ BOM = b"\xef\xbb\xbf"  # a byte order mark, with which some programs begin UTF-8
 # How files begin that are not UTF-8 text.
 _FOREIGN = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "a .gz without that name"}
 _DEEPEST = 100  # levels of a JSON or TOML file
-_LONGEST_NAME = 180  # bytes; file systems allow 255, and caches add suffixes
+_LONGEST_NAME = 240  # bytes; file systems allow 255, with the suffix
 _CHECKPOINT = {".safetensors", ".json", ".txt"}  # the files of a model that change its vectors
 
 
@@ -207,9 +209,8 @@ def _parse(text: str, where: AnyPath, parser: Callable[[str], Any], expected: st
 def _unique(pairs: list[tuple[str, object]]) -> Object:
     """An object of JSON. Of a key that stands twice in it, json.loads would drop one value."""
     if len(found := dict(pairs)) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} twice in one object")
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {reprlib.repr(twice)} twice in one object")
     return found
 
 
@@ -238,7 +239,14 @@ def read_json(path: AnyPath) -> Any:
 
 def read_toml(path: AnyPath) -> Object:
     """Read a TOML file. Raises ValueError with file and line for anything that is not TOML."""
-    return _read(path, tomllib.loads, "TOML")
+    return _read(path, _parse_toml, "TOML")
+
+
+def _parse_toml(text: str) -> Object:
+    # tomllib takes the square of a key's length, minutes for one of 50,000 parts.
+    if re.search(rf"""(?<![\w"'-])(?:[\w"'-]+\s*\.\s*){{{_DEEPEST}}}""", text):
+        raise ValueError(f"a key of more than {_DEEPEST} parts")
+    return tomllib.loads(text)
 
 
 def flatten(table: Object, prefix: str = "") -> Iterator[tuple[str, object]]:

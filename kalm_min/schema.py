@@ -69,7 +69,7 @@ def problem_with(
     for key, value in record.items():
         if (field := fields.get(key)) is None:
             if not extra:
-                return f"expected the keys {', '.join(fields)}, found {key!r}"
+                return f"expected the keys {', '.join(fields)}, found {describe(key)}"
         elif value is not None and (found := _misfit(value, field)):
             return f"expected {key!r} to be {field.expected}, found {found}"
     for key, field in fields.items():
@@ -133,7 +133,7 @@ def read_settings(path: AnyPath, fields: Mapping[str, Field]) -> Object:
     settings = read_toml(path)
     for key in settings.keys() - fields.keys():
         near = did_you_mean(key, fields) or f"; the settings are {', '.join(fields)}"
-        raise ValueError(f"{path}: expected a setting of a task, found {key!r}{near}")
+        raise ValueError(f"{path}: expected a setting of a task, found {describe(key)}{near}")
     return _checked(path, settings, fields, extra=False)
 
 
