@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kalm_min.embedder import Embedder
-from kalm_min.files import atomic_write, differences, digest, read_json, text_hash, write_json
+from kalm_min.files import atomic_write, differences, digest, text_hash, write_json
+from kalm_min.schema import read_object
 from kalm_min.topk import Ints, Vectors, on_grid
 
 _LAYOUT = 2  # rises when shards are cut, named or encoded differently
@@ -94,8 +95,7 @@ def check_manifest(folder: Path, manifest: Mapping[str, object], *, begin: bool 
     """Create the manifest of a folder, or raise ValueError if it is of another model."""
     path = folder / "manifest.json"
     if path.is_file():
-        stored: dict[str, object] = read_json(path)
-        if changed := differences(stored, manifest):
+        if changed := differences(read_object(path, {}, extra=True), manifest):
             raise ValueError(
                 f"{folder} holds the vectors of another model ({changed}); "
                 "give another --store, or delete the folder"

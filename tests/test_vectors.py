@@ -177,5 +177,9 @@ def test_another_models_folder_is_refused(tmp_path, embedder):
         ValueError, match=r"another model \(max_length was \d+, is 7\); give another --store"
     ):
         vectors.check_manifest(tmp_path, manifest | {"max_length": 7})
+    for damaged in ("[]", "{", "[" * 100_000):
+        (tmp_path / "manifest.json").write_text(damaged, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"manifest\.json.*: expected"):
+            vectors.check_manifest(tmp_path, manifest)
     vectors.check_manifest(tmp_path / "new", manifest, begin=False)
     assert not (tmp_path / "new").exists()

@@ -13,6 +13,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -103,6 +104,7 @@ class Miner:
         if self.rank == 0:  # temporary files of killed runs
             for torn in config.output.rglob(".*.tmp"):
                 torn.unlink()
+        distributed.barrier()
 
         def read(number: int) -> None:
             self._read(number).save(self._path("index", number, "npz"))
@@ -226,8 +228,10 @@ class Miner:
                 (stored, depth), n = self._neighbours(number), len(corpus)
                 span = n * self.rank // self.world, n * (self.rank + 1) // self.world
                 find = partial(top_k, documents=corpus, k=depth, device=self.device)
-                factory = self.config.index
-                index = None if factory is None else topk.approximate_index(corpus, factory, span)
+                index = None
+                if self.config.index is not None:
+                    with suppress(ValueError):  # too few texts to train it: an exact search
+                        index = topk.approximate_index(corpus, self.config.index, span)
                 for block in work[number]:
                     asked = queries[slice(*stored.cuts[block : block + 2])]
                     part = find(asked, backend=self.config.search, span=span, index=index)

@@ -25,7 +25,7 @@ Codes = NDArray[np.uint64]
 KEPT, INCONSISTENT, SHORT = 0, 1, 2  # status of a row
 BINS = 100  # of scores from -1 to 1
 _ROWS = 2048  # at a time, if they have about 100 neighbours
-_CELLS = 1 << 22  # neighbours of the rows of a block
+_CELLS = 1 << 21  # neighbours of the rows of a block
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 _LAST = np.uint64(2**64 - 1)
 

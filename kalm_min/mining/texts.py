@@ -39,7 +39,8 @@ def text_key(text: str) -> int:
 
     Such a duplicate of a positive is never a negative.
     """
-    return text_hash(" ".join(unicodedata.normalize("NFKC", text).casefold().split()))
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return text_hash(" ".join(unicodedata.normalize("NFKC", folded).split()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

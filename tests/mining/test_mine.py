@@ -531,6 +531,17 @@ def test_what_is_missing_is_said_before_encoding(tiny_model_dir, tmp_path, capsy
     assert not list(tmp_path.rglob("shards"))
 
 
+def test_an_index_for_a_corpus_of_few_texts(tiny_model_dir, tmp_path):
+    """A task with too few texts to train the index is searched exactly, and stops no other task."""
+    pytest.importorskip("faiss")
+    data = write(tmp_path / "data", few=planted(20), more=planted(60))
+    flags = ("--rank-range", "1", "9", "--index", "IVF64,Flat;nprobe=64")
+    assert run(tiny_model_dir, data, tmp_path / "out", *flags) == 0
+    assert "1.0000 |" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert run(tiny_model_dir, data, tmp_path / "exact", *flags[:3]) == 0
+    assert rows_of(tmp_path / "out", "few") == rows_of(tmp_path / "exact", "few")
+
+
 def test_two_runs_on_one_output(toy, tiny_model_dir, tmp_path, capsys):
     """The second is told about the first and touches nothing; a dry run needs no lock."""
     with locked(tmp_path / "out"):

@@ -1,9 +1,12 @@
+from unicodedata import normalize
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kalm_min.mining.rules import INCONSISTENT, KEPT, SHORT, Rules, choose, random_keys
+from kalm_min.mining.texts import text_key
 
 SCORES = np.linspace(0.9, 0.0, 10, dtype=np.float32)[None]  # one row, ten neighbours
 
@@ -123,6 +126,21 @@ def test_random_choice_is_even():
     found = choose(scores, every, every, np.ones(rows, np.float32), keys, settings).columns
     counts = np.bincount(found.ravel(), minlength=width)
     assert abs(counts - rows * 5 / width).max() < 5 * (rows * 0.25 * 0.75) ** 0.5
+
+
+@given(st.text("aßΐﬁÅＣé猫 \u3000\t", min_size=1, max_size=9))
+def test_a_key_ignores_case_white_space_and_width(text):
+    """A duplicate of an answer is recognised however it is written; another word is another text."""
+    for other in (
+        text.upper(),
+        text.lower(),
+        text.swapcase(),
+        f" {text}\n",
+        text.replace(" ", "\t "),
+    ):
+        assert text_key(other) == text_key(text)
+    assert text_key(normalize("NFKD", text)) == text_key(text)
+    assert text_key(text + "x") != text_key(text)
 
 
 @given(st.data())
