@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     """Print both tables."""
     warnings.simplefilter("ignore")
     options = parse(Options, argv, program="schedule.py", description="A run, simulated.")
-    config = EvaluationConfig(model="none", benchmark=(options.benchmark,))
+    config = EvaluationConfig(model=("none",), benchmark=(options.benchmark,))
     tasks = find_tasks(config)
     recorded = recorded_seconds(tasks)
     hours = sum(recorded.values()) / 3600

@@ -338,8 +338,9 @@ def differences(stored: Mapping[str, object], current: Mapping[str, object]) -> 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` (did you mean NAME?)` with the known name nearest to `name`; empty if none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
+    names = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(name.lower(), names, n=1)
+    return f" (did you mean {names[near[0]]}?)" if near else ""
 
 
 def hash_files(files: Iterable[tuple[str, Path]]) -> str:

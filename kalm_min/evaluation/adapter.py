@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kalm_min.embedder import Embedder
-from kalm_min.topk import Vectors
+from kalm_min.topk import Vectors, on_grid
 from kalm_min.topk import top_k as find_top_k
 from kalm_min.vectors import StoredVectors, TextSet, cut_dimension
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _QUERIES = 8192  # queries searched between two reports of progress
+_SAMPLE = 4096  # texts on which int8 is calibrated
 
 Report = Callable[[int, int, bool], None]
 """Called with the texts and characters done since the last call, and whether more are encoded next."""
@@ -46,7 +47,9 @@ class Adapter:
         self.mteb_model_meta = ModelMeta.create_empty(
             overwrites={"name": "kalm_min/evaluated", "revision": "0", "modalities": ["text"]}
         )
-        self.dim = self.embedder.dimension
+        self.dim, self.precision = self.embedder.dimension, "float32"
+        self.hits: dict[str, dict[str, float]] = {}  # of the last search
+        self._sample: Vectors | None = None  # what int8 is calibrated on
         self._encoded: dict[str, dict[str, Vectors]] = {"query": {}, "document": {}}
         # By id() of the corpus, which is kept alive so that no other object gets its id.
         self._corpora: dict[int, tuple[Dataset, StoredVectors]] = {}
@@ -63,7 +66,7 @@ class Adapter:
         vectors = self._stored(lambda start, stop: new[start:stop], len(new), kind)[:]
         encoded.update(zip(new, vectors, strict=True))
         full = np.stack([encoded[text] for text in texts]) if texts else vectors
-        return cut_dimension(full, self.dim)
+        return self._quantised(cut_dimension(full, self.dim))
 
     def similarity(self, a: Any, b: Any) -> Tensor:
         """(n, m) cosine similarities of unit vectors."""
@@ -105,8 +108,10 @@ class Adapter:
         loader = create_dataloader(queries, task_metadata=task_metadata, prompt_type=query)
         vectors = self.encode(loader)  # (Q, dim)
         corpus, stored = self._corpora[self._corpus_id]
-        documents, names = stored.cut(self.dim), corpus["id"][:]
-        hits: dict[str, dict[str, float]] = {}
+        documents, names = _View(stored.cut(self.dim), self._quantised), corpus["id"][:]
+        self.hits = hits = dict[str, dict[str, float]]()
+        if not len(vectors) or not names:  # mteb drops queries without a relevant document
+            return hits
         if top_ranked is not None:
             rows = {name: row for row, name in enumerate(names)}
             everything = documents[:]  # (N, dim)
@@ -126,6 +131,26 @@ class Adapter:
             self.report(0, 0, False)
         return hits
 
+    def _quantised(self, vectors: Vectors) -> Vectors:
+        """What remains of (n, dim) unit vectors once they are stored in `precision`.
+
+        int8 and uint8 take the middle of a step; their ranges are those of the first texts that the
+        task encodes, which are documents where there are any. Bits are +1 and -1.
+        """
+        if self.precision == "float32":
+            return vectors
+        if self.precision.endswith("binary"):
+            kept = np.where(vectors > 0, 1.0, -1.0)
+        else:
+            assert self._sample is not None
+            sample = cut_dimension(self._sample, self.dim)
+            ranges = np.stack([sample.min(0), sample.max(0)])  # (2, dim)
+            step = np.maximum((ranges[1] - ranges[0]) / 255, 1e-12)
+            kept = (
+                ranges[0] + (np.clip(np.floor((vectors - ranges[0]) / step), 0, 255) + 0.5) * step
+            )
+        return on_grid(kept / np.linalg.norm(kept, axis=1, keepdims=True))
+
     def _stored(
         self, read: Callable[[int, int], Sequence[str]], count: int, kind: str
     ) -> StoredVectors:
@@ -142,4 +167,19 @@ class Adapter:
             sizes = np.minimum(texts.sizes[start:stop], 4 * self.embedder.max_length)
             self.report(stop - start, int(sizes.sum()), True)
         self.report(0, 0, False)
+        self._sample = stored[:_SAMPLE] if self._sample is None else self._sample
         return stored
+
+
+@dataclass(eq=False)
+class _View:
+    """Rows of vectors, each changed when it is read."""
+
+    rows: StoredVectors
+    change: Callable[[Vectors], Vectors]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: Any) -> Vectors:
+        return self.change(self.rows[key])

@@ -7,13 +7,15 @@
     classification  train.jsonl and test.jsonl   text, label
     clustering      test.jsonl alone             text, label
     summarization   test.jsonl   text, human_summaries, machine_summaries, relevance
-    bitext          one file per language pair (or test.jsonl)   sentence1, sentence2
+    bitext          one file per language pair (deu-eng.jsonl)   sentence1, sentence2
 
 The type follows from the files and the columns of the first row; a `task.toml` beside them may set
-`type`, `instruction`, `symmetric`, `languages`, `main_metric`. `.jsonl.gz` is read too. Everything is
-checked while planning, before a model is loaded; mteb is imported only to build a task.
+`type`, `instruction`, `symmetric`, `languages`, `main_metric` (and must set the type of bitext in
+files with other names). `.jsonl.gz` is read too. Everything is checked while planning, before a
+model is loaded; mteb is imported only to build a task.
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,25 +32,20 @@ if TYPE_CHECKING:
 
 Rows = list[dict[str, Any]]
 
-_TEXT = Field("a text", is_string, required=True)
 _TEXTS = Field("a list of at least one text", is_string, items=1, required=True)
-_ANY_TEXTS = Field("a list of texts", is_string, items=0, required=True)
 _LABEL = Field("a text or a whole number", schema.is_label, required=True)
-_BINARY = Field("0 or 1", lambda value: is_number(value) and value in (0, 1), required=True)
-_NUMBER = Field("a number", is_number, required=True)
-_NUMBERS = Field("a list of numbers", is_number, items=1, required=True)
-_PAIR = {"sentence1": _TEXT, "sentence2": _TEXT}
-_LABELLED = {"text": _TEXT, "label": _LABEL}
-_DOCUMENT = {"_id": _LABEL, "title": Field("a text", is_string), "text": _TEXT}
-_CANDIDATES = {"query": _TEXT, "positive": _TEXTS, "negative": _ANY_TEXTS}
-_SUMMARIES = {"text": _TEXT, "human_summaries": _TEXTS, "machine_summaries": _TEXTS}
-_SUMMARIES |= {"relevance": _NUMBERS}
-# Patterns of the scores that mteb computes.
-_RANKED = r"(ndcg|map|recall|precision|mrr|hit_rate)_at_(1|3|5|10|20|100|1000)"
-_CLASSES = r"accuracy|(f1|precision|recall)(_weighted)?|ap(_weighted)?"
-_BEST = r"(max|similarity|cosine|dot|euclidean|manhattan)_(ap|accuracy|f1|precision|recall)"
-_CORRELATION = r"((cosine|euclidean|manhattan)_)?(spearman|pearson)"
-_SUMMARY = r"((cosine|dot)_)?(spearman|pearson)"
+_COLUMNS = {
+    **dict.fromkeys(
+        ("text", "query", "sentence1", "sentence2"), Field("a text", is_string, required=True)
+    ),
+    **dict.fromkeys(("positive", "human_summaries", "machine_summaries"), _TEXTS),
+    **dict.fromkeys(("_id", "label"), _LABEL),
+    "title": Field("a text", is_string),
+    "negative": Field("a list of texts", is_string, items=0, required=True),
+    "score": Field("a number", is_number, required=True),
+    "relevance": Field("a list of numbers", is_number, items=1, required=True),
+    "binary": Field("0 or 1", lambda value: is_number(value) and value in (0, 1), required=True),
+}
 
 
 class Kind(NamedTuple):
@@ -57,19 +54,39 @@ class Kind(NamedTuple):
     type: str
     main_score: str
     scores: str
-    columns: Mapping[str, Field]
+    names: str
+
+    @property
+    def columns(self) -> Mapping[str, Field]:
+        """The check of each column."""
+        binary = self.type == "PairClassification"
+        return {
+            name: _COLUMNS["binary" if binary and name == "label" else name]
+            for name in self.names.split()
+        }
 
 
+_RANKED = r"(ndcg|map|recall|precision|mrr|hit_rate)_at_(1|3|5|10|20|100|1000)"
+_CLASSES = r"accuracy|(f1|precision|recall)(_weighted)?|ap(_weighted)?"
+_BEST = r"(max|similarity|cosine|dot|euclidean|manhattan)_(ap|accuracy|f1|precision|recall)"
+_CORRELATION = r"((cosine|euclidean|manhattan)_)?(spearman|pearson)"
+_SUMMARY = r"((cosine|dot)_)?(spearman|pearson)"
+_PAIRED = r"f1|accuracy|precision|recall"
 # The order matters: classification before clustering, which has its columns; bitext last.
 KINDS = {
-    "retrieval": Kind("Retrieval", "ndcg_at_10", _RANKED, _DOCUMENT),
-    "reranking": Kind("Reranking", "map_at_1000", _RANKED, _CANDIDATES),
-    "sts": Kind("STS", "cosine_spearman", _CORRELATION, _PAIR | {"score": _NUMBER}),
-    "pair": Kind("PairClassification", "max_ap", _BEST, _PAIR | {"label": _BINARY}),
-    "classification": Kind("Classification", "accuracy", _CLASSES, _LABELLED),
-    "clustering": Kind("Clustering", "v_measure", "v_measure|ami", _LABELLED),
-    "summarization": Kind("Summarization", "cosine_spearman", _SUMMARY, _SUMMARIES),
-    "bitext": Kind("BitextMining", "f1", "f1|accuracy|precision|recall", _PAIR),
+    "retrieval": Kind("Retrieval", "ndcg_at_10", _RANKED, "_id title text"),
+    "reranking": Kind("Reranking", "map_at_1000", _RANKED, "query positive negative"),
+    "sts": Kind("STS", "cosine_spearman", _CORRELATION, "sentence1 sentence2 score"),
+    "pair": Kind("PairClassification", "max_ap", _BEST, "sentence1 sentence2 label"),
+    "classification": Kind("Classification", "accuracy", _CLASSES, "text label"),
+    "clustering": Kind("Clustering", "v_measure", "v_measure|ami", "text label"),
+    "summarization": Kind(
+        "Summarization",
+        "cosine_spearman",
+        _SUMMARY,
+        "text human_summaries machine_summaries relevance",
+    ),
+    "bitext": Kind("BitextMining", "f1", _PAIRED, "sentence1 sentence2"),
 }
 _SETTINGS = {
     "type": Field("one of " + ", ".join(KINDS), lambda value: value in list(KINDS)),
@@ -82,8 +99,14 @@ _SETTINGS = {
     ),
     "main_metric": Field("a text", is_string),
 }
+_LANGUAGES = re.compile(r"[a-z]{2,3}([-_][A-Z][a-z]{3})?[-_][a-z]{2,3}([-_][A-Z][a-z]{3})?")
 _EXPECTED = "expected corpus.jsonl, queries.jsonl and qrels/test.tsv, or test.jsonl with "
-_EXPECTED += ", or ".join(f"{', '.join(KINDS[name].columns)} ({name})" for name in list(KINDS)[1:])
+_EXPECTED += ", or ".join(
+    f"{kind.names.replace(' ', ', ')} ({name})" for name, kind in list(KINDS.items())[1:-1]
+)
+_EXPECTED += (
+    ', or deu-eng.jsonl with sentence1, sentence2 (bitext, or type = "bitext" in task.toml)'
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,11 +212,16 @@ def _recognise(folder: Path, parts: dict[str, Path]) -> str:
     if {"corpus", "queries"} <= parts.keys():
         return "retrieval"
     firsts = {name: next((row for _, row in read_jsonl(p, [])), {}) for name, p in parts.items()}
-    for name in list(KINDS)[1:]:
-        fits = KINDS[name].columns.keys() <= firsts.get("test", {}).keys()
+    for name, kind in list(KINDS.items())[1:-1]:
+        fits = kind.columns.keys() <= firsts.get("test", {}).keys()
         if fits and (name != "classification" or "train" in parts):
             return name
-    if parts and "test" not in parts and all(_PAIR.keys() <= c.keys() for c in firsts.values()):
+    # Pairs alone may also be a dataset whose scores or labels were forgotten.
+    pair, judged = KINDS["bitext"].columns.keys(), {"score", "label"}
+    if parts and all(
+        _LANGUAGES.fullmatch(name) and pair <= row.keys() and not judged & row.keys()
+        for name, row in firsts.items()
+    ):
         return "bitext"
     found = "; ".join(f"{path.name} with {', '.join(firsts[n])}" for n, path in parts.items())
     raise ValueError(f"{folder}: {_EXPECTED}; found {found or 'no .jsonl file'}")
@@ -217,8 +245,9 @@ def _read_qrels(path: Path, problems: list[str]) -> Rows:
 
 
 def _check_rows(files: dict[str, Path], rows: dict[str, Rows]) -> Iterator[str]:
-    """Find duplicate or unknown ids, lists of unequal length, and judgements without a positive."""
+    """Find what is wrong between rows: ids, judgements, lists of unequal length, and labels."""
     ids: dict[str, set[str]] = {"corpus": set(), "queries": set()}
+    judged: dict[tuple[str, str], int] = {}
     for part, row in ((part, row) for part, group in rows.items() for row in group):
         where = f"{files[part]}:{row['line']}"
         if part in ids:
@@ -229,11 +258,28 @@ def _check_rows(files: dict[str, Path], rows: dict[str, Rows]) -> Iterator[str]:
             for column, target in (("query-id", "queries"), ("corpus-id", "corpus")):
                 if row[column] not in ids[target]:
                     yield f"{where}: expected an _id of {target}.jsonl, found {row[column]!r}"
+            score = judged.setdefault((row["query-id"], row["corpus-id"]), row["score"])
+            if score != row["score"]:
+                pair = f"{row['query-id']!r} and {row['corpus-id']!r}"
+                yield f"{where}: expected one score of {pair}, found {row['score']} after {score}"
         elif "relevance" in row and len(row["relevance"]) != len(row["machine_summaries"]):
             expected = f"one number for each of {len(row['machine_summaries'])} machine_summaries"
             yield f"{where}: relevance: expected {expected}, found {len(row['relevance'])}"
-    if "qrels" in rows and all(row["score"] <= 0 for row in rows["qrels"]):
+    if "qrels" in rows and all(score <= 0 for score in judged.values()):
         yield f"{files['qrels']}: expected a score above 0, found none"
+    if "train" in rows:
+        known = [
+            json.dumps(label) for label in dict.fromkeys(row["label"] for row in rows["train"])
+        ]
+        if len(known) < 2:
+            yield f"{files['train']}: expected at least two labels, found only {known[0]}"
+        listed = ", ".join(known[:5]) + (f" and {len(known) - 5} more" if len(known) > 5 else "")
+        first: dict[str, int] = {}
+        for row in rows["test"]:
+            first.setdefault(json.dumps(row["label"]), row["line"])
+        for label in first.keys() - set(known):  # a number and a text are different labels
+            where = f"{files['test']}:{first[label]}"
+            yield f"{where}: expected a label of train.jsonl ({listed}), found {label}"
 
 
 def build_task(folder: Path) -> "AbsTask":
@@ -256,7 +302,12 @@ def build_task(folder: Path) -> "AbsTask":
         data = {"default": {"test": _search_data(rows)}}
     else:
         labelled = [row for row in chain.from_iterable(rows.values()) if "label" in row]
-        labels = sorted({row["label"] for row in labelled}, key=lambda x: (isinstance(x, str), x))
+        # Those of test first: of two classes, mteb calls the one with number 1 positive.
+        tested = {row["label"] for row in rows.get("test", ()) if "label" in row}
+        labels = sorted(
+            {row["label"] for row in labelled},
+            key=lambda x: (x not in tested, isinstance(x, str), x),
+        )
         numbers = {label: number for number, label in enumerate(labels)}
         for row in labelled:
             row["label"] = numbers[row["label"]]

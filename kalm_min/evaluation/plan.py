@@ -1,16 +1,18 @@
 """What to evaluate: settings, tasks, instructions, and the results that exist already.
 
 Benchmarks and task names are resolved by mteb (imported only then), folders by `local`. Every task
-gets its instruction from instructions.json, its size in characters, and the file for its result. A
-result is reused only if it has the same weights, settings, instruction and data and every requested
-dimension. The parent process needs nothing else: no torch and no device.
+gets its instruction from the checkpoint's prompts or instructions.json, its size in characters, and
+the file for its result. A result is reused only if it has the same weights, settings, instruction
+and data; what it lacks of the requested dimensions is added. The parent process needs nothing else:
+no torch and no device.
 """
 
 import hashlib
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
@@ -20,57 +22,80 @@ from kalm_min.files import (
     atomic_directory,
     checkpoint_folders,
     did_you_mean,
+    escape_name,
     hash_checkpoint,
     read_json,
 )
+from kalm_min.schema import Field, is_number, is_string, problem_with
+from kalm_min.settings import KALM_TEMPLATE, Opened, Pooling, open_folder
 
 if TYPE_CHECKING:
     from mteb import AbsTask
 
 _TABLES = Path(__file__).with_name("instructions.json")
+_OBJECT = Field("an object", lambda value: isinstance(value, dict), required=True)
+_TEXT = Field("a text", is_string, required=True)
+_TEXTS = Field("a list of texts", is_string, items=0, required=True)
+_RECORD = dict.fromkeys(("key", "dims", "used"), _OBJECT) | {
+    "seconds": Field("a number", is_number, required=True),
+    "type": Field("a text", is_string),
+}
+_KEY = dict.fromkeys(("checkpoint", "revision", "main_score"), _TEXT)
+_KEY |= {"splits": _TEXTS, "subsets": _TEXTS}
 # The settings of a run that affect a score.
 SETTINGS = ("instructions", "max_length", "dtype", "causal", "pooling")
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig:
     """The settings of evaluate.py."""
 
-    model: Annotated[str, "Model folder, LoRA adapter folder, or Hugging Face hub id."] = ""
+    model: Annotated[
+        tuple[str, ...], "Model folders, LoRA adapter folders, or Hugging Face hub ids."
+    ] = ()
     benchmark: Annotated[tuple[str, ...], 'Benchmarks of mteb, e.g. "MTEB(eng, v1)".'] = ()
     tasks: Annotated[tuple[str, ...], "Single tasks of mteb, e.g. STS12 SciFact."] = ()
     data: Annotated[tuple[Path, ...], "Local dataset folders, or folders of dataset folders."] = ()
     output: Annotated[Path, "Folder of results; the same command again resumes."] = Path("results")
     dims: Annotated[tuple[int, ...], "Matryoshka dimensions to score; if none, the full one."] = ()
+    precision: Annotated[
+        tuple[Literal["float32", "int8", "uint8", "binary", "ubinary"], ...],
+        "Also score the vectors as stored in these precisions; float32 is always scored.",
+    ] = ()
     devices: Annotated[tuple[str, ...], "Devices, one worker each; all GPUs, or cpu, if none."] = ()
     instructions: Annotated[
         str,
-        'official-v1, v2, none, or a JSON file {task or "type:STS": text or {query, document}}.',
-    ] = "v2"
+        "checkpoint (its stored prompts), official-v1, v2, none, or a JSON file "
+        '{task or "type:STS": text or {query, document}}; if none is given, a KaLM release has '
+        "its own, a model trained here without stored prompts has v2, any other has checkpoint.",
+    ] = ""
     max_length: Annotated[
         int | None, "Maximum tokens per text, prompt included; the checkpoint's limit if none."
     ] = None
-    dtype: Annotated[Precision, "Dtype; auto: bfloat16 where native, else float32."] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        "Dtype; auto: bfloat16 where native, else float32.",
+    ] = "auto"
     causal: Annotated[bool | None, "Causal attention; the checkpoint's mode if none."] = None
-    pooling: Annotated[
-        Literal["mean", "lasttoken"] | None, "Pooling; the checkpoint's if none."
-    ] = None
+    pooling: Annotated[Pooling | None, "Pooling; the checkpoint's if none."] = None
     store: Annotated[Path | None, "Folder that keeps vectors for later runs."] = None
     shard: Annotated[str, "This machine's part of the plan, e.g. 2/4; all share one --output."] = ""
     timeout: Annotated[float, "Seconds without progress after which a worker is replaced."] = 1800.0
-    dry_run: Annotated[bool, "Print the plan and stop."] = False
+    per_query: Annotated[
+        bool, "Write the worst queries of local retrieval data beside their result."
+    ] = False
+    dry_run: Annotated[bool, "Print the plan, with the time it will take, and stop."] = False
     datasets: Annotated[Path | None, "Mirror of the hub's datasets, instead of the network."] = None
     prefetch: Annotated[bool, "Only copy the tasks' datasets from the hub to --datasets."] = False
     report_only: Annotated[bool, "Tabulate existing results; without --model, all of them."] = False
-    compare: Annotated[tuple[Path, ...], "Run nothing; compare these results folders."] = ()
+    compare: Annotated[
+        tuple[Path, ...], "Run nothing; compare the models in these results folders."
+    ] = ()
 
     def __post_init__(self) -> None:
         """Validate option combinations."""
         has_tasks = bool(self.benchmark or self.tasks)
         needs_model = not (self.compare or self.prefetch or self.report_only)
-        if len(self.compare) == 1:
-            raise ValueError("--compare: expected two folders or more, found one")
         if self.prefetch and not (self.datasets and has_tasks) and not self.compare:
             raise ValueError("--prefetch: expected --datasets, and --benchmark or --tasks")
         if needs_model and not self.model:
@@ -87,15 +112,18 @@ class EvaluationConfig:
             raise ValueError(f"--shard: expected k/n with k from 1 to n, found {self.shard!r}")
         if self.timeout <= 0:
             raise ValueError(f"--timeout: expected seconds above 0, found {self.timeout}")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"--max-length: expected at least 1 token, found {self.max_length}")
 
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """The instructions of a task; an empty one adds no prompt."""
+    """The instructions of a task, or a checkpoint's prompts; an empty text adds no prompt."""
 
     query: str = ""  # of every text if a task does not distinguish queries and documents
     document: str = ""  # of retrieval and reranking
-    origin: Literal["task", "type", "none"] = "none"  # the entry in the table (or task.toml)
+    origin: str = ""  # the entry: "task" or "type" of a table, "task.toml", or "prompts" and a name
+    kind: Literal["instruction", "prompt"] = "instruction"  # a template makes one the other
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +136,7 @@ class PlannedTask:
     revision: str
     characters: int  # to encode, each text once; 0 if unknown; orders and divides the work
     instruction: Instruction
+    symmetric: bool = False  # documents get the instruction too, whichever it is
     folder: Path | None = None  # the folder of a local dataset
     repository: str = ""  # the hub repository of a task of mteb
     mirror: Path | None = None  # the copy of the repository, by revision, to read instead
@@ -120,56 +149,86 @@ class PlannedTask:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything a run needs to know, decided before it starts."""
+    """Everything a run needs to know about one model, decided before it starts."""
 
     model: str
     checkpoint: str  # hash of the model's files
-    dims: tuple[int, ...]  # largest first
+    dims: tuple[str, ...]  # what is scored, e.g. "896", "256", "896 int8"; the main one first
     settings: dict[str, object]
     tasks: tuple[PlannedTask, ...]  # largest first
     results: Path  # folder of the result files
     benchmarks: tuple[str, ...] = ()
     elsewhere: frozenset[str] = frozenset()  # names of the tasks that other machines run
+    per_query: bool = False
 
     def result_path(self, task: PlannedTask) -> Path:
         """The file of a task's result."""
-        return self.results / f"{task.name}.json"
+        return self.results / f"{escape_name(task.name)}.json"
+
+    def queries_path(self, task: PlannedTask) -> Path | None:
+        """The file of a task's worst queries, if they are requested and the task has any."""
+        wanted = self.per_query and task.folder and task.type in ("Retrieval", "Reranking")
+        return self.results / f"{escape_name(task.name)}.queries.jsonl" if wanted else None
 
     def key(self, task: PlannedTask) -> dict[str, object]:
         """Everything that affects a score, apart from the dimension."""
+        instruction = task.instruction
         return self.settings | {
             "checkpoint": self.checkpoint,
             "revision": task.revision,
             "splits": list(task.splits),
             "subsets": list(task.subsets),
             "main_score": task.main_score,
-            "query_instruction": task.instruction.query,
-            "document_instruction": task.instruction.document,
+            f"query_{instruction.kind}": instruction.query,
+            f"document_{instruction.kind}": instruction.document,
         }
 
+    def missing(self, task: PlannedTask) -> list[str]:
+        """The requested dimensions that a task's result lacks, all of them if there is no result."""
+        result = read_result(self.result_path(task), self.key(task))
+        found = result["kalm_min"]["dims"] if result else {}
+        missing = [dim for dim in self.dims if dim not in found]
+        queries = self.queries_path(task)
+        return missing or list(self.dims[: bool(queries and not queries.is_file())])
+
     def result(self, task: PlannedTask) -> dict[str, Any] | None:
-        """The valid result of a task with every requested dimension, or None.
-
-        It is mteb's own result at the largest dimension with an entry "kalm_min": "key", "type",
-        "used", "seconds" and "dims", which holds mteb's result at each dimension.
-        """
-        try:
-            result = read_json(self.result_path(task))
-            record = result["kalm_min"]
-            is_valid = record["key"] == self.key(task)
-            has_dims = {str(dim) for dim in self.dims} <= record["dims"].keys()
-            return result if is_valid and has_dims else None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None  # absent, torn or another program's, so the task is run
+        """The valid result of a task with every requested dimension, or None."""
+        return None if self.missing(task) else read_result(self.result_path(task), self.key(task))
 
 
-def make_plan(config: EvaluationConfig) -> Plan:
-    """Resolve a configuration. Raises ValueError with one sentence for what cannot be run."""
-    folders = checkpoint_folders(config.model)
-    tasks = find_tasks(config)
-    checkpoint = hash_checkpoint(*folders)
-    settings = {name: getattr(config, name) for name in SETTINGS}
-    settings["instructions"] = Path(config.instructions).stem
+def read_result(path: Path, key: object = None) -> dict[str, Any] | None:
+    """A result file; None if it is absent, torn, another program's, or of another `key`.
+
+    It is mteb's own result at the largest dimension with an entry "kalm_min": "key", "type",
+    "used", "seconds" and "dims", which holds mteb's result at each dimension.
+    """
+    try:
+        result = read_json(path)
+    except (OSError, ValueError):
+        return None
+    record = result.get("kalm_min") if isinstance(result, dict) else None
+    if not isinstance(record, dict) or problem_with(record, _RECORD, extra=True):
+        return None
+    if problem_with(record["key"], _KEY, extra=True) or key not in (None, record["key"]):
+        return None
+    record["dims"] = {
+        dim: scores
+        for dim, scores in record["dims"].items()
+        if re.fullmatch(r"[1-9]\d{0,8}( u?(int8|binary))?", dim)
+        and isinstance(scores, dict)
+        and is_number(scores.get("main_score"))
+    }
+    return result if record["dims"] else None
+
+
+def ordered(dims: Iterable[str]) -> tuple[str, ...]:
+    """Dimensions, the largest first; then those of each other precision."""
+    return tuple(sorted(dims, key=lambda dim: (dim.partition(" ")[2], -int(dim.split()[0]))))
+
+
+def make_plans(config: EvaluationConfig) -> list[Plan]:
+    """A plan for each model. Raises ValueError with one sentence for what cannot be run."""
+    tasks = sorted(find_tasks(config), key=lambda task: -task.characters)
     missing = [str(task.mirror) for task in tasks if task.mirror and not task.mirror.is_dir()]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
@@ -177,27 +236,108 @@ def make_plan(config: EvaluationConfig) -> Plan:
             f"--datasets: expected {', '.join(missing[:5])}{more}, found none; the same command with "
             "--prefetch, on a machine with network access, copies them"
         )
-    full = read_json(folders[-1] / "config.json").get("hidden_size")
-    if not isinstance(full, int):
-        raise ValueError(f"{folders[-1] / 'config.json'}: expected hidden_size, found none")
+    plans = [_make_plan(config, model, tasks) for model in config.model]
+    if len({plan.results for plan in plans}) < len(plans):
+        raise ValueError(f"--model: expected different models, found one twice in {config.model}")
+    return plans
+
+
+def _make_plan(config: EvaluationConfig, model: str, tasks: Sequence[PlannedTask]) -> Plan:
+    folders = checkpoint_folders(model)
+    checkpoint, opened = hash_checkpoint(*folders), open_folder(model, causal=config.causal)
+    style, stored = config.instructions or usual_style(opened), opened.settings
+    table = {} if style == "checkpoint" else instruction_table(style)
+    # sentence-transformers puts the default prompt before texts for which none is named.
+    prompts = stored.prompts | {"": stored.prompts.get(stored.default_prompt_name or "", "")}
+    tasks = [_instruct(task, style, table, prompts) for task in tasks]
+    settings = {name: getattr(config, name) for name in SETTINGS}
+    settings["instructions"] = Path(style).stem
+    full = opened.dimension
     if max(config.dims, default=0) > full:
-        raise ValueError(f"--dims: {max(config.dims)} is more than the model's {full} dimensions")
-    is_local = Path(config.model).expanduser().is_dir()
-    owner = f"local/{folders[0].resolve().name}" if is_local else config.model
+        raise ValueError(
+            f"--dims: {max(config.dims)} is more than the {full} dimensions of {model}"
+        )
     # mteb's layout, so that mteb.ResultCache(output) finds the results too. Not files.digest: a
     # different hash would give the folders of earlier runs other names.
     hashed = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()
     revision = f"{checkpoint[:12]}-{hashed[:8]}"
+    # A model keeps its results when its folder is moved or renamed.
+    earlier = sorted((config.output / "results").glob(f"*/{revision}"))
+    owner = _name(folders[0].resolve()) if Path(model).expanduser().is_dir() else model
     return Plan(
-        model=config.model,
+        model=model,
         checkpoint=checkpoint,
-        dims=tuple(sorted(config.dims or [full], reverse=True)),
+        dims=ordered(
+            f"{dim} {precision}".removesuffix(" float32")
+            for precision in {"float32", *config.precision}
+            for dim in config.dims or [full]
+        ),
         settings=settings,
-        tasks=tuple(sorted(tasks, key=lambda task: -task.characters)),
-        results=config.output / "results" / owner.replace("/", "__") / revision,
+        tasks=tuple(tasks),
+        results=[*earlier, config.output / "results" / owner.replace("/", "__") / revision][0],
         benchmarks=config.benchmark,
         elsewhere=tasks_elsewhere(tasks, config.shard),
+        per_query=config.per_query,
     )
+
+
+def _name(folder: Path) -> str:
+    """local/RUN for RUN/final, local/RUN-step_10 for RUN/checkpoints/step_10, else local/FOLDER."""
+    if folder.parent.name == "checkpoints":
+        return f"local/{folder.parents[1].name}-{folder.name}"
+    is_part = folder.name in ("final", "adapter") and folder.parent.name
+    return f"local/{folder.parent.name if is_part else folder.name}"
+
+
+def _instruct(
+    task: PlannedTask, style: str, table: Mapping[str, Instruction], prompts: Mapping[str, str]
+) -> PlannedTask:
+    """A task with its own instruction (of its task.toml), or that of the style."""
+    found = task.instruction
+    if style == "checkpoint" and not found.origin:
+        return replace(task, instruction=resolve_prompts(prompts, task))
+    if not found.origin or style == "none":
+        found = resolve_instruction(table, task)
+    if task.symmetric:
+        found = replace(found, document=found.query)
+    return replace(task, instruction=found)
+
+
+def usual_style(opened: Opened) -> str:
+    """The style of a model for which none is given: KaLM's tables, or its stored prompts."""
+    settings, kalm = opened.settings, opened.released.startswith("KaLM-Embedding")
+    if kalm:
+        return "official-v1" if " v1" in opened.released else "v2"
+    says = opened.sources["instruction_template"] == "config_sentence_transformers.json"
+    is_ours = says and settings.instruction_template == KALM_TEMPLATE
+    return "v2" if is_ours and not any(settings.prompts.values()) else "checkpoint"
+
+
+def check_hub(plans: Iterable[Plan]) -> None:
+    """Raise ValueError if datasets must come from the hub, which cannot be reached.
+
+    It costs one request, where `datasets` would try for a minute in every worker.
+    """
+    plans = list(plans)
+    wanted = {t.repository: t for p in plans for t in p.tasks if p.missing(t)}
+    wanted = {name: task for name, task in wanted.items() if name and not task.mirror}
+    if not wanted:
+        return
+    from datasets import config
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    cached = {path.name.replace("___", "/") for path in Path(config.HF_DATASETS_CACHE).glob("*")}
+    for name in sorted(wanted.keys() - cached)[:1]:
+        try:
+            HfApi().dataset_info(name, timeout=10)
+        except HfHubHTTPError:
+            return  # the hub has answered; the worker tells what is wrong
+        except Exception as error:  # the client raises a dozen types
+            raise ValueError(
+                f"{wanted[name].name}: its dataset {name} is neither here nor within reach ({error}); "
+                "--prefetch with --datasets FOLDER copies it, on a machine with network access"
+            ) from error
 
 
 def tasks_elsewhere(tasks: Sequence[PlannedTask], shard: str) -> frozenset[str]:
@@ -217,28 +357,26 @@ def tasks_elsewhere(tasks: Sequence[PlannedTask], shard: str) -> frozenset[str]:
 
 
 def find_tasks(config: EvaluationConfig) -> list[PlannedTask]:
-    """The requested tasks. Raises ValueError with one sentence for what cannot be run."""
+    """The requested tasks, with no instruction but that of a task.toml.
+
+    Raises ValueError with one sentence for what cannot be run.
+    """
     if find_spec("mteb") is None:
         raise ValueError('evaluation needs mteb: pip install "kalm-min[eval]"')
-    table = instruction_table(config.instructions)
-    tasks = _mteb_tasks(config, table) if config.benchmark or config.tasks else []
+    tasks = _mteb_tasks(config) if config.benchmark or config.tasks else []
     for dataset in (dataset for path in config.data for dataset in find_datasets(path)):
         if dataset.name in [task.name for task in tasks]:
             raise ValueError(f"two tasks are called {dataset.name}; rename the folder of one")
-        kind = KINDS[dataset.kind].type
-        instruction = resolve_instruction(table, dataset.name, kind)
-        if dataset.instruction is not None and config.instructions != "none":
-            instruction = Instruction(dataset.instruction, origin="task")
-        if dataset.symmetric:
-            instruction = replace(instruction, document=instruction.query)
         is_corpus = dataset.kind == "retrieval"  # nearly all of the texts are documents
+        own = dataset.instruction
         task = PlannedTask(
             name=dataset.name,
-            type=kind,
+            type=KINDS[dataset.kind].type,
             main_score=dataset.main_score,
             revision=dataset.revision,
             characters=dataset.characters,
-            instruction=instruction,
+            instruction=Instruction() if own is None else Instruction(own, origin="task.toml"),
+            symmetric=dataset.symmetric,
             folder=dataset.path,
             corpus_characters=dataset.characters * is_corpus,
             documents=dataset.texts * is_corpus,
@@ -247,17 +385,26 @@ def find_tasks(config: EvaluationConfig) -> list[PlannedTask]:
     return tasks
 
 
-def _mteb_tasks(config: EvaluationConfig, table: Mapping[str, Instruction]) -> list[PlannedTask]:
+def _named(flag: str, name: str, get: Callable[[str], Any], every: Callable[[], Any]) -> Any:
+    """A task or benchmark of mteb. Raises ValueError with the nearest name if there is none."""
+    try:
+        return get(name)
+    except KeyError as error:
+        near = did_you_mean(name, [getattr(one, "metadata", one).name for one in every()])
+        raise ValueError(f"{flag}: mteb has no {name}{near}") from error
+
+
+def _mteb_tasks(config: EvaluationConfig) -> list[PlannedTask]:
     """Tasks by name; a task of two benchmarks is run once, on the splits and subsets of both."""
     import mteb
 
-    flag = "--benchmark"
-    try:
-        requested = [task for name in config.benchmark for task in mteb.get_benchmark(name).tasks]
-        flag = "--tasks"
-        requested += [mteb.get_task(name) for name in config.tasks]
-    except KeyError as error:
-        raise ValueError(f"{flag}: {str(error.args[0]).removeprefix('KeyError: ')}") from error
+    benchmarks = [
+        _named("--benchmark", name, mteb.get_benchmark, mteb.get_benchmarks)
+        for name in config.benchmark
+    ]
+    every = partial(mteb.get_tasks, exclude_superseded=False)
+    requested = [task for benchmark in benchmarks for task in benchmark.tasks]
+    requested += [_named("--tasks", name, mteb.get_task, every) for name in config.tasks]
     tasks: dict[str, PlannedTask] = {}
     for leaf, parent in ((leaf, task) for task in requested for leaf in _leaves(task)):
         metadata = leaf.metadata
@@ -274,7 +421,7 @@ def _mteb_tasks(config: EvaluationConfig, table: Mapping[str, Instruction]) -> l
             main_score=metadata.main_score,
             revision=metadata.revision,
             characters=characters,
-            instruction=resolve_instruction(table, metadata.name, metadata.type),
+            instruction=Instruction(),
             repository=repository,
             mirror=mirror,
             splits=tuple(leaf.eval_splits),
@@ -339,7 +486,7 @@ def instruction_table(style: str) -> dict[str, Instruction]:
         raise ValueError(f"--instructions: {style}: expected a file, found none")
     tables = {style: read_json(style)} if is_file else read_json(_TABLES)
     if style not in tables:
-        expected = f"expected {', '.join(tables)} or a .json file"
+        expected = f"expected checkpoint, {', '.join(tables)} or a .json file"
         near = did_you_mean(style, tables)
         raise ValueError(f"--instructions: {expected}, found {style!r}{near}")
     entries = tables[style]
@@ -355,13 +502,31 @@ def instruction_table(style: str) -> dict[str, Instruction]:
     return table
 
 
-def resolve_instruction(table: Mapping[str, Instruction], name: str, kind: str) -> Instruction:
+def resolve_instruction(table: Mapping[str, Instruction], task: PlannedTask) -> Instruction:
     """The instruction of a task: from its own row, that of its first version, or that of its type.
 
-    `kind` is mteb's name of the type. A task `X.v2` is the data of X, sampled or cleaned.
+    A task `X.v2` is the data of X, sampled or cleaned.
     """
-    keys = (name, re.sub(r"\.v\d+$", "", name), f"type:{kind}")
+    keys = (task.name, re.sub(r"\.v\d+$", "", task.name), f"type:{task.type}")
     return next((table[key] for key in keys if key in table), Instruction())
+
+
+def resolve_prompts(prompts: Mapping[str, str], task: PlannedTask) -> Instruction:
+    """A task's prompts among a checkpoint's, chosen as mteb chooses for sentence-transformers.
+
+    The name of a local dataset counts too, for its queries only, as training stores it.
+    """
+    name, kind = task.name, task.type
+    if kind.endswith(("Retrieval", "Reranking")):
+        queries = (f"{name}-query", name, f"{kind}-query", kind, "query")
+        shared = () if task.folder and not task.symmetric else (name,)
+        documents = (f"{name}-document", *shared, f"{kind}-document", kind, "document")
+    else:
+        queries, documents = (name, kind, ""), ()
+    found = [next((key for key in keys if key in prompts), None) for keys in (queries, documents)]
+    query, document = ("" if key is None else prompts[key] for key in found)
+    used = dict.fromkeys(key or "default" for key in found if key is not None and prompts[key])
+    return Instruction(query, document, f"prompts {', '.join(used)}", "prompt")
 
 
 def official_means(benchmark: str, results: Mapping[str, dict]) -> dict[str, float | None]:

@@ -1,34 +1,47 @@
-"""Results as tables and plots: scores with means, beside KaLM's releases, and run against run.
+"""Results as tables and plots: scores with means, beside KaLM's releases, and model against model.
 
 Scores are mteb's, times 100. Every mean states what it was taken over; the mean of an official
 benchmark is the one that mteb computes, and is missing while a task is missing. A result file
 records everything it was made with, so a folder is tabulated and compared without the model, the
-datasets or mteb. The plots need matplotlib (an extra).
+datasets or mteb. What is foreign in it reaches neither HTML nor a formula of a spreadsheet. The
+plots need matplotlib (an extra).
 """
 
 import csv
 import io
+import json
+import re
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from math import isnan, nan
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from kalm_min.console import format_duration, table
-from kalm_min.evaluation.plan import SETTINGS, Instruction, Plan, PlannedTask, official_means
-from kalm_min.files import atomic_write, read_json
+from kalm_min.evaluation.plan import (
+    SETTINGS,
+    Instruction,
+    Plan,
+    PlannedTask,
+    official_means,
+    ordered,
+    read_result,
+)
+from kalm_min.files import atomic_write, escape_name, read_json
 
 if TYPE_CHECKING:
-    from kalm_min.evaluation.runner import Failure
+    from matplotlib.figure import Figure
 
-Column = TypeVar("Column")
+    from kalm_min.evaluation.runner import Failure
 
 PUBLISHED = read_json(Path(__file__).with_name("published.json"))
 RELEASES = tuple(PUBLISHED["models"])
+Scores = Mapping[str, Mapping[str, float]]
+"""Column -> task -> score; a column is a dimension, a model or a release."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +52,7 @@ class Row:
     name: str
     type: str
     metric: str
-    scores: Mapping[int, float]  # by dimension; nan if there is no result
+    scores: Mapping[str, float]  # by dimension; nan if there is no result
     seconds: float = nan
     published: Mapping[str, float] = field(default_factory=dict)  # by release, for the same task
 
@@ -52,24 +65,45 @@ def published_scores(task: PlannedTask) -> dict[str, float]:
     return {release: entry[release] for release in RELEASES}
 
 
-def plan_table(plan: Plan) -> str:
-    """The tasks, largest first: size, state, instruction, and whether that is the type's."""
-    rows: list[list[str]] = []
+def plan_table(plan: Plan, speed: float = nan) -> str:
+    """The tasks, largest first, in 80 columns; then their instructions, and where these are from.
+
+    `speed` is that of encoding, in characters per second of all devices together.
+    """
+    rows = [("task", "type", "Mchar", "state")]
+    groups: dict[str, list[str]] = {}
+    left = 0
     for task in plan.tasks:
         state = "elsewhere" if task.name in plan.elsewhere else "to do"
-        state = state if plan.result(task) is None else "done"
-        text, document = task.instruction.query, task.instruction.document
-        if document:
-            same = text == document
-            text += " (queries and documents)" if same else f" | documents: {document}"
+        state = state if plan.missing(task) else "done"
+        if state == "to do":
+            left += task.characters
+            state = state if isnan(speed) else f"~{format_duration(task.characters / speed)}"
         size = f"{task.characters / 1e6:.2f}" if task.characters else "?"
-        origin = task.instruction.origin if text else ""
-        rows.append([task.name, task.type, size, state, origin, text or "none"])
+        rows.append((task.name, task.type, size, state))
+        one = task.instruction
+        text = json.dumps(one.query, ensure_ascii=False) if one.query else "none"
+        if one.document:
+            same = one.query == one.document
+            text += ", documents " + (
+                "too" if same else json.dumps(one.document, ensure_ascii=False)
+            )
+        style = "task.toml" if one.origin == "task.toml" else str(plan.settings["instructions"])
+        origin = f", {one.origin}" if one.origin not in ("", style) else ""
+        groups.setdefault(f"{text} ({style}{origin})", []).append(task.name)
+    wide, narrow = (max(len(row[i]) for row in rows) for i in (0, 1))
+    lines = [f"{a:{wide}}  {b:{narrow}}  {c:>7}  {d:>9}" for a, b, c, d in rows]
+    lines += ["", "Instructions, and where they are from:"]
+    for text, names in groups.items():
+        sentence = f"- {text}: {', '.join(names)}"
+        lines += textwrap.wrap(sentence, 80, subsequent_indent="  ", break_on_hyphens=False)
     done = sum(row[3] == "done" for row in rows)
     total = sum(task.characters for task in plan.tasks) / 1e6
-    head = ["task", "type", "Mchar", "state", "from", "instruction"]
-    summary = f"{len(rows)} tasks ({done} done), {total:.2f} Mchar; results in {plan.results}"
-    return f"{table(head, rows, right={2})}\n\n{summary}"
+    count = f"{len(plan.tasks)} task{'s' * (len(plan.tasks) > 1)} ({done} done), {total:.2f} Mchar"
+    if not isnan(speed):
+        count += f"; {format_duration(left / speed)} of encoding at {speed:,.0f} characters/s,"
+        count += "\nas just measured, and the time of scoring"
+    return "\n".join([*lines, "", count, f"results in {plan.results}"])
 
 
 def score_rows(plan: Plan) -> list[Row]:
@@ -78,7 +112,7 @@ def score_rows(plan: Plan) -> list[Row]:
     An aggregate (CQADupstackRetrieval) is one task; as in mteb, its score is the mean of its parts.
     """
     found = {task.name: result["kalm_min"] for task in plan.tasks if (result := plan.result(task))}
-    by_dim = {dim: {n: one["dims"][str(dim)] for n, one in found.items()} for dim in plan.dims}
+    by_dim = {dim: {n: one["dims"][dim] for n, one in found.items()} for dim in plan.dims}
     groups: dict[tuple[str, str], list[PlannedTask]] = {}
     for task in plan.tasks:
         groups.setdefault((task.type, task.aggregate or task.name), []).append(task)
@@ -93,12 +127,10 @@ def score_rows(plan: Plan) -> list[Row]:
         published = published_scores(replace(parts[0], name=name))
         rows.append(Row("task", name, kind, parts[0].main_score, scores, seconds, published))
     missing = Counter(row.type for row in rows if isnan(row.seconds))
-    for name, scores in _row_means(rows, plan.dims).items():
-        unit = name.split()[-1]
-        is_overall = unit in {"tasks", "types"}
-        count = missing.total() if is_overall else missing[unit]
+    for kind, name, scores in _means(*_done(rows)):
+        count = missing[kind] if kind else missing.total()
         note = f" ({count} task{'s' * (count > 1)} missing)" if count else ""
-        rows.append(Row("mean" if is_overall else "type", name + note, "", "", scores))
+        rows.append(Row("type" if kind else "mean", name + note, "", "", scores))
     for name in plan.benchmarks:
         try:
             means = {dim: official_means(name, one) for dim, one in by_dim.items()}
@@ -112,56 +144,90 @@ def score_rows(plan: Plan) -> list[Row]:
     return rows
 
 
-def _means(
-    types: Mapping[str, str], columns: Mapping[Column, Mapping[str, float]]
-) -> dict[str, dict[Column, float]]:
-    """Means over the tasks of each type, over all tasks, and over the types' means, by their names.
+def _done(rows: Sequence[Row]) -> tuple[dict[str, str], Scores]:
+    """The type of each task that has scores, and the scores by dimension."""
+    done = [row for row in rows if row.kind == "task" and not any(map(isnan, row.scores.values()))]
+    columns = {dim: {row.name: row.scores[dim] for row in done} for dim in rows[0].scores}
+    return {row.name: row.type for row in done}, columns
 
-    `types` is task -> type, `columns` column -> task -> score, with a score for each of these tasks.
-    """
-    groups = {kind: [n for n in types if types[n] == kind] for kind in sorted({*types.values()})}
-    if not groups:
-        return {}
-    means = {
-        f"mean of {len(names)} {kind}": {
-            column: fmean(scores[name] for name in names) for column, scores in columns.items()
+
+def _type_means(types: Mapping[str, str], columns: Scores) -> dict[str, dict[str, float]]:
+    """Type -> column -> mean over the tasks of the type, which all columns have."""
+    return {
+        kind: {
+            column: fmean(scores[name] for name in types if types[name] == kind)
+            for column, scores in columns.items()
         }
-        for kind, names in (groups | {"tasks": list(types)}).items()
+        for kind in sorted({*types.values()})
     }
-    by_type = list(means.values())[:-1]
-    over_types = {column: fmean(one[column] for one in by_type) for column in columns}
-    return means | {f"mean of {len(groups)} types": over_types}
 
 
-def _row_means(rows: Sequence[Row], dims: Sequence[int]) -> dict[str, dict[int, float]]:
-    """`_means` of the tasks that have scores, by dimension."""
-    done = [row for row in rows if row.kind == "task" and not isnan(row.scores[dims[0]])]
-    columns = {dim: {row.name: row.scores[dim] for row in done} for dim in dims}
-    return _means({row.name: row.type for row in done}, columns)
+def _means(types: Mapping[str, str], columns: Scores) -> list[tuple[str, str, dict[str, float]]]:
+    """(type, name, column -> mean) of each type, all tasks ("") and all types (""), if not of one.
+
+    `types` is task -> type; every column has a score for each of these tasks.
+    """
+    by_type, counts = _type_means(types, columns), Counter(types.values())
+    rows = [(k, f"mean of {counts[k]} {k}", by_type[k]) for k in by_type if counts[k] > 1]
+    rows = rows if len(by_type) > 1 else []
+    if len(types) > 1:
+        over_tasks = {column: fmean(map(one.__getitem__, types)) for column, one in columns.items()}
+        rows.append(("", f"mean of {len(types)} tasks", over_tasks))
+    if len(by_type) > 1:
+        over_types = {column: fmean(one[column] for one in by_type.values()) for column in columns}
+        rows.append(("", f"mean of {len(by_type)} types", over_types))
+    return rows
 
 
 def markdown(plan: Plan, rows: Sequence[Row], failures: Mapping[str, "Failure"]) -> str:
     """The report: what was evaluated and how, the scores, and what failed and why."""
-    head = ["task", "type", "score", *map(str, plan.dims), "time"]
+    dims = [dim for dim in plan.dims if " " not in dim]
+    head = ["task", "type", "score", *dims, "time"]
     lines: list[list[str]] = []
     for row in rows:
         seconds = "" if isnan(row.seconds) else format_duration(row.seconds)
-        scores = [_number(row.scores[dim]) for dim in plan.dims]
-        lines.append([row.name, row.type, row.metric, *scores, seconds])
-    parts = [f"# {plan.model}", f"{describe(plan)} Scores are mteb's, times 100."]
+        names = map(_text, (row.name, row.type, row.metric))
+        lines.append([*names, *(_number(row.scores[dim]) for dim in dims), seconds])
+    parts = [f"# {_text(plan.model)}", f"{_text(describe(plan))} Scores are mteb's, times 100."]
     parts.append(table(head, lines, right=range(3, len(head))))
+    types, columns = _done(rows)
+    if len(dims) < len(plan.dims) and types:
+        kinds = [
+            "float32",
+            *dict.fromkeys(dim.partition(" ")[2] for dim in plan.dims if " " in dim),
+        ]
+        sizes = {"float32": 32, "int8": 8, "uint8": 8}  # bits of a coordinate
+        cells = [
+            [
+                dim,
+                *(
+                    f"{fmean(columns[name].values()):.2f} ({-(-int(dim) * sizes.get(kind, 1) // 8)} B)"
+                    for kind in kinds
+                    for name in [dim if kind == "float32" else f"{dim} {kind}"]
+                ),
+            ]
+            for dim in dims
+        ]
+        parts += ["## What a smaller vector costs"]
+        parts += [f"Mean score of {len(types)} tasks, and the bytes of a vector."]
+        parts += [table(["dimensions", *kinds], cells, right=range(len(kinds) + 1))]
     ours = f"ours ({plan.dims[0]})"
     known = [row for row in rows if row.published and not isnan(row.seconds)]
     if known:
-        columns = {one: {row.name: row.published[one] for row in known} for one in RELEASES}
-        columns[ours] = {row.name: row.scores[plan.dims[0]] for row in known}
+        beside = {one: {row.name: row.published[one] for row in known} for one in RELEASES}
+        beside[ours] = {row.name: row.scores[plan.dims[0]] for row in known}
         parts += ["## Beside KaLM's releases", f"Source: {PUBLISHED['source']}."]
-        types = {row.name: row.type for row in known}
-        parts.append(side_by_side(columns, types, [(ours, release) for release in RELEASES]))
+        kinds = {row.name: row.type for row in known}
+        parts.append(side_by_side(beside, kinds, [(ours, release) for release in RELEASES]))
     for name, failure in failures.items():
-        log = f"\n\n```\n{failure.log}\n```" if failure.log else ""
-        parts.append(f"**{name} failed**: {failure.reason}{log}")
+        log = f"\n\n{textwrap.indent(failure.log, '    ')}" if failure.log else ""
+        parts.append(f"**{_text(name)} failed**: {_text(failure.reason)}{log}")
     return "\n\n".join(parts) + "\n"
+
+
+def _text(text: str) -> str:
+    """Foreign text in Markdown: no HTML, no picture, no code."""
+    return re.sub(r"([\\<`]|!(?=\[))", r"\\\1", text)
 
 
 def describe(plan: Plan) -> str:
@@ -173,34 +239,35 @@ def describe(plan: Plan) -> str:
     answers: set[str] = set()
     for result in filter(None, map(plan.result, plan.tasks)):
         used = result["kalm_min"]["used"]
-        mode = "causal" if used["causal"] else "bidirectional"
-        limit = f"at most {used['max_length']} tokens"
-        answers.add(f"{used['dtype']}, {mode}, {used['pooling']} pooling, {limit}")
+        mode = "causal" if used.get("causal") else "bidirectional"
+        limit = f"at most {used.get('max_length')} tokens"
+        answers.add(f"{used.get('dtype')}, {mode}, {used.get('pooling')} pooling, {limit}")
     computed = f" Computed in {' and in '.join(sorted(answers))}." if answers else ""
     return f"Checkpoint {plan.checkpoint[:12]}; {', '.join(settings)}.{computed}"
 
 
 def side_by_side(
-    columns: Mapping[str, Mapping[str, float]],
-    types: Mapping[str, str],
-    differences: Sequence[tuple[str, str]],
+    columns: Scores, types: Mapping[str, str], differences: Sequence[tuple[str, str]]
 ) -> str:
     """Scores of several runs as a table, with differences; means over tasks that all columns have.
 
-    `columns` is name -> task -> score, `types` task -> type; (a, b) of `differences` adds "a - b".
+    (a, b) of `differences` adds the column "a - b".
     """
     names = sorted({n for scores in columns.values() for n in scores}, key=lambda n: (types[n], n))
-    common = {n: types[n] for n in names if all(n in scores for scores in columns.values())}
-    scored = [
-        (n, types[n], {c: scores.get(n, nan) for c, scores in columns.items()}) for n in names
-    ]
+    rows = [(types[n], n, {c: one.get(n, nan) for c, one in columns.items()}) for n in names]
+    rows += [("", name, means) for _, name, means in _means(_common(columns, types), columns)]
     lines: list[list[str]] = []
-    for name, kind, scores in [*scored, *((n, "", m) for n, m in _means(common, columns).items())]:
+    for kind, name, scores in rows:
         cells = [_number(scores[column]) for column in columns]
         cells += [_number(scores[a] - scores[b], "+.2f") for a, b in differences]
-        lines.append([name, kind, *cells])
+        lines.append([_text(name), _text(kind), *cells])
     head = ["task", "type", *columns, *(f"{a} - {b}" for a, b in differences)]
-    return table(head, lines, right=range(2, len(head)))
+    return table(list(map(_text, head)), lines, right=range(2, len(head)))
+
+
+def _common(columns: Scores, types: Mapping[str, str]) -> dict[str, str]:
+    """The types of the tasks that all columns have."""
+    return {n: types[n] for n in sorted(types) if all(n in one for one in columns.values())}
 
 
 def _number(score: float, form: str = ".2f", missing: str = "—") -> str:
@@ -223,7 +290,9 @@ def comma_separated(plan: Plan, rows: Sequence[Row]) -> str:
         beside = [one for score in known for one in (score, scores[0] - score)]
         cells = [_number(one, missing="") for one in (*scores, *beside)]
         cells.insert(len(scores), _number(row.seconds, ".1f", ""))
-        writer.writerow([row.kind, row.name, row.type, row.metric, *cells])
+        # A spreadsheet takes what begins with one of these for a formula.
+        names = ["'" * one.startswith(tuple("=+-@\t\r")) + one for one in (row.name, row.type)]
+        writer.writerow([row.kind, *names, row.metric, *cells])
     return stream.getvalue()
 
 
@@ -241,23 +310,33 @@ def read_plans(
     plans: list[Plan] = []
     for results in (folder, *sorted(folder.glob("results/*/*/"))):
         tasks = {task.name: task for task in requested}
-        found: list[set[int]] = []
+        found: list[set[str]] = []
         checkpoint, settings = "", {}
         for path in sorted(results.glob("*.json")):
-            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-                record = read_json(path)["kalm_min"]  # unless torn, or another program's
-                key = record["key"]
-                instruction = Instruction(key["query_instruction"], key["document_instruction"])
-                splits, subsets = tuple(key["splits"]), tuple(key["subsets"])
-                basics = (path.stem, record["type"], key["main_score"], key["revision"], 0)
-                task = PlannedTask(*basics, instruction, splits=splits, subsets=subsets)
-                task = replace(task, aggregate=tasks.get(task.name, task).aggregate)
-                checkpoint, settings = key["checkpoint"], {n: key[n] for n in key if n in SETTINGS}
-                found.append(set(map(int, record["dims"])))
-                tasks[task.name] = task
+            if (result := read_result(path)) is None:
+                continue
+            record, key = result["kalm_min"], result["kalm_min"]["key"]
+            name = str(result.get("task_name", path.stem))
+            name = name if escape_name(name) == path.stem else path.stem
+            kind = "prompt" if "query_prompt" in key else "instruction"
+            texts = (key.get(f"{role}_{kind}", "") for role in ("query", "document"))
+            task = PlannedTask(
+                name=name,
+                type=record.get("type", ""),
+                main_score=key["main_score"],
+                revision=key["revision"],
+                characters=0,
+                instruction=Instruction(*texts, kind=kind),
+                splits=tuple(key["splits"]),
+                subsets=tuple(key["subsets"]),
+                aggregate=tasks[name].aggregate if name in tasks else "",
+            )
+            checkpoint, settings = key["checkpoint"], {n: key[n] for n in key if n in SETTINGS}
+            found.append(set(record["dims"]))
+            tasks[task.name] = task
         if not found:
             continue
-        common = tuple(sorted(dims or set.intersection(*found), reverse=True))
+        common = ordered(map(str, dims) if dims else set.intersection(*found))
         if not common:
             raise ValueError(f"{results}: no dimension in common, choose with --dims")
         model = results.absolute().parent.name.replace("__", "/")
@@ -268,27 +347,28 @@ def read_plans(
     return plans
 
 
-def comparison(folders: Sequence[Path], dims: Sequence[int] = ()) -> str:
-    """Results folders side by side as Markdown; differences are to the first folder.
+def compare(found: Sequence[tuple[Path, Plan]]) -> tuple[str, Scores, dict[str, str]]:
+    """Models side by side, as Markdown; differences are to the first.
 
-    Scores are at one dimension, or at each folder's largest. Raises ValueError for a folder without
-    results, or with those of several checkpoints or settings.
+    Each is a folder and a plan of it, and its scores are those at the plan's main dimension. Also
+    returns model -> task -> score, and task -> type. Raises ValueError if there is only one model.
     """
-    if len(dims) > 1:
-        raise ValueError(f"--compare: expected one of --dims, found {len(dims)}")
-    names = [folder.absolute().name for folder in folders]
-    if len(set(names)) < len(names):
-        names = [str(folder) for folder in folders]
-    plans: dict[str, Plan] = {}
+    if len(found) < 2:
+        raise ValueError("--compare: expected two folders or more, or one of several models")
+    names: list[str] = []
+    for name in (  # the shortest way to tell them apart
+        lambda folder, plan: folder.absolute().name,
+        lambda folder, plan: str(folder),
+        lambda folder, plan: plan.model,
+        lambda folder, plan: f"{folder} {plan.model}",
+        lambda folder, plan: f"{folder} {plan.model} {plan.results.name}",
+    ):
+        names = [f"{name(*pair)} ({pair[1].dims[0]})" for pair in found]
+        if len(set(names)) == len(names):
+            break
+    plans = dict(zip(names, [plan for _, plan in found], strict=True))
     versions: dict[str, set[PlannedTask]] = {}
-    for name, folder in zip(names, folders, strict=True):
-        plan, *others = read_plans(folder, dims)
-        if others:
-            found = ", ".join(str(one.results) for one in (plan, *others))
-            raise ValueError(
-                f"{folder}: expected one checkpoint with one set of settings, found {found}"
-            )
-        plans[f"{name} ({plan.dims[0]})"] = plan
+    for plan in plans.values():
         for task in plan.tasks:  # they differ in data or score, unless only in instructions
             versions.setdefault(task.name, set()).add(replace(task, instruction=Instruction()))
     same = {name: one.pop().type for name, one in versions.items() if len(one) == 1}
@@ -302,14 +382,15 @@ def comparison(folders: Sequence[Path], dims: Sequence[int] = ()) -> str:
         for name, plan in plans.items()
     }
     first, *rest = plans
+    models = [f"- {name}: {plan.model}. {describe(plan)}" for name, plan in plans.items()]
     parts = [
         "# Comparison",
-        "\n".join(f"- {name}: {plan.model}. {describe(plan)}" for name, plan in plans.items()),
-        f"Left out, not the same data or score: {left_out}." if left_out else "",
+        _text("\n".join(models)),
+        _text(f"Left out, not the same data or score: {left_out}.") if left_out else "",
         side_by_side(columns, same, [(name, first) for name in rest]),
-        "Means are over the tasks that all folders have, not of a benchmark.",
+        "Means are over the tasks that all models have, not of a benchmark.",
     ]
-    return "\n\n".join(filter(None, parts))
+    return "\n\n".join(filter(None, parts)) + "\n", columns, same
 
 
 def draw(folder: Path, rows: Sequence[Row]) -> list[str]:
@@ -317,27 +398,51 @@ def draw(folder: Path, rows: Sequence[Row]) -> list[str]:
 
     Returns the names of the PNG files written into `folder`.
     """
-    dims = sorted(rows[0].scores)
-    means = list(_row_means(rows, dims).items())[:-2]
-    by_type = {name.removeprefix("mean of "): scores for name, scores in means}
-    if find_spec("matplotlib") is None or not by_type:
+    types, columns = _done(rows)
+    means = _type_means(types, columns)
+    dims = [dim for dim in columns if " " not in dim]
+    written = draw_types(folder / "types.png", types, {f"{dims[0]} dimensions": columns[dims[0]]})
+    if not written or len(dims) == 1:
+        return written
+    from matplotlib.figure import Figure
+
+    figure = Figure((9, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    for name, scores in means.items():
+        axes.plot(dims[::-1], [scores[dim] for dim in dims[::-1]], "o-", label=name)
+    axes.set(xlabel="dimensions kept", title="Mean score by dimension")
+    axes.legend(frameon=False)
+    return written + _save(folder / "dimensions.png", figure)
+
+
+def draw_types(path: Path, types: Mapping[str, str], columns: Scores) -> list[str]:
+    """Plot the mean score of each type for each column, if matplotlib is installed.
+
+    Returns the name of the file, if it was written.
+    """
+    means = _type_means(_common(columns, types), columns)
+    if find_spec("matplotlib") is None or not means:
         return []
     from matplotlib.figure import Figure
 
-    figures = {"types.png": Figure((9, 1.2 + 0.4 * len(by_type)), layout="constrained")}
-    axes = figures["types.png"].add_subplot()
-    bars = axes.barh(list(by_type), [scores[dims[-1]] for scores in by_type.values()], alpha=0.6)
-    axes.bar_label(bars, fmt="%.1f", padding=3)
-    axes.set(xlim=(None, 100), title=f"Mean score by type, {dims[-1]} dimensions")
+    height = 0.8 / len(columns)
+    figure = Figure((9, 1.4 + 0.4 * len(means) * max(1, 0.6 * len(columns))), layout="constrained")
+    axes = figure.add_subplot()
+    for i, column in enumerate(columns):
+        places = [place + (i - (len(columns) - 1) / 2) * height for place in range(len(means))]
+        scores = [one[column] for one in means.values()]
+        bars = axes.barh(places, scores, height, alpha=0.6, label=column.replace("$", r"\$"))
+        axes.bar_label(bars, fmt="%.1f", padding=3)
+    lowest = min(score for one in means.values() for score in one.values())
+    axes.set(xlim=(1.15 * min(0, lowest), 105), title="Mean score by type")
+    axes.set_yticks(range(len(means)), [name.replace("$", r"\$") for name in means])
+    axes.axvline(0, color="black", linewidth=0.8)
     axes.invert_yaxis()
-    if len(dims) > 1:
-        figures["dimensions.png"] = Figure((9, 4.6), layout="constrained")
-        axes = figures["dimensions.png"].add_subplot()
-        for name, scores in by_type.items():
-            axes.plot([str(dim) for dim in dims], [scores[dim] for dim in dims], "o-", label=name)
-        axes.set(xlabel="dimensions kept", title="Mean score by dimension")
-        axes.legend(frameon=False)
-    for name, figure in figures.items():
-        with atomic_write(folder / name) as file:
-            figure.savefig(file, format="png", dpi=150)
-    return list(figures)
+    axes.legend(frameon=False)
+    return _save(path, figure)
+
+
+def _save(path: Path, figure: "Figure") -> list[str]:
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+    return [path.name]

@@ -25,7 +25,7 @@ from typing import NamedTuple, TextIO
 
 from kalm_min.console import Progress, format_duration
 from kalm_min.evaluation.plan import Plan, PlannedTask
-from kalm_min.files import digest
+from kalm_min.files import digest, escape_name, parse_object
 
 WORKER = (sys.executable, "-m", "kalm_min.evaluation.worker")
 _ATTEMPTS = 3
@@ -105,7 +105,6 @@ class _Slot:
     texts: int = 0
     characters: int = 0
     log_start: int = 0  # offset in the log at which the current job begins
-    busy: float = 0.0  # seconds spent on jobs
 
     def send(self, line: Mapping[str, object]) -> None:
         """Write a line to the worker's stdin: its settings at the start, then a job."""
@@ -153,7 +152,7 @@ class Runner:
     def __post_init__(self) -> None:
         """Prepare a run with no more workers than jobs."""
         selected = [task for task in self.plan.tasks if task.name not in self.plan.elsewhere]
-        self.tasks = [task for task in selected if self.plan.result(task) is None]
+        self.tasks = [task for task in selected if self.plan.missing(task)]
         self.jobs = make_jobs(self.tasks, len(self.devices))
         self.slots: list[_Slot] = []
         for i, device in enumerate(self.devices[: len(self.jobs)]):
@@ -172,16 +171,12 @@ class Runner:
     def run(self) -> dict[str, Failure]:
         """Run everything and return the failures by task name; no child survives in any case."""
         if self.jobs:
-            begun = time.monotonic()
             with Progress(self.total, "characters", self.stream, interval=60) as self.progress:
                 try:
                     self._loop()
                 finally:
                     for slot in self.slots:
                         slot.kill()
-                elapsed = time.monotonic() - begun
-                busy = [f"{slot.name} {slot.busy / elapsed:.0%}" for slot in self.slots]
-                self.progress.line(f"busy during {format_duration(elapsed)}: {', '.join(busy)}")
         self.failures |= {job.task.name: self.start_failure for job in self.jobs}
         with suppress(OSError):  # keep what failed tasks have encoded
             self.scratch.rmdir()
@@ -240,10 +235,14 @@ class Runner:
         task, path = job.task, self.plan.result_path(job.task).absolute()
         for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a worker killed while writing
             leftover.unlink(missing_ok=True)
-        paths = {"store": (self.store or self.scratch / task.name).absolute(), "result": path}
+        paths = {
+            "store": (self.store or self.scratch / escape_name(task.name)).absolute(),
+            "result": path,
+        }
         paths |= {"folder": task.folder, "mirror": task.mirror}
+        paths |= {"queries": self.plan.queries_path(task)}
         order = {"name": task.name, "type": task.type, "key": self.plan.key(task)}
-        order |= {"attempt": job.attempt, "slice": job.part}
+        order |= {"attempt": job.attempt, "slice": job.part, "dims": self.plan.missing(task)}
         slot.send(order | {name: path and str(path) for name, path in paths.items()})
 
     def _handle(self, slot: _Slot, process: subprocess.Popen[bytes], line: bytes) -> None:
@@ -253,7 +252,7 @@ class Runner:
         slot.last_heartbeat = time.monotonic()
         job, message = slot.job, None
         with suppress(ValueError):
-            message = json.loads(line)
+            message = parse_object(line, slot.name)
         match message:
             case {"event": "ready"}:
                 slot.is_ready = True
@@ -279,8 +278,8 @@ class Runner:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=5)
                 code = process.returncode or 0
-                reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-                self._replace(slot, f"died ({reason})")
+                names = {one.value: f"signal {one.name}" for one in signal.Signals}
+                self._replace(slot, f"died ({names.get(-code, f'exit code {code}')})")
 
     def _check_life(self, slot: _Slot) -> None:
         """Replace a worker that makes no progress or sends no heartbeats."""
@@ -311,12 +310,11 @@ class Runner:
         """End a worker's job, print its outcome and record the attempt in the timeline."""
         seconds, end, score = time.monotonic() - slot.started, time.time(), "failed"
         slot.job = None
-        slot.busy += seconds
         if outcome == "done" and job.part is None:
             if result := self.plan.result(job.task):  # believe the file, not the message
-                main_score = result["kalm_min"]["dims"][str(self.plan.dims[0])]["main_score"]
+                main_score = result["kalm_min"]["dims"][self.plan.dims[0]]["main_score"]
                 score = f"{100 * main_score:.2f}"
-                shutil.rmtree(self.scratch / job.task.name, ignore_errors=True)
+                shutil.rmtree(self.scratch / escape_name(job.task.name), ignore_errors=True)
             else:
                 outcome, reason = "failed", "said it was done and left no valid result file"
         if outcome == "again":

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,15 @@ import torch
 from kalm_min.embedder import Embedder, pick_device
 from kalm_min.evaluation.adapter import Adapter, Report
 from kalm_min.evaluation.local import build_task
-from kalm_min.files import digest, write_json
+from kalm_min.evaluation.plan import ordered, read_result
+from kalm_min.files import digest, write_json, write_text
 from kalm_min.settings import fill_template
 from kalm_min.vectors import check_manifest, describe
 
 _PROGRESS_SECONDS = 1.0
 _HEARTBEAT_SECONDS = 10.0
+_WORST = 100  # queries written
+_SHOWN = 3  # documents written of each
 
 Order = dict[str, Any]
 """A task to run, or a slice of its corpus to encode: a line from the parent."""
@@ -96,12 +100,7 @@ def main() -> None:
     threading.Thread(target=listen, daemon=True).start()
     threading.Thread(target=pipe.heartbeat, daemon=True).start()
     try:
-        device = pick_device(settings["device"])
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dtype = None if settings["dtype"] == "auto" else settings["dtype"]
-        options = {name: settings[name] for name in ("device", "causal", "pooling", "max_length")}
-        embedder = Embedder.from_pretrained(settings["model"], dtype=dtype, **options)
+        embedder = open_model(settings)
     except Exception as error:
         traceback.print_exc()
         pipe.send("unusable", error=_sentence(error))
@@ -114,7 +113,7 @@ def main() -> None:
         embedder.tokens_per_batch = max(1, tokens_per_batch >> order["attempt"])
         pipe.texts, pipe.characters, pipe.is_encoding = 0, 0, False
         try:
-            if result := evaluate_task(embedder, order, settings["dims"], pipe.progress):
+            if result := evaluate_task(embedder, order, order["dims"], pipe.progress):
                 write_json(order["result"], result)
         except Exception as error:
             traceback.print_exc()
@@ -124,6 +123,30 @@ def main() -> None:
             pipe.send("done", task=order["name"])
         if embedder.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def open_model(settings: Order) -> Embedder:
+    """The model of a plan on its device."""
+    device = pick_device(settings["device"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dtype = None if settings["dtype"] == "auto" else settings["dtype"]
+    options = {name: settings[name] for name in ("device", "causal", "pooling", "max_length")}
+    return Embedder.from_pretrained(settings["model"], dtype=dtype, **options)
+
+
+def measure_speed() -> None:
+    """Print the characters per second of English text that the model on stdin's first line encodes."""
+    embedder, count, seconds = open_model(json.loads(sys.stdin.readline())), 8, 0.0
+    while seconds < 1:
+        texts = [
+            f"{number}: {'words of ordinary length as they stand in texts ' * 10}"
+            for number in range(count)
+        ]
+        start = time.monotonic()
+        embedder.encode(texts)
+        seconds, count = time.monotonic() - start, 2 * count
+    sys.stdout.write(f"{sum(map(len, texts)) / seconds}\n")
 
 
 def _sentence(error: BaseException) -> str:
@@ -136,12 +159,13 @@ def _sentence(error: BaseException) -> str:
 
 
 def evaluate_task(
-    embedder: Embedder, order: Order, dims: list[int], report: Report = lambda *_: None
+    embedder: Embedder, order: Order, dims: Sequence[str | int], report: Report = lambda *_: None
 ) -> dict[str, Any]:
     """Run one task at every dimension and return the content of its result file.
 
     That is mteb's result at the largest dimension, which mteb can read, with an additional entry
-    "kalm_min": the key under which the result is valid, what was used, and all dimensions.
+    "kalm_min": the key under which the result is valid, what was used, and all dimensions, with
+    those that the file holds already. A dimension may name a precision: "256 int8".
 
     A job with a "slice" only stores the vectors of that part of the corpora and returns {}.
     """
@@ -150,9 +174,13 @@ def evaluate_task(
 
     disable_progress_bars()
     start, key = time.monotonic(), order["key"]
-    texts = {kind: key[f"{kind}_instruction"] for kind in ("query", "document")}
     template = embedder.instruction_template
-    prompts = {kind: fill_template(template, text) for kind, text in texts.items()}
+    prompts = {
+        role: key[f"{role}_prompt"]
+        if f"{role}_prompt" in key
+        else fill_template(template, key[f"{role}_instruction"])
+        for role in ("query", "document")
+    }
     manifest = describe(embedder, key["checkpoint"])
     # Vectors of other models and settings may be beside these.
     store = Path(order["store"]) / digest(json.dumps(manifest, sort_keys=True))[:16]
@@ -166,9 +194,12 @@ def evaluate_task(
             bounds = len(corpus) * part // parts, len(corpus) * (part + 1) // parts
             adapter.index(corpus.select(range(*bounds)))
         return {}
-    results: dict[str, dict[str, Any]] = {}
-    for dim in dims:
-        adapter.dim = dim
+    old = read_result(Path(order["result"]), key) if "result" in order else None
+    record: dict[str, Any] = old["kalm_min"] if old else {"dims": {}, "seconds": 0.0}
+    results: dict[str, dict[str, Any]] = record["dims"]
+    for number, name in enumerate(map(str, dims)):
+        dim, _, precision = name.partition(" ")
+        adapter.dim, adapter.precision = int(dim), precision or "float32"
         # The same data and initial random state, so that no dimension affects the next.
         task = copy.copy(loaded)
         task.rng_state, task.np_rng = copy.deepcopy((loaded.rng_state, loaded.np_rng))
@@ -181,21 +212,50 @@ def evaluate_task(
             encode_kwargs={"show_progress_bar": False},
         ).task_results[0]
         score = outcome.get_score()
-        if math.isnan(score):
+        if not math.isfinite(score):
             raise ValueError(
-                f"the main score is not a number at dimension {dim}; either the task does not "
+                f"the main score is not a number at dimension {name}; either the task does not "
                 "define it, or all vectors are alike (an instruction longer than --max-length?)"
             )
-        results[str(dim)] = outcome.model_dump(mode="json") | {"main_score": score}
-    record = {
+        results[name] = outcome.model_dump(mode="json") | {"main_score": score}
+        if order.get("queries") and number == 0:
+            write_queries(Path(order["queries"]), loaded.dataset["default"]["test"], adapter.hits)
+    record |= {
         "key": key,
         "type": order["type"],
         "used": manifest | {"device": str(embedder.device), "prompts": prompts},
         "versions": {name: version(name) for name in ("mteb", "torch")},
-        "seconds": round(time.monotonic() - start, 3),
-        "dims": results,
+        "seconds": round(record["seconds"] + time.monotonic() - start, 3),
+        "dims": {name: results[name] for name in ordered(results)},
     }
-    return results[str(dims[0])] | {"kalm_min": record}
+    return record["dims"][ordered(results)[0]] | {"kalm_min": record}
+
+
+def write_queries(path: Path, data: Any, hits: Mapping[str, Mapping[str, float]]) -> None:
+    """Write the queries whose first relevant document is ranked lowest, one JSON object per line.
+
+    "rank" is null if no relevant document was found; "found" are the documents that were.
+    """
+    corpus, lines = data["corpus"], list[tuple[float, str]]()
+    rows = {name: row for row, name in enumerate(corpus["id"])}
+
+    def shown(name: str, scores: Mapping[str, float]) -> dict[str, object]:
+        score = None if name not in scores else round(scores[name], 6)
+        return {"id": name, "score": score} | {k: corpus[rows[name]][k] for k in ("title", "text")}
+
+    for query in data["queries"]:
+        found = hits.get(query["id"], {})
+        best = sorted(found, key=lambda name: -found[name])
+        judged = data["relevant_docs"].get(query["id"], {})
+        relevant = [name for name, score in judged.items() if score > 0]
+        rank = min((best.index(name) + 1 for name in relevant if name in found), default=None)
+        line = {"rank": rank, "query": query["text"]}
+        line["relevant"] = [shown(name, found) for name in relevant[:_SHOWN]]
+        line["found"] = [shown(name, found) for name in best[:_SHOWN]]
+        if relevant:
+            lines.append((-(rank or math.inf), json.dumps(line, ensure_ascii=False)))
+    lines.sort(key=lambda pair: pair[0])
+    write_text(path, "".join(f"{line}\n" for _, line in lines[:_WORST]))
 
 
 def _load_task(order: Order) -> Any:

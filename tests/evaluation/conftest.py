@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from kalm_min.evaluation.plan import Instruction, Plan, PlannedTask
+from kalm_min.evaluation.plan import Instruction, Plan, PlannedTask, ordered
 from kalm_min.files import write_json
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "one", "dog", "ran", "far", "to", "see", "birds"]
@@ -115,7 +115,7 @@ def finished(tmp_path):
         options = {
             "model": "a/model",
             "checkpoint": "c" * 64,
-            "dims": tuple(sorted(next(iter(scores.values())), reverse=True)),
+            "dims": ordered(map(str, next(iter(scores.values())))),
             "settings": settings | {"instructions": "v2"},
             "tasks": tasks,
             "results": tmp_path / output / "results" / "a__model" / f"{'c' * 12}-{'5' * 8}",

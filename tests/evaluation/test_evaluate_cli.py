@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -101,9 +102,10 @@ def test_a_folder_is_tabulated_and_compared_without_running(mteb, evaluate, eigh
 def test_dry_run_shows_the_plan_and_runs_nothing(mteb, evaluate, eight):
     shown = evaluate("--data", eight, "--dry-run", "--output", "elsewhere")
     assert shown.returncode == 0
-    assert shown.stdout.count("| to do |") == 8
-    assert "| to do | type | Retrieve semantically similar text " in shown.stdout
+    assert len(re.findall(r"\d  +~\d+s$", shown.stdout, re.MULTILINE)) == 8
+    assert '- "Retrieve semantically similar text" (v2, type): ' in shown.stdout
     assert "8 tasks (0 done), " in shown.stdout
+    assert "characters/s" in shown.stdout
     assert not (evaluate.folder / "elsewhere").exists()
 
 
@@ -125,8 +127,8 @@ def test_the_parent_imports_no_torch(mteb, eight, tiny_model_dir):
     """Promise: the parent never uses a device, and loads mteb only for mteb's tasks."""
     code = (
         "import sys, evaluate; from pathlib import Path;"
-        "from kalm_min.evaluation.plan import EvaluationConfig, make_plan;"
-        f"make_plan(EvaluationConfig(model={str(tiny_model_dir)!r}, data=(Path({str(eight)!r}),)));"
+        "from kalm_min.evaluation.plan import EvaluationConfig, make_plans;"
+        f"make_plans(EvaluationConfig(model=({str(tiny_model_dir)!r},), data=(Path({str(eight)!r}),)));"
         "sys.exit(str({'torch', 'mteb'} & set(sys.modules) or 0))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -28,7 +28,7 @@ def make_plan(model, folder):
         PlannedTask(name, "STS", "cosine_spearman", "1", 1000, Instruction()) for name in NAMES
     ]
     settings = {"dtype": "float32", "causal": None, "pooling": None, "max_length": None}
-    return Plan(str(model), "c" * 64, (32, 8), settings, tuple(tasks), Path(folder) / "run")
+    return Plan(str(model), "c" * 64, ("32", "8"), settings, tuple(tasks), Path(folder) / "run")
 
 
 def run(model, folder, fault="", devices=3, timeout=10.0):

@@ -8,6 +8,8 @@ import json
 import re
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from kalm_min import Embedder
 from kalm_min.evaluation.local import KINDS, build_task, find_datasets
@@ -28,11 +30,61 @@ def test_every_type_is_read_off_files_and_columns(eight):
 
 
 def test_gzipped_files_and_bitext_in_one_file(datasets):
-    """.jsonl.gz is read like .jsonl; sentence pairs without label or score are bitext."""
+    """.jsonl.gz is read like .jsonl; pairs in test.jsonl are bitext only if task.toml says so."""
     plain = datasets / "bitext" / "deu-eng.jsonl"
     (datasets / "one").mkdir()
     (datasets / "one" / "test.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    (datasets / "one" / "task.toml").write_text('type = "bitext"')
     assert find_datasets(datasets / "one")[0].kind == "bitext"
+
+
+@pytest.mark.parametrize("name", ["test", "dev", "validation", "part-1"])
+def test_pairs_without_scores_are_not_taken_for_translations(datasets, name):
+    """Bug to avoid: an STS file whose scores were forgotten, scored 100 as bitext mining."""
+    rows = map(json.loads, (datasets / "sts" / "test.jsonl").read_text().splitlines())
+    lines = [json.dumps({k: v for k, v in row.items() if k != "score"}) for row in rows]
+    (datasets / "sts" / "test.jsonl").unlink()
+    (datasets / "sts" / f"{name}.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=re.escape('type = "bitext" in task.toml')) as error:
+        find_datasets(datasets / "sts")
+    assert f"found {name}.jsonl with sentence1, sentence2" in str(error.value)
+    with_scores = datasets / "sts" / f"{name}.jsonl"
+    with_scores.rename(datasets / "sts" / "deu-eng.jsonl")
+    assert find_datasets(datasets / "sts")[0].kind == "bitext"
+
+
+LABELS = st.lists(st.sampled_from([0, 1, 2, "0", "1", "2", "cat"]), min_size=1, max_size=6)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(train=LABELS, test=LABELS)
+def test_labels_that_cannot_be_learnt_are_told_while_planning(tmp_path, train, test):
+    """Bug to avoid: accuracy 0 because one file has numbers and the other texts."""
+    for part, labels in (("train", train), ("test", test)):
+        rows = "".join(json.dumps({"text": "a", "label": label}) + "\n" for label in labels)
+        (tmp_path / f"{part}.jsonl").write_text(rows)
+    strange = dict.fromkeys(map(json.dumps, (label for label in test if label not in train)))
+    if len(set(train)) > 1 and not strange:
+        assert find_datasets(tmp_path)[0].kind == "classification"
+        return
+    with pytest.raises(ValueError, match="malformed row") as error:
+        find_datasets(tmp_path)
+    for label in strange:
+        line = f"test.jsonl:{1 + [*map(json.dumps, test)].index(label)}: expected a label of train"
+        assert line in str(error.value)
+        assert f", found {label}" in str(error.value)
+    assert ("expected at least two labels" in str(error.value)) == (len(set(train)) == 1)
+
+
+def test_a_pair_judged_twice(datasets):
+    """The same score twice is one judgement; two scores are an error with its line."""
+    path = datasets / "retrieval" / "qrels" / "test.tsv"
+    before, again = path.read_text(), path.read_text().splitlines()[1]
+    path.write_text(before + again + "\n")
+    assert find_datasets(datasets / "retrieval")
+    path.write_text(before + again.rpartition("\t")[0] + "\t7\n")
+    with pytest.raises(ValueError, match=r"test\.tsv:12: expected one score of '0' and 'd\d+'"):
+        find_datasets(datasets / "retrieval")
 
 
 @pytest.mark.parametrize(

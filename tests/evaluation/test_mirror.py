@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kalm_min.evaluation.plan import EvaluationConfig, make_plan
+from kalm_min.evaluation.plan import EvaluationConfig, make_plans
 from tests.evaluation.hub import serve, write_repository
 
 ROOT = Path(__file__).parents[2]
@@ -87,13 +87,13 @@ def test_a_repository_that_cannot_be_had(evaluate, repositories, tmp_path):
 def test_another_revision_is_not_used(mteb, tiny_model_dir, eight, tmp_path):
     """Bug to avoid: `datasets` reads any content of a folder as the requested revision."""
     config = EvaluationConfig(
-        model=str(tiny_model_dir), tasks=("STS12",), data=(eight / "sts",), datasets=tmp_path
+        model=(str(tiny_model_dir),), tasks=("STS12",), data=(eight / "sts",), datasets=tmp_path
     )
     dataset = mteb.get_task("STS12").metadata.dataset
     copy = tmp_path / dataset["path"] / dataset["revision"]
     copy.with_name("old").mkdir(parents=True)
     with pytest.raises(ValueError, match=rf"{dataset['path']}/{dataset['revision']}, found none"):
-        make_plan(config)
+        make_plans(config)
     copy.with_name("old").rename(copy)
-    found = {task.name: task.mirror for task in make_plan(config).tasks}
+    found = {task.name: task.mirror for task in make_plans(config)[0].tasks}
     assert found == {"STS12": copy, "sts": None}

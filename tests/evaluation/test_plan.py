@@ -16,10 +16,12 @@ from kalm_min.evaluation.plan import (
     EvaluationConfig,
     Instruction,
     PlannedTask,
+    check_hub,
     instruction_table,
-    make_plan,
+    make_plans,
     official_means,
     resolve_instruction,
+    resolve_prompts,
     task_size,
     tasks_elsewhere,
 )
@@ -36,8 +38,12 @@ def config(tiny_model_dir, eight, tmp_path):
         pytest.skip("needs mteb")
 
     def make(**changes):
-        settings = {"model": str(tiny_model_dir), "data": (eight,), "output": tmp_path / "results"}
-        return make_plan(EvaluationConfig(**settings | changes))
+        settings = {
+            "model": (str(tiny_model_dir),),
+            "data": (eight,),
+            "output": tmp_path / "results",
+        }
+        return make_plans(EvaluationConfig(**settings | changes))[0]
 
     return make
 
@@ -45,8 +51,12 @@ def config(tiny_model_dir, eight, tmp_path):
 def finish(plan, task, **changes):
     """Write what a worker would write for a task."""
     dims = {str(dim): {"main_score": 0.5} for dim in plan.dims}
-    record = {"key": plan.key(task), "dims": dims, "seconds": 1.0} | changes
+    record = {"key": plan.key(task), "dims": dims, "seconds": 1.0, "used": {}} | changes
     write_json(plan.result_path(task), {"kalm_min": record})
+
+
+def a_task(name, kind, **more):
+    return PlannedTask(name, kind, "m", "1", 0, Instruction(), **more)
 
 
 @pytest.mark.parametrize(
@@ -100,10 +110,54 @@ def finish(plan, task, **changes):
 )
 def test_instructions(style, name, kind, expected):
     """Promise: our own tables, and a type's default is marked as such."""
-    found = resolve_instruction(instruction_table(style), name, kind)
+    found = resolve_instruction(instruction_table(style), a_task(name, kind))
     if expected is None:
         expected = Instruction("Retrieve semantically similar summaries", "", "task")
     assert found == expected
+
+
+PROMPTS = {"query": "q: ", "document": "d: ", "STS": "s: ", "SciFact": "f: ", "own": "o: "}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "more", "query", "document", "origin"),
+    [
+        ("Other", "Retrieval", {}, "q: ", "d: ", "prompts query, document"),
+        ("SciFact", "Retrieval", {}, "f: ", "f: ", "prompts SciFact"),
+        ("own", "Retrieval", {"folder": "own"}, "o: ", "d: ", "prompts own, document"),
+        ("Other", "STS", {}, "s: ", "", "prompts STS"),
+        ("Other", "Clustering", {}, "e: ", "", "prompts default"),
+    ],
+)
+def test_stored_prompts_are_chosen_as_in_mteb(name, kind, more, query, document, origin):
+    """By name, by type, by role; a task without documents has no role and gets the default prompt."""
+    found = resolve_prompts(PROMPTS | {"": "e: "}, a_task(name, kind, **more))
+    assert found == Instruction(query, document, origin, "prompt")
+
+
+def store_prompts(folder, **changes):
+    """Change config_sentence_transformers.json of a model; None removes a key."""
+    path = folder / "config_sentence_transformers.json"
+    stored = json.loads(path.read_text()) | changes
+    write_json(path, {key: value for key, value in stored.items() if value is not None})
+
+
+def test_the_style_follows_the_model(config, make_model, tmp_path):
+    """Promise: stored prompts are used unless a style is named; KaLM's tables need no naming."""
+    make_model(tmp_path / "model")
+    one = {"model": (str(tmp_path / "model"),)}
+    assert config(**one).settings["instructions"] == "v2"
+    store_prompts(tmp_path / "model", instruction_template="Instruct: {instruction}\nQuery:")
+    assert config(**one).settings["instructions"] == "checkpoint"
+    store_prompts(tmp_path / "model", instruction_template=None, prompts={"query": "q: "})
+    plan = config(**one)
+    assert plan.settings["instructions"] == "checkpoint"
+    assert {task.type: task.instruction.query for task in plan.tasks if task.instruction.query} == {
+        "Retrieval": "q: ",
+        "Reranking": "q: ",
+    }
+    assert plan.key(plan.tasks[0])["query_prompt"] == plan.tasks[0].instruction.query
+    assert config(**one, instructions="v2").settings["instructions"] == "v2"
 
 
 def test_every_symmetric_row_of_v2_has_one_instruction_for_queries_and_documents():
@@ -116,8 +170,8 @@ def test_a_table_of_ones_own(tmp_path):
     path = tmp_path / "mine.json"
     write_json(path, {"type:STS": "Compare", "a": {"query": "q", "document": "d"}})
     table = instruction_table(str(path))
-    assert resolve_instruction(table, "a", "Retrieval") == Instruction("q", "d", "task")
-    assert resolve_instruction(table, "b", "STS") == Instruction("Compare", "", "type")
+    assert resolve_instruction(table, a_task("a", "Retrieval")) == Instruction("q", "d", "task")
+    assert resolve_instruction(table, a_task("b", "STS")) == Instruction("Compare", "", "type")
     write_json(path, {"a": {"passage": "d"}})
     with pytest.raises(ValueError, match="a: expected a text or"):
         instruction_table(str(path))
@@ -136,7 +190,7 @@ def test_task_toml_instruction_and_symmetry(config, datasets):
     """A dataset's instruction wins, on documents too if it is symmetric; "none" adds none."""
     (datasets / "retrieval" / "task.toml").write_text('instruction = "Find it"\nsymmetric = true')
     (task,) = config(data=(datasets / "retrieval",)).tasks
-    assert task.instruction == Instruction("Find it", "Find it", "task")
+    assert task.instruction == Instruction("Find it", "Find it", "task.toml")
     (task,) = config(data=(datasets / "retrieval",), instructions="none").tasks
     assert task.instruction.query == task.instruction.document == ""
 
@@ -170,13 +224,15 @@ def test_the_folder_of_results_is_that_of_earlier_versions(config):
 def test_dimensions_are_present_or_not(config):
     """A result with more dimensions serves a run that asks for fewer, not the other way round."""
     plan = config(dims=(8, 32))
-    assert plan.dims == (32, 8)
+    assert plan.dims == ("32", "8")
     task = plan.tasks[0]
     finish(plan, task)
     assert config(dims=(8,)).result(task)
     assert config().result(task)  # 32 is the model's own
     assert not config(dims=(16, 8)).result(task)
-    with pytest.raises(ValueError, match="--dims: 64 is more than the model's 32"):
+    assert config(dims=(16, 8)).missing(task) == ["16"]
+    assert config(dims=(16, 8), precision=("int8",)).missing(task) == ["16", "16 int8", "8 int8"]
+    with pytest.raises(ValueError, match="--dims: 64 is more than the 32 dimensions of"):
         config(dims=(64,))
 
 
@@ -199,13 +255,13 @@ def test_a_changed_weight_is_another_checkpoint(config, make_model, tmp_path):
     models = [tmp_path / "a" / "model", tmp_path / "b" / "model"]
     for seed, folder in enumerate(models):
         make_model(folder, seed=seed)
-    plans = [config(model=str(folder)) for folder in models]
+    plans = [config(model=(str(folder),)) for folder in models]
     assert plans[0].checkpoint != plans[1].checkpoint
     assert plans[0].results.parent == plans[1].results.parent  # the folders are named alike
     assert plans[0].results != plans[1].results
     (models[0] / "README.md").write_text("a new card")
     write_json(models[0] / "results" / "task.json", {"kept": "beside the weights"})
-    assert config(model=str(models[0])).checkpoint == plans[0].checkpoint
+    assert config(model=(str(models[0]),)).checkpoint == plans[0].checkpoint
 
 
 def test_an_adapter_is_a_checkpoint_of_its_own_over_its_base(config, make_model, tmp_path):
@@ -217,17 +273,17 @@ def test_an_adapter_is_a_checkpoint_of_its_own_over_its_base(config, make_model,
     add_adapter(embedder.model, embedder.adapter.config)
     adapter.mkdir()
     embedder.write_files(adapter, merged=False)
-    plans = [config(model=str(base)), config(model=str(adapter))]
+    plans = [config(model=(str(base),)), config(model=(str(adapter),))]
     assert plans[1].dims == plans[0].dims
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    plans.append(config(model=str(adapter)))
+    plans.append(config(model=(str(adapter),)))
     make_model(base, seed=1)
-    plans.append(config(model=str(adapter)))
+    plans.append(config(model=(str(adapter),)))
     assert len({plan.checkpoint for plan in plans}) == 4
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "./gone"}')
     with pytest.raises(ValueError, match=r"\./gone: expected a model folder"):
-        config(model=str(adapter))
+        config(model=(str(adapter),))
 
 
 @pytest.mark.parametrize("content", ["", '{"kalm_min": {"key"', "[]", "{}", '{"kalm_min": 3}'])
@@ -237,6 +293,56 @@ def test_a_torn_result_is_no_result(config, content):
     finish(plan, task)
     plan.result_path(task).write_text(content)
     assert plan.result(task) is None
+
+
+@pytest.mark.parametrize("score", ["NaN", "Infinity", "1e999", '"0.5"', "true", "null", "[]"])
+def test_a_score_that_is_no_number_is_no_result(config, score):
+    """Bug to avoid: a mean over NaN or infinity."""
+    plan = config()
+    task = plan.tasks[0]
+    finish(plan, task)
+    path = plan.result_path(task)
+    path.write_text(path.read_text().replace("0.5", score))
+    assert plan.result(task) is None
+    assert plan.missing(task) == ["32"]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("runs/ft/final", "local__ft"),
+        ("runs/ft/checkpoints/step_10", "local__ft-step_10"),
+        ("ft", "local__ft"),
+        ("final", "local__*"),
+    ],
+)
+def test_a_model_is_called_after_its_run(config, make_model, tmp_path, path, name):
+    """Bug to avoid: every model being called local/final."""
+    make_model(tmp_path / path)
+    plan = config(model=(str(tmp_path / path),))
+    assert plan.results.parent.match(name)
+    assert "final" not in plan.results.parent.name
+    finish(plan, plan.tasks[0])
+    (tmp_path / path).rename(tmp_path / "moved")
+    assert config(model=(str(tmp_path / "moved"),)).result(plan.tasks[0])
+
+
+def test_a_task_without_network_is_told_at_once(mteb, config, monkeypatch, tmp_path):
+    """Promise: one sentence that names --prefetch, before a worker starts."""
+    import datasets
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise OSError("no route")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    plan = config(data=(), tasks=("STS12",))
+    with pytest.raises(ValueError, match=r"STS12: its dataset mteb/sts12-sts .* --prefetch"):
+        check_hub([plan])
+    (tmp_path / "mteb___sts12-sts").mkdir()
+    check_hub([plan])
+    check_hub([config()])
 
 
 def test_longest_first(config):
@@ -282,10 +388,10 @@ def test_characters_are_those_that_are_encoded():
 
 def test_what_cannot_be_run_is_said(config, tmp_path, monkeypatch, eight):
     with pytest.raises(ValueError, match="expected a model folder or a hub id"):
-        config(model="./nowhere")
+        config(model=("./nowhere",))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"expected a model folder with config.json"):
-        config(model=str(tmp_path / "empty"))
+        config(model=(str(tmp_path / "empty"),))
     with pytest.raises(ValueError, match="two tasks are called sts"):
         config(data=(eight, eight / "sts"))
     with pytest.raises(ValueError, match="nothing to evaluate"):
@@ -293,7 +399,7 @@ def test_what_cannot_be_run_is_said(config, tmp_path, monkeypatch, eight):
     with pytest.raises(ValueError, match="--devices: expected cpu, cuda:0"):
         config(devices=("gpu",))
     with pytest.raises(ValueError, match="--model: expected a model folder or a hub id"):
-        config(model="")
+        config(model=())
     with pytest.raises(ValueError, match="--shard: expected k/n with k from 1 to n, found '3/2'"):
         config(shard="3/2")
     with pytest.raises(ValueError, match="--prefetch: expected --datasets, and --benchmark"):
@@ -321,6 +427,7 @@ def test_an_official_benchmark(mteb, config):
     for changes, hint in (
         ({"benchmark": ("MTEB(eng v1)",)}, r"MTEB\(eng, v1\)"),
         ({"tasks": ("STS21",)}, "STS22"),
+        ({"tasks": ("sts12",)}, "did you mean STS12"),
     ):
         with pytest.raises(ValueError, match=hint):
             config(data=(), **changes)

@@ -2,24 +2,34 @@
 
 import csv
 import io
+import json
+import re
 from dataclasses import replace
 from math import nan
 
 import pytest
 
 from kalm_min.evaluation import report
+from kalm_min.evaluation.plan import Instruction
 from kalm_min.evaluation.report import (
     PUBLISHED,
     Row,
     comma_separated,
-    comparison,
+    compare,
     draw,
+    draw_types,
     markdown,
     plan_table,
     published_scores,
     read_plans,
     score_rows,
 )
+from kalm_min.evaluation.runner import Failure
+
+
+def comparison(folders, dims=()):
+    """The text of `compare`, as evaluate.py --compare calls it."""
+    return compare([(one, plan) for one in folders for plan in read_plans(one, dims)])[0]
 
 
 def table_of(text):
@@ -28,7 +38,7 @@ def table_of(text):
 
 def test_tables(finished):
     """Markdown lines up and is complete without scores; CSV holds the same rows."""
-    plan = finished("r", {"ok-2": {}, "ok|1": {}}, dims=(32, 8))
+    plan = finished("r", {"ok-2": {}, "ok|1": {}}, dims=("32", "8"))
     assert "to do" in plan_table(plan)
     rows = score_rows(plan)
     assert [row.kind for row in rows] == ["task", "task"]
@@ -58,10 +68,8 @@ def test_what_was_published_stands_beside(finished):
     assert table[2][:6] == ["SciFact", "Retrieval", "72.89", "71.98", "74.38", "75.00"]
     assert table[2][6:] == ["+2.11", "+3.02", "+0.62"]
     assert table[3][0] == "STS12"
-    assert [row[0] for row in table[4:]] == [
-        *("mean of 1 Retrieval", "mean of 1 STS", "mean of 2 tasks", "mean of 2 types")
-    ]
-    assert table[6][2:6] == ["76.53", "77.12", "78.14", "77.50"]
+    assert [row[0] for row in table[4:]] == ["mean of 2 tasks", "mean of 2 types"]
+    assert table[4][2:6] == ["76.53", "77.12", "78.14", "77.50"]
     assert "embeddings-benchmark/results" in text
     found = list(csv.DictReader(io.StringIO(comma_separated(plan, rows))))
     (scifact,) = [row for row in found if row["name"] == "SciFact"]
@@ -128,13 +136,10 @@ def test_dimensions_are_those_in_common(finished, tmp_path):
     """Requested dimensions, if any; a task without them is missing and not averaged as zero."""
     plan = finished("r", {"a": {32: 0.5}})
     finished("r", {"b": {32: 0.7, 8: 0.6}})
-    assert read_plans(tmp_path / "r")[0].dims == (32,)
+    assert read_plans(tmp_path / "r")[0].dims == ("32",)
     (found,) = read_plans(tmp_path / "r", (8,))
     assert [found.result(task) is not None for task in found.tasks] == [False, True]
-    assert [row.name for row in score_rows(found)][2:] == [
-        *("mean of 1 STS (1 task missing)",),
-        *("mean of 1 tasks (1 task missing)", "mean of 1 types (1 task missing)"),
-    ]
+    assert [row.name for row in score_rows(found)] == ["a", "b"]  # no mean of one task
     finished("r", {"c": {16: 0.7}})
     with pytest.raises(ValueError, match="no dimension in common, choose with --dims"):
         read_plans(plan.results)
@@ -153,13 +158,73 @@ def test_files_that_are_no_results_are_passed_over(finished, tmp_path):
             read_plans(tmp_path / folder)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"key": one} for one in ([], "x", {}, {"splits": "test"}, {"subsets": [1]})),
+        *({"dims": one} for one in ([], {"32": {}}, {"x": {"main_score": 0.5}}, {"32": 0.5})),
+        *({"used": one} for one in (None, 3, [])),
+        *({"seconds": one} for one in (float("nan"), float("inf"), "1", True)),
+        {"type": ["STS"]},
+    ],
+)
+def test_one_bad_result_file_stops_no_report(finished, tmp_path, change):
+    """Promise: a file of the wrong shape is like one that is not there, for reports as well."""
+    plan = finished("r", SCORES)
+    path = plan.result_path(plan.tasks[0])
+    result = json.loads(path.read_text())
+    result["kalm_min"] |= change
+    path.write_text(json.dumps(result))
+    (found,) = read_plans(tmp_path / "r")
+    assert [task.name for task in found.tasks] == ["b"]
+    assert "| b " in markdown(found, score_rows(found), {})
+    path.write_text("[" * 100_000)
+    assert [task.name for task in read_plans(tmp_path / "r")[0].tasks] == ["b"]
+
+
+def test_foreign_names_are_no_html_and_no_formulas(finished, tmp_path):
+    """Bug to avoid: a results folder of another person that runs something where it is read."""
+    name = '=1+1 <img src=x onerror="alert(1)"> ![a](http://b)'
+    plan = finished("r", {name: {32: 0.5}, "-b": {32: 0.5}}, {name: "<b>"})
+    rows = score_rows(plan)
+    text = markdown(plan, rows, {name: Failure("<script>", "```\n<script>")})
+    assert not re.search(r"(?<!\\)<(?!script>$)", text, re.MULTILINE)
+    assert "\n    <script>" in text  # in a block of code
+    assert "\\![a]" in text
+    cells = [row[1] for row in csv.reader(io.StringIO(comma_separated(plan, rows)))]
+    assert {cell[0] for cell in cells[1:3]} == {"'"}
+
+
+def test_the_plan_fits_a_terminal(finished):
+    """Promise: 80 columns, also with long instructions; each with the style that it is from."""
+    plan = finished("r", {"a" * 30: {32: 0.5}, "b": {}}, {"b": "PairClassification"})
+    one = Instruction("Classify the sentiment " * 20 + "\n", "d: ", "prompts query", "prompt")
+    plan = replace(plan, tasks=(plan.tasks[0], replace(plan.tasks[1], instruction=one)))
+    shown = plan_table(plan, speed=1.0)
+    assert max(map(len, shown.splitlines()[:-1])) <= 80  # the last one is the path of the results
+    assert "2 tasks (1 done)" in shown
+    assert "~16m40s" in shown
+    assert "(v2, prompts query): b" in " ".join(shown.split())
+
+
+def test_what_quantisation_costs_is_a_table(finished):
+    """Every precision beside float32, at each dimension, with its bytes."""
+    scores = {"32": 0.5, "8": 0.4, "32 int8": 0.49, "8 int8": 0.39, "32 binary": 0.3}
+    plan = finished("r", {"a": scores | {"8 binary": 0.2}})
+    text = markdown(plan, score_rows(plan), {})
+    table = table_of(text[text.index("## What a smaller") :].splitlines())
+    assert table[0] == ["dimensions", "float32", "binary", "int8"]
+    assert table[2] == ["32", "50.00 (128 B)", "30.00 (4 B)", "49.00 (32 B)"]
+    assert table[3] == ["8", "40.00 (32 B)", "20.00 (1 B)", "39.00 (8 B)"]
+
+
 def test_requested_tasks_without_a_result_are_shown(finished, tmp_path):
     plan = finished("r", SCORES)
     requested = [*plan.tasks, replace(plan.tasks[0], name="c")]
     (found,) = read_plans(tmp_path / "r", requested=requested)
     rows = score_rows(found)[:3]
     assert [row.name for row in rows] == ["a", "b", "c"]
-    assert [row.scores[32] for row in rows] == pytest.approx([50, 70, nan], nan_ok=True)
+    assert [row.scores["32"] for row in rows] == pytest.approx([50, 70, nan], nan_ok=True)
 
 
 A = {"x": {32: 0.5, 8: 0.4}, "y": {32: 0.7, 8: 0.6}, "only": {32: 0.9, 8: 0.1}}
@@ -179,12 +244,10 @@ def test_differences_and_means_over_what_is_common(finished, tmp_path):
         ["y", "Retrieval", "70.00", "60.00", "-10.00"],
         ["only", "STS", "90.00", "—", "—"],
         ["x", "STS", "50.00", "60.00", "+10.00"],
-        ["mean of 1 Retrieval", "", "70.00", "60.00", "-10.00"],
-        ["mean of 1 STS", "", "50.00", "60.00", "+10.00"],
         ["mean of 2 tasks", "", "60.00", "60.00", "+0.00"],
         ["mean of 2 types", "", "60.00", "60.00", "+0.00"],
     ]
-    assert "Means are over the tasks that all folders have" in text
+    assert "Means are over the tasks that all models have" in text
     assert "- a (32): a/model. Checkpoint cccccccccccc; dtype auto" in text
 
 
@@ -214,20 +277,27 @@ def test_what_cannot_be_compared_is_said(finished, tmp_path):
     finished("a", A)
     for folders, dims, reason in (
         (("a", "gone"), (), "gone: expected a folder that evaluate.py wrote"),
-        (("a", "a"), (32, 8), "expected one of --dims, found 2"),
+        (("a",), (), "--compare: expected two folders or more"),
     ):
         with pytest.raises(ValueError, match=reason):
             comparison([tmp_path / name for name in folders], dims)
+
+
+def test_models_in_one_folder_are_compared_with_one_another(finished, tmp_path):
+    """Promise: every model has a column of its own, under a name that tells it apart."""
     plan = finished("c", A)
-    finished("c", B, results=plan.results.with_name("other"), checkpoint="d" * 64)
-    with pytest.raises(ValueError, match="expected one checkpoint with one set of settings, found"):
-        comparison([tmp_path / "a", tmp_path / "c"])
+    other = plan.results.parents[1] / "other__model" / plan.results.name
+    finished("c", B, results=other, checkpoint="d" * 64)
+    head = table_of(comparison([tmp_path / "c"]).splitlines())[0]
+    assert head[2:4] == ["a/model (32)", "other/model (32)"]
+    finished("c", B, results=plan.results.with_name("third"), checkpoint="e" * 64)
+    assert len(set(table_of(comparison([tmp_path / "c"]).splitlines())[0])) == 7
 
 
-def picture_rows(count, dims=(896, 64)):
+def picture_rows(count, dims=("896", "64")):
     types = ["STS", "Retrieval", "Clustering", "Odd"]
     return [
-        Row("task", f"t{i}", types[i % 4], "m", {dim: 40.0 + i + dim / 99 for dim in dims})
+        Row("task", f"t{i}", types[i % 4], "m", {dim: 40.0 + i + int(dim) / 99 for dim in dims})
         for i in range(count)
     ]
 
@@ -239,8 +309,14 @@ def test_what_there_is_is_drawn(tmp_path, count):
     assert draw(tmp_path, picture_rows(count)) == ["types.png", "dimensions.png"]
     for name in ("types.png", "dimensions.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    assert draw(tmp_path, picture_rows(count, dims=(896,))) == ["types.png"]
-    assert draw(tmp_path, [Row("task", "t", "STS", "m", {896: nan})]) == []
+    assert draw(tmp_path, picture_rows(count, dims=("896",))) == ["types.png"]
+    assert draw(tmp_path, [Row("task", "t", "STS", "m", {"896": nan})]) == []
+    types, columns = (
+        {"a": "STS", "b": "Odd"},
+        {"m": {"a": -0.5, "b": 3.0}, "n": {"a": 2.0, "b": 1.0}},
+    )
+    assert draw_types(tmp_path / "comparison.png", types, columns) == ["comparison.png"]
+    assert draw_types(tmp_path / "x.png", types, columns | {"o": {}}) == []  # no task in common
 
 
 def test_without_matplotlib_there_are_no_pictures(tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ def plan(tmp_path):
         options = {
             "model": "a/model",
             "checkpoint": "c" * 64,
-            "dims": (32, 8),
+            "dims": ("32", "8"),
             "settings": settings,
             "tasks": tasks,
             "results": tmp_path / "run",
@@ -91,9 +91,8 @@ def test_all_go_well(plan, tmp_path):
     assert runner(every, tmp_path, stream=stream).run() == {}
     assert all(every.result(task) for task in every.tasks)
     lines = stream.getvalue().splitlines()
-    assert len(lines) == 7
-    assert re.fullmatch(r"\[6/6\] ok-\d  cosine_spearman 50.00  0s  cpu#[01]", lines[-2])
-    assert re.fullmatch(r"busy during \d+s: cpu#0 \d+%, cpu#1 \d+%", lines[-1])
+    assert len(lines) == 6
+    assert re.fullmatch(r"\[6/6\] ok-\d  cosine_spearman 50.00  0s  cpu#[01]", lines[-1])
 
 
 @pytest.mark.parametrize(
@@ -218,7 +217,7 @@ def test_a_large_corpus_is_encoded_by_all_before_it_is_scored(wide, tmp_path):
     result = json.loads(every.result_path(every.tasks[0]).read_text())
     # The score is the number of slices: all before the task itself.
     assert result["kalm_min"]["dims"]["32"]["main_score"] == 20
-    assert len(stream.getvalue().splitlines()) == 4  # slices print no lines
+    assert len(stream.getvalue().splitlines()) == 3  # slices print no lines
 
 
 def test_vectors_are_deleted_when_their_task_is_done(wide, tmp_path):
@@ -366,6 +365,6 @@ def test_the_largest_task_does_not_decide():
 @pytest.mark.parametrize("devices", [4, 8])
 def test_mteb_in_english_takes_its_share(mteb, devices):
     """Promise: within 5 % of the work divided by the devices, slices of MSMARCO and its like included."""
-    tasks = find_tasks(EvaluationConfig(model="none", benchmark=("MTEB(eng, v1)",)))
+    tasks = find_tasks(EvaluationConfig(model=("none",), benchmark=("MTEB(eng, v1)",)))
     needed = sum(task.characters for task in tasks)
     assert simulate(tasks, devices)[0] < 1.05 * needed / devices

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from kalm_min import Embedder, vectors
+from kalm_min.evaluation.plan import EvaluationConfig, make_plans
 from kalm_min.evaluation.worker import _sentence, evaluate_task
+from kalm_min.files import read_jsonl, write_json
 from tests.evaluation.hub import REPOSITORIES, write_repository
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -64,6 +66,85 @@ def test_an_official_task_scores_as_with_sentence_transformers(
         expected = mteb.evaluate(peer, task, **options).task_results[0]
         ours = result["kalm_min"]["dims"][str(dim)]
         assert ours["main_score"] == pytest.approx(expected.get_score(), abs=1e-4)
+
+
+@pytest.mark.parametrize("task", ["SciFact", "STS12", "AskUbuntuDupQuestions"])
+def test_stored_prompts_score_as_with_sentence_transformers(
+    mteb, make_model, order, monkeypatch, tmp_path, task
+):
+    """Promise: a folder with prompts has the score that mteb gives it through sentence-transformers."""
+    from sentence_transformers import SentenceTransformer
+
+    prompts = {"query": "find the cat: ", "document": "on a mat: ", "STS": "the dog: "}
+    make_model(tmp_path / "model")
+    path = tmp_path / "model" / "config_sentence_transformers.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prompts": prompts}))
+    given = order(task)
+    folders = {"data": (), "tasks": (task,), "datasets": tmp_path / "mirror"}
+    (target := tmp_path / "mirror" / mteb.get_task(task).metadata.dataset["path"]).mkdir(
+        parents=True
+    )
+    write_repository(target / mteb.get_task(task).metadata.dataset["revision"], task)
+    (plan,) = make_plans(EvaluationConfig(model=(str(tmp_path / "model"),), **folders))
+    given["key"] |= plan.key(plan.tasks[0])
+    assert plan.settings["instructions"] == "checkpoint"
+    embedder = Embedder.from_pretrained(tmp_path / "model", device="cpu", dtype="float32")
+    ours = evaluate_task(embedder, given, [32])
+    peer = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    loaded = mteb.get_task(task)
+    monkeypatch.setitem(loaded.metadata.dataset, "path", given["mirror"])
+    options = {"cache": None, "co2_tracker": False, "show_progress_bar": False}
+    expected = mteb.evaluate(peer, loaded, **options).task_results[0].get_score()
+    assert ours["main_score"] == pytest.approx(expected, abs=1e-4)
+    plain = evaluate_task(embedder, given | {"key": given["key"] | {"query_prompt": ""}}, [32])
+    assert plain["main_score"] != pytest.approx(expected, abs=1e-4)
+
+
+def test_a_split_without_a_relevant_document_scores_0(embedder, order):
+    """Bug to avoid: an error of numpy where mteb, which drops its queries, gives 0."""
+    given = order("SciFact")
+    path = Path(given["mirror"]) / "qrels" / "test.jsonl"
+    path.write_text(path.read_text().replace('"score": 1', '"score": 0'))
+    assert evaluate_task(embedder, given, [32])["main_score"] == 0
+
+
+def test_dimensions_and_precisions_are_added(embedder, eight, tmp_path):
+    """Promise: what the result file holds stays, and each score is as if it were the only one."""
+    key = {"query_instruction": "", "document_instruction": "", "checkpoint": "c"}
+    key |= {"revision": "1", "main_score": "ndcg_at_10", "splits": ["test"], "subsets": []}
+    given = {"name": "retrieval", "type": "Retrieval", "folder": str(eight / "retrieval")}
+    given |= {"key": key, "store": str(tmp_path), "result": str(tmp_path / "result.json")}
+    first = evaluate_task(embedder, given, ["32", "32 int8"])
+    write_json(given["result"], first)
+    both = evaluate_task(embedder, given, ["8", "8 binary"])
+    assert list(both["kalm_min"]["dims"]) == ["32", "8", "8 binary", "32 int8"]
+    assert both["main_score"] == first["main_score"]
+    assert both["kalm_min"]["seconds"] > first["kalm_min"]["seconds"]
+    alone = evaluate_task(embedder, given | {"result": str(tmp_path / "none.json")}, ["8 binary"])
+    dims = both["kalm_min"]["dims"]
+    assert alone["main_score"] == dims["8 binary"]["main_score"]
+    assert dims["32 int8"]["main_score"] == pytest.approx(dims["32"]["main_score"], abs=0.1)
+    changed = evaluate_task(embedder, given | {"key": key | {"revision": "2"}}, ["8"])
+    assert list(changed["kalm_min"]["dims"]) == ["8"]
+
+
+def test_the_worst_queries_are_written(embedder, eight, tmp_path):
+    """Promise: rank, scores and texts of the queries that fail, the worst first."""
+    key = {"query_instruction": "", "document_instruction": "", "checkpoint": "c"}
+    given = {"name": "retrieval", "type": "Retrieval", "folder": str(eight / "retrieval")}
+    given |= {"key": key, "store": str(tmp_path), "queries": str(tmp_path / "queries.jsonl")}
+    evaluate_task(embedder, given, ["32", "8"])
+    lines = [line for _, line in read_jsonl(tmp_path / "queries.jsonl")]
+    assert len(lines) == 10  # two queries have no judgement
+    ranks = [line["rank"] for line in lines]
+    assert ranks == sorted(ranks, reverse=True)
+    for line in lines:
+        scores = [found["score"] for found in line["found"]]
+        assert scores == sorted(scores, reverse=True)
+        best = line["found"][0]
+        texts = [line["query"], f"{best['title']} {best['text']}".strip()]
+        query, document = embedder.encode(texts)
+        assert best["score"] == pytest.approx(float(query @ document), abs=1e-5)
 
 
 def test_reranking_without_candidates_is_refused(embedder, order):
