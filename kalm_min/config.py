@@ -110,7 +110,7 @@ def parse(
                     keys = [option.key for option in options.values()]
                     raise ValueError(f"{path}: {_unknown('key', _toml_key(name), keys)}")
                 values[name] = options[name].read(value, f"{path}: {options[name].key}")
-        elif argv and not argv[0].startswith("-"):
+        elif argv and not re.match("-.", argv[0]):  # "-" is standard input
             if not positional:
                 raise ValueError(f"expected a .toml file or a flag, found {argv[0]!r}")
             argv = [options[positional].flag, *argv]

@@ -8,12 +8,14 @@ transformers and transformers read, and written back (`model.folder`), so that a
 the same vectors in all three. Modules such as a Dense layer are refused; remote code is never run.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
-from functools import partial
+from functools import partial, reduce
 from itertools import takewhile
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self, cast
 
 import numpy as np
 import torch
@@ -21,16 +23,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm  # comes with tokenizers, through huggingface_hub
 
-from kalm_min.files import atomic_directory
-from kalm_min.model import Packed, Qwen2, load_model, pool, save_model, truncate
+from kalm_min.files import atomic_directory, digest
+from kalm_min.model import Packed, Qwen2, load_model, pool, quantize, save_model, truncate
 from kalm_min.model.lora import Adapter, load_adapter, merge, merged_state, save_adapter
 from kalm_min.sampling import token_budget_batches
 from kalm_min.settings import (
     KALM_TEMPLATE,
+    Opened,
     Pooling,
+    Precision,
     Settings,
     Similarity,
     check_template,
+    fill_template,
     open_folder,
     write_settings,
 )
@@ -44,6 +49,18 @@ _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32_768}
 # that, attention, which must mask instead of skip, costs more than sharing saves.
 _WORTH_SHARING = 8
 
+_SHORT_NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+# Words of sentence-transformers and FlagEmbedding that `encode` refuses, and what to do instead.
+_OTHER_WORDS = {
+    "convert_to_numpy": "convert_to_tensor=True gives one tensor of all vectors",
+    "output_value": "only one vector per text is computed",
+    "device": "open the model there, with from_pretrained(..., device=...)",
+    "max_length": "open the model with from_pretrained(..., max_length=...)",
+    "instruction": "give it to encode_query, or a complete prompt=...",
+}
+_DISTANCES = {"euclidean": 2.0, "manhattan": 1.0}
+
+Rows = NDArray[Any] | Tensor | Sequence[NDArray[Any]] | Sequence[Sequence[float]]
 Vectors = NDArray[np.float32]
 
 
@@ -83,6 +100,9 @@ class Embedder:
         self.instruction_template = check_template(instruction_template)
         self.default_prompt_name = default_prompt_name
         self.similarity_fn_name: Similarity = similarity_fn_name
+        self.name = ""
+        """The folder or hub id that the model was read from."""
+        self._source: tuple[Opened, torch.dtype] | None = None
         self.adapter: Adapter | None = None
         """Set while the model carries an adapter that is not merged (during training)."""
         self.dimension = model.config.dense[0] if model.config.dense else model.config.hidden_size
@@ -112,17 +132,26 @@ class Embedder:
         """
         device = pick_device(device)
         kind = fastest_safe_dtype(device) if dtype is None else dtype
-        kind = getattr(torch, kind, None) if isinstance(kind, str) else kind
-        if dtype != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
-            expected = 'a name like "float32" or "bfloat16"'
-            raise ValueError(f"dtype: expected {expected}, found {dtype!r}")
+        kind = None if kind == "auto" else pick_dtype(kind)
         found = open_folder(path_or_hub_id, causal=causal, pooling=pooling, max_length=max_length)
-        model = load_model(found.model, dtype=kind, device=device, dense=found.dense)
-        if found.adapter:
-            model = merge(model, load_adapter(model, found.adapter).config)
-        rows = model.config.vocab_size
+        model = _load(found)
+        stored, rows = model.norm.weight.dtype, model.config.vocab_size
+        model = model.to(device=device, dtype=kind)
         tokenizer = Tokenizer.from_folder(found.tokenizer, found.end_of_text, rows)
-        return cls(model, tokenizer, **asdict(found.settings))
+        embedder = cls(model, tokenizer, **asdict(found.settings))
+        embedder.name, embedder._source = str(path_or_hub_id), (found, stored)
+        return embedder
+
+    def __repr__(self) -> str:
+        """What the model is, for people."""
+        size = sum(x.numel() for x in self.model.parameters())
+        mode = "causal" if self.causal else "bidirectional"
+        kind = str(self.dtype).removeprefix("torch.")
+        return (
+            f"Embedder({self.name!r}: {self.model.config.model_type}, {size:,} parameters, "
+            f"{self.dimension} dimensions, {mode} attention, {self.pooling} pooling, "
+            f"at most {self.max_length} tokens, {kind} on {self.device})"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -134,31 +163,155 @@ class Embedder:
         """The dtype in which the decoder computes."""
         return self.model.norm.weight.dtype
 
+    def get_sentence_embedding_dimension(self) -> int:
+        """`dimension`, by sentence-transformers' name."""
+        return self.dimension
+
     def encode(
         self,
-        texts: str | Sequence[str],
-        prompt: str = "",
+        texts: str | Iterable[str],
+        prompt: str | None = None,
         truncate_dim: int | None = None,
         normalize_embeddings: bool = True,
         show_progress_bar: bool = False,
+        *,
+        prompt_name: str | None = None,
+        precision: Precision = "float32",
+        batch_size: int | None = None,
+        convert_to_tensor: bool = False,
+        **others: object,
     ) -> Vectors:
         """Embed texts: (n, d) float32 in the order given; (d,) for a single text.
 
-        `prompt` is put before every text. `truncate_dim` keeps that many leading coordinates
-        (Matryoshka), which are then scaled to unit length. A text's vector does not depend on the
-        other texts; equal texts are computed once. A text without tokens (empty, and no prompt)
-        gives a zero vector, as mean pooling over nothing does in sentence-transformers.
+        `texts` are any ordered collection or iterator of strings. Each is preceded by `prompt`,
+        else by the stored prompt `prompt_name`, else by the folder's default prompt, if it names
+        one. `truncate_dim` keeps that many leading coordinates (Matryoshka), which are then scaled
+        to unit length. `precision`: see `quantize`. `batch_size` bounds a forward pass to so many
+        texts of the maximum length; `tokens_per_batch` is the usual bound. `convert_to_tensor`
+        gives a tensor on the model's device. mteb may call this with its DataLoader.
+
+        In float32 a text's vector is the same alone and among other texts up to one unit in the
+        last place of a coordinate, in bfloat16 on a CPU that computes it natively to the bit; equal
+        texts are computed once. A text without tokens (empty, and no prompt) gives a zero vector,
+        as mean pooling over nothing does in sentence-transformers.
         Raises ValueError naming a text that is not a string or not valid Unicode, or whose vector
         has NaN or infinity.
         """
-        if isinstance(texts, str):
-            return self.encode([texts], prompt, truncate_dim, normalize_embeddings)[0]
-        check_texts([*texts, prompt])
+        if task := others.pop("task_metadata", None):
+            loader = cast("Iterable[dict[str, list[str]]]", texts)
+            texts = [text for batch in loader for text in batch["text"]]
+            prompt_name = self._mteb_prompt(task, others.pop("prompt_type", None)) or prompt_name
+            others = {
+                word: x for word, x in others.items() if word not in ("hf_split", "hf_subset")
+            }
+        here = (None, self.device, str(self.device), self.device.type)
+        same = {"convert_to_numpy": (True, not convert_to_tensor), "device": here}
+        same |= {"output_value": ("sentence_embedding",)}
+        for word, value in others.items():
+            if value not in same.get(word, ()):
+                hint = _OTHER_WORDS.get(word, "there is no such option")
+                raise ValueError(f"encode({word}={value!r}): {hint}")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1 text, found {batch_size}")
+        name = self.default_prompt_name if prompt_name is None else prompt_name
+        if prompt is None and name is not None:
+            if name not in self.prompts:
+                known = ", ".join(self.prompts)
+                raise ValueError(f"prompt_name: expected one of {known}, found {name!r}")
+            prompt = self.prompts[name]
+        prompt = "" if prompt is None else prompt
+        check_texts([prompt], "prompt")
+        listed = check_texts([texts] if isinstance(texts, str) else texts)
         # Longest first: what does not fit in memory fails at once, not after an hour.
-        unique = sorted(dict.fromkeys(texts), key=len, reverse=True)
-        vectors = torch.zeros(len(unique), self.dimension)  # (unique texts, D)
-        starts = range(0, len(unique), _WINDOW)
-        windows = [unique[start : start + _WINDOW] for start in starts]
+        unique = sorted(dict.fromkeys(listed), key=len, reverse=True)
+        limit = None if batch_size is None else batch_size * self.max_length
+        with tqdm(total=len(unique), unit="text", disable=not show_progress_bar) as bar:
+            vectors = self._encode(unique, prompt, limit, bar)
+        index = {text: row for row, text in enumerate(unique)}
+        vectors = truncate(vectors, truncate_dim, normalize=normalize_embeddings)
+        found = quantize(vectors.numpy()[[index[text] for text in listed]], precision)
+        found = found[0] if isinstance(texts, str) else found
+        result = torch.from_numpy(found).to(self.device) if convert_to_tensor else found
+        return cast("Vectors", result)  # typed as by default
+
+    def encode_query(
+        self,
+        texts: str | Iterable[str],
+        prompt: str | None = None,
+        *,
+        instruction: str | None = None,
+        prompt_name: str = "query",
+        **options: Any,
+    ) -> Vectors:
+        """`encode` with a task instruction in the checkpoint's template, else its query prompt."""
+        if instruction is not None and prompt is None:
+            prompt = fill_template(self.instruction_template, instruction)
+        return self.encode(texts, prompt, prompt_name=prompt_name, **options)
+
+    def encode_document(
+        self,
+        texts: str | Iterable[str],
+        prompt: str | None = None,
+        *,
+        prompt_name: str = "document",
+        **options: Any,
+    ) -> Vectors:
+        """`encode` with the checkpoint's document prompt; takes the same options."""
+        return self.encode(texts, prompt, prompt_name=prompt_name, **options)
+
+    def similarity(self, a: Rows, b: Rows) -> Vectors:
+        """`similarity_fn_name` of every row of a (n, D) with every row of b (m, D): (n, m) float32.
+
+        Cosine unless the folder says otherwise; distances are negative. Two single vectors give a
+        number. Any kind of numbers is computed with in float32.
+        """
+        left, right = self._compared(a), self._compared(b)
+        order = _DISTANCES.get(self.similarity_fn_name)
+        scores = left @ right.T if order is None else -torch.cdist(left, right, order)
+        return scores.numpy()[(0, 0) if np.ndim(a) == np.ndim(b) == 1 else ...]
+
+    def similarity_pairwise(self, a: Rows, b: Rows) -> Vectors:
+        """`similarity` of each row of a (n, D) with the same row of b (n, D): (n,) float32."""
+        left, right = self._compared(a), self._compared(b)
+        if order := _DISTANCES.get(self.similarity_fn_name):
+            return -torch.linalg.vector_norm(left - right, order, dim=-1).numpy()
+        return (left * right).sum(-1).numpy()
+
+    def _compared(self, rows: Rows) -> Tensor:
+        """(n, D) float32 on the CPU, at unit length for the cosine."""
+        is_array = not isinstance(rows, Tensor)
+        tensor = torch.from_numpy(np.require(rows, np.float32, "W")) if is_array else rows
+        tensor = torch.atleast_2d(tensor.detach().to("cpu", torch.float32))
+        return truncate(tensor, None, normalize=self.similarity_fn_name == "cosine")
+
+    def _mteb_prompt(self, task: object, kind: object) -> str | None:
+        """The name of the stored prompt that mteb would take with sentence-transformers, if any."""
+        name, task_type = attrgetter("name", "type")(task)
+        side = getattr(kind, "value", None)  # "query" or "document", of retrieval and reranking
+        names = (f"{name}-{side}", name, f"{task_type}-{side}", task_type, side)
+        return next((name for name in names if name in self.prompts), None)
+
+    @property
+    def mteb_model_meta(self) -> object:
+        """What mteb names results by: the model's name, and a digest of what its vectors depend on.
+
+        So `mteb.evaluate(embedder, tasks)` takes the embedder as it is.
+        """
+        from mteb.models import ModelMeta
+
+        settings = json.dumps([self.prompts, self.default_prompt_name, self.max_length])
+        vectors = self.encode(["", "a", "one dog ran far from its house"], prompt="")
+        known = {"name": f"kalm_min/{Path(self.name).name or 'embedder'}", "modalities": ["text"]}
+        revision = digest(settings, vectors.tobytes())[:16]
+        return ModelMeta.create_empty(overwrites=known | {"revision": revision})
+
+    def _encode(
+        self, texts: list[str], prompt: str, limit: int | None, bar: "tqdm[NoReturn]"
+    ) -> Tensor:
+        """(n, D) raw float32 vectors on the CPU, in forward passes of at most `limit` tokens."""
+        vectors = torch.zeros(len(texts), self.dimension)
+        starts = range(0, len(texts), _WINDOW)
+        windows = [texts[start : start + _WINDOW] for start in starts]
         tokenize = partial(self.tokenizer.encode, prompt=prompt, max_length=self.max_length)
         # A causal model reads the tokens of the prompt once for all texts. The last ones may merge
         # with the text; so only those that a following letter leaves unchanged are shared, by the
@@ -167,39 +320,32 @@ class Embedder:
         pairs = zip(alone, followed, strict=False)
         shared = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
         size, longest = len(shared), len(shared) * (1 + _WORTH_SHARING)
-        with tqdm(total=len(unique), unit="text", disable=not show_progress_bar) as bar:
-            for start, sequences in zip(starts, prefetch(tokenize, windows), strict=True):
-                groups: dict[bool, list[tuple[int, list[int]]]] = {True: [], False: []}
-                for row, ids in enumerate(sequences, start):
-                    sharing = size < len(ids) <= longest and ids[:size] == shared
-                    groups[sharing] += [(row, ids[size * sharing :])] if ids else []
-                for sharing, group in groups.items():
-                    lengths = [len(ids) for _, ids in group]
-                    for batch in token_budget_batches(lengths, self.tokens_per_batch):
-                        rows, parts = zip(*(group[i] for i in batch), strict=True)
-                        raw = self._embed([*parts], shared if sharing else [])
-                        is_finite = torch.linalg.vector_norm(raw, dim=1).isfinite()
-                        if not is_finite.all():
-                            text = unique[rows[int(is_finite.int().argmin())]]
-                            raise ValueError(self._not_finite(text, list(texts).index(text)))
-                        vectors[[*rows]] = raw
-                        bar.update(len(batch))
-        vectors = truncate(vectors, truncate_dim, normalize=normalize_embeddings)
-        index = {text: row for row, text in enumerate(unique)}
-        return vectors.numpy()[[index[text] for text in texts]]
-
-    def encode_query(self, texts: str | Sequence[str], **options: Any) -> Vectors:
-        """`encode` with the checkpoint's query prompt; takes the same options."""
-        return self.encode(texts, self.prompts["query"], **options)
-
-    def encode_document(self, texts: str | Sequence[str], **options: Any) -> Vectors:
-        """`encode` with the checkpoint's document prompt; takes the same options."""
-        return self.encode(texts, self.prompts["document"], **options)
-
-    def similarity(self, a: Vectors, b: Vectors) -> Vectors:
-        """Cosine similarity of every row of a (n, d) with every row of b (m, d): (n, m) float32."""
-        left, right = (truncate(torch.from_numpy(np.atleast_2d(x)), None) for x in (a, b))
-        return (left @ right.T).numpy()
+        for start, sequences in zip(starts, prefetch(tokenize, windows), strict=True):
+            bar.update(sequences.count([]))
+            groups: dict[bool, list[tuple[int, list[int]]]] = {True: [], False: []}
+            for row, ids in enumerate(sequences, start):
+                sharing = size < len(ids) <= longest and ids[:size] == shared
+                groups[sharing] += [(row, ids[size * sharing :])] if ids else []
+            for sharing, group in groups.items():
+                lengths = [len(ids) for _, ids in group]
+                budget = min(self.tokens_per_batch, limit or self.tokens_per_batch)
+                for batch in token_budget_batches(lengths, budget):
+                    rows, parts = zip(*(group[i] for i in batch), strict=True)
+                    found = self._embed([*parts], shared if sharing else [])
+                    is_finite = torch.linalg.vector_norm(found, dim=1).isfinite()
+                    if not is_finite.all():
+                        text = texts[rows[int(is_finite.int().argmin())]]
+                        kind = str(self.dtype).removeprefix("torch.")
+                        hint = (
+                            "try dtype float32" if kind != "float32" else "its weights are damaged"
+                        )
+                        raise ValueError(
+                            f"{text[:60]!r}: the model gives this text a vector with NaN or infinity "
+                            f"in {kind}; {hint}"
+                        )
+                    vectors[[*rows]] = found
+                    bar.update(len(batch))
+        return vectors
 
     @torch.no_grad()  # not inference_mode: sharded parameters gathered in it could not be trained
     def _embed(self, sequences: list[list[int]], prefix: list[int]) -> Tensor:
@@ -217,21 +363,32 @@ class Embedder:
         half = len(sequences) // 2
         return torch.cat([self._embed(x, prefix) for x in (sequences[:half], sequences[half:])])
 
-    def _not_finite(self, text: str, index: int) -> str:
-        wide = self.dtype.itemsize >= 4
-        hint = "the model's weights are damaged or too large" if wide else "try dtype float32"
-        found = f"a vector with NaN or infinity in {str(self.dtype).removeprefix('torch.')}"
-        return f"texts[{index}], {text[:60]!r}: the model gives {found}; {hint}"
-
-    def save_pretrained(self, path: str | Path) -> None:
+    def save_pretrained(self, path: str | Path, dtype: torch.dtype | str | None = None) -> None:
         """Write a folder that this package, transformers and sentence-transformers open alike.
+
+        Without `dtype`, weights are written as exactly as they are known: those that have not
+        changed since they were read are written as their folder holds them, which is read again
+        if the model computes in another dtype.
 
         transformers honours the attention mode of a bidirectional model from version 5.2 on; the
         folder makes sentence-transformers refuse older versions instead of attending causally. An
         adapter is merged into the written weights; in the model itself it stays separate.
         """
         with atomic_directory(path) as folder:
-            self.write_files(folder)
+            self.write_files(folder, self._exact_weights(dtype))
+
+    def _exact_weights(self, dtype: torch.dtype | str | None) -> dict[str, Tensor]:
+        state = self.model.state_dict()
+        if dtype is not None:
+            return {name: x.to(pick_dtype(dtype)) for name, x in state.items()}
+        found, kind = self._source or (None, self.dtype)
+        if found and kind != self.dtype:
+            stored = _load(found).state_dict()
+            pairs = ((name, x, stored.get(name, x)) for name, x in state.items())
+            state = {name: y if torch.equal(y.to(x), x) else x for name, x, y in pairs}
+            widest = reduce(torch.promote_types, (x.dtype for x in state.values()))
+            state = {name: x.to(widest) for name, x in state.items()}
+        return state
 
     def write_files(
         self, folder: Path, state: dict[str, Tensor] | None = None, *, merged: bool = True
@@ -257,20 +414,35 @@ class Embedder:
         write_settings(folder, settings, config.hidden_size, dense=dense, adapter_base=base)
 
 
+def _load(found: Opened) -> Qwen2:
+    """The decoder in the dtype of its files, with an adapter merged into it."""
+    model = load_model(found.model, dtype=None, dense=found.dense)
+    return merge(model, load_adapter(model, found.adapter).config) if found.adapter else model
+
+
 def pick_device(name: torch.device | str | None = None) -> torch.device:
     """The device of a name, with its number; for None the first GPU, else the CPU.
 
     Raises ValueError for what torch does not know or this machine does not have.
     """
-    wanted = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        one = torch.ones(1, device=wanted)
+        one = torch.ones(1, device=default if name is None else name)
         one.item()  # an absent device fails above, one that only plans ("meta") here
     except Exception as error:  # of five types; "No CUDA GPUs are available" is a RuntimeError
         here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         here += ["mps"] if torch.backends.mps.is_available() else []
         raise ValueError(f"device: expected {' or '.join(here)}, found {str(name)!r}") from error
     return one.device
+
+
+def pick_dtype(name: torch.dtype | str) -> torch.dtype:
+    """The dtype of a name, such as "float32" or "bf16". Raises ValueError for any other word."""
+    kind = getattr(torch, _SHORT_NAMES.get(name, name), None) if isinstance(name, str) else name
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point or kind.itemsize == 1:
+        expected = "a name like float32, bfloat16 or float16"
+        raise ValueError(f"dtype: expected {expected}, found {str(name)!r}")
+    return kind
 
 
 def fastest_safe_dtype(device: torch.device) -> torch.dtype:

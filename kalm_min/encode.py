@@ -1,37 +1,44 @@
 """Encode a file of texts: `python -m kalm_min.encode texts.txt --model DIR --output out.npy`.
 
-The input has one text per line, or is a .jsonl(.gz) file with the key "text" in every line (any
-title already joined to the text). Row i of the output belongs to line i, even if lines of a text
-file are blank. The output is a plain .npy file, float32, (lines, dimensions), complete or absent.
+The input has one text per line, or it is a .jsonl, .csv or .tsv that holds them under `--column`
+(any title already joined to the text); "-" is standard input, one text per line. Row i of the
+output belongs to line i, of a table to row i, also if it is blank. The output is a plain .npy file,
+(lines, dimensions), float32 or what `--precision` says, complete or absent.
 """
 
+import csv
+import io
 import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 
 from kalm_min.config import run
-from kalm_min.embedder import Embedder
-from kalm_min.files import atomic_write, read_jsonl, read_lines
+from kalm_min.files import check_first_line, parse_object, read_lines, read_text
 from kalm_min.schema import Field, is_string, problem_with
-
-_LINE = {"text": Field("a string", is_string, required=True)}
+from kalm_min.settings import Precision
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodeConfig:
     """Encode a file of texts, one per line, into a .npy file of vectors."""
 
-    input: Annotated[Path, 'One text per line, or .jsonl(.gz) with the key "text".']
+    input: Annotated[Path, 'One text per line, .jsonl, .csv or .tsv; "-" is standard input.']
     model: Annotated[str, "Model folder or hub id."]
     output: Annotated[Path, "The .npy file to write."]
-    prompt_name: Annotated[Literal["query", "document"] | None, "Stored prompt to prepend."] = None
+    column: Annotated[str, "Key of a .jsonl, or column of a table, that holds the texts."] = "text"
+    prompt_name: Annotated[str | None, "Stored prompt to prepend: query, document, ..."] = None
     prompt: Annotated[str | None, "Text to prepend to every text."] = None
     truncate_dim: Annotated[int | None, "Leading dimensions to keep; none: all."] = None
     normalize: Annotated[bool, "Scale every vector to unit length."] = True
+    precision: Annotated[Precision, "Bits of a coordinate in the output."] = "float32"
+    ranges: Annotated[
+        Path | None,
+        "A .npy of vectors by which int8 and uint8 are calibrated; none: by the output.",
+    ] = None
     max_length: Annotated[int | None, "Tokens kept per text; none: the model's limit."] = None
     device: Annotated[str | None, "cpu, cuda, cuda:1, ...; none: the first GPU or the CPU."] = None
     dtype: Annotated[str | None, "float32, bfloat16, ...; none: the fastest safe one."] = None
@@ -44,41 +51,80 @@ class EncodeConfig:
             raise ValueError(f"output: expected a name that ends in .npy, found {self.output.name}")
 
 
-def read_texts(path: Path) -> list[str]:
+def read_texts(path: Path, column: str = "text") -> list[str]:
     """Read the texts of a file. Raises ValueError with file:line for a line without a text."""
-    texts: list[str] = []
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        for number, record in read_jsonl(path):
-            if problem := problem_with(record, _LINE, extra=True):
-                raise ValueError(f"{path}:{number}: {problem}")
-            texts.append(record["text"])
+    kind = Path(path.name.removesuffix(".gz")).suffix
+    path = Path("/dev/stdin") if str(path) == "-" else path
+    if kind in (".csv", ".tsv"):
+        texts = _read_table(path, column, "," if kind == ".csv" else "\t")
     else:
         texts = read_lines(path)
+    if kind == ".jsonl":
+        check_first_line("".join(texts[:1]).encode(), path)
+        field = {column: Field("a string", is_string, required=True)}
+        for row, line in enumerate(texts):
+            record = parse_object(line, f"{path}:{row + 1}") if line.strip() else {column: ""}
+            if problem := problem_with(record, field, extra=True):
+                raise ValueError(f"{path}:{row + 1}: {problem}")
+            texts[row] = record[column]
     if not texts:
         raise ValueError(f"{path}: expected at least one text, found none")
     return texts
 
 
+def _read_table(path: Path, column: str, delimiter: str) -> list[str]:
+    """The cells of a column of a table with a header."""
+    csv.field_size_limit(sys.maxsize)
+    rows = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
+    texts: list[str] = []
+    try:
+        names = next(rows, [])
+        if column not in names:
+            raise ValueError(
+                f"{path}: expected the column {column!r}, found {', '.join(names)}; name the one to "
+                "encode with --column (kalm_min.convert makes training data of a table)"
+            )
+        for row in filter(None, rows):
+            if len(row) != len(names):
+                where = f"{path}:{rows.line_num}"
+                raise ValueError(f"{where}: expected {len(names)} cells, found {len(row)}")
+            texts.append(row[names.index(column)])
+    except csv.Error as error:
+        raise ValueError(f"{path}:{rows.line_num}: expected a table, found: {error}") from error
+    return texts
+
+
 def encode(config: EncodeConfig) -> int:
     """Encode the texts and write their vectors."""
-    texts = read_texts(config.input)
+    from kalm_min.embedder import Embedder, quantize
+    from kalm_min.vectors import write_array
+
+    texts = read_texts(config.input, config.column)
+    ranges = config.ranges and _read_ranges(config.ranges)
     length = config.max_length
     model = Embedder.from_pretrained(config.model, config.device, config.dtype, max_length=length)
-    prompt = model.prompts[config.prompt_name] if config.prompt_name else config.prompt or ""
     vectors = model.encode(
         texts,
-        prompt,
-        truncate_dim=config.truncate_dim,
-        normalize_embeddings=config.normalize,
-        show_progress_bar=sys.stderr.isatty(),
+        config.prompt,
+        config.truncate_dim,
+        config.normalize,
+        sys.stderr.isatty(),
+        prompt_name=config.prompt_name,
     )
-    with atomic_write(config.output) as file:
-        np.save(file, vectors, allow_pickle=False)
-    blank = 0 if prompt else texts.count("")
+    blank = int((~vectors.any(1)).sum())
+    vectors = quantize(vectors, config.precision, ranges)
+    write_array(config.output, vectors)
     note = f" ({blank} blank lines are zero vectors)" if blank else ""
     shape = f"{len(texts):,} texts, {vectors.shape[1]} dimensions"
     sys.stderr.write(f"{shape}, {model.dtype} on {model.device} -> {config.output}{note}\n")
     return 0
+
+
+def _read_ranges(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: expected a .npy file of vectors, found: {error}") from error
 
 
 main = partial(run, EncodeConfig, encode, program="kalm_min.encode", positional="input")

@@ -384,13 +384,18 @@ def checkpoint_folders(path_or_hub_id: str | Path) -> list[Path]:
     """
     folders = [_model_folder(path_or_hub_id)]
     if (adapter := folders[0] / "adapter_config.json").is_file():
-        base = parse_object(read_text(adapter), adapter).get("base_model_name_or_path")
+        base = str(parse_object(read_text(adapter), adapter).get("base_model_name_or_path"))
+        beside = folders[0] / base
         try:
-            folders.append(_model_folder(str(base)))
+            is_beside = beside.is_dir() and not Path(base).is_dir()
+            folders.append(_model_folder(beside if is_beside else base))
         except ValueError as error:
             raise ValueError(f"{adapter}: base_model_name_or_path: {error}") from error
     if not (folders[-1] / "config.json").is_file():
-        raise ValueError(f"{folders[-1]}: expected a model folder with config.json, found none")
+        inside = sorted(folders[-1].glob("final/*config.json"))
+        hint = f" (did you mean {inside[0].parent}?)" if inside else ""
+        expected = "expected a model folder with config.json, found none"
+        raise ValueError(f"{folders[-1]}: {expected}{hint}")
     return folders
 
 

@@ -33,6 +33,7 @@ from kalm_min.schema import (
 Pooling = Literal["mean", "lasttoken"]
 """sentence-transformers' names."""
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
+Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
 
 KALM_TEMPLATE = "Instruct: {instruction} \n Query: "
 """A space before and after the newline, as in the official code and mteb (V1 section 1.6)."""
@@ -170,7 +171,7 @@ class Settings:
     instruction_template: str = KALM_TEMPLATE
     """Turns a task instruction into a prompt: see `fill_template`."""
     default_prompt_name: str | None = None
-    """The prompt that sentence-transformers puts before texts for which none is named."""
+    """The prompt put before texts for which neither a prompt nor a name is given."""
     similarity_fn_name: Similarity = "cosine"
 
 
@@ -288,12 +289,6 @@ def open_folder(path_or_hub_id: str | Path, **given: Any) -> Opened:
     usual = main.get("default_prompt_name")
     if usual is not None and usual not in prompts:
         raise ValueError(f"{folder}: expected the prompt {usual!r} among prompts, found none")
-    if usual:
-        warnings.warn(
-            f"{folder}: sentence-transformers would put the prompt {usual!r} before every text; "
-            "here encode_query and encode_document use theirs, encode uses none",
-            stacklevel=3,
-        )
     shown = map(_PROMPT.fullmatch, [prompts.get("query", ""), *prompts.values()])
     shown = (_PLACEHOLDER.join(match.groups()) for match in shown if match)
     template = choose(

@@ -10,16 +10,18 @@ padding are not supported.
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Reversible, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import takewhile
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Self, TypeVar, cast
 
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.processors import Sequence as ProcessorSequence
 from tokenizers.processors import TemplateProcessing
 
-from kalm_min.files import Object, read_json, write_json, write_text
+from kalm_min.files import Object, write_json, write_text
+from kalm_min.schema import read_object
 
 _SIDE_FILE = "tokenizer_config.json"
 _GENERIC_CLASS = {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -39,19 +41,26 @@ class Tokenizer:
         """
         self._fast, self.settings = fast, _GENERIC_CLASS | (settings or {})
         fast.no_padding()
+        fast.no_truncation()
         # A custom class would need remote code; tokenizer.json alone is sufficient.
         self.settings |= _GENERIC_CLASS if self.settings.pop("auto_map", None) else {}
-        if not self.settings.pop("add_eos_token", False):
-            return
+        if self.settings.pop("add_eos_token", False):
+            self._close_texts()
+        # Texts are cut here: the library would keep the length as a state of `fast`, which models
+        # with other lengths, in other threads, may share. What closes every text is kept.
+        added = fast.encode("a").special_tokens_mask
+        self._closing = sum(1 for _ in takewhile(bool, reversed(added)))
+
+    def _close_texts(self) -> None:
         token = self.settings.get("eos_token")
         token = token["content"] if isinstance(token, dict) else token
-        identity = fast.token_to_id(token) if token else None
+        identity = self._fast.token_to_id(token) if token else None
         if identity is None:
             raise ValueError(f"add_eos_token is set and eos_token {token!r} is not a known token")
-        if fast.encode("a").ids[-1] != identity:
+        if self._fast.encode("a").ids[-1] != identity:
             closing = TemplateProcessing(f"$A {token}", special_tokens=[(token, identity)])
-            present = [fast.post_processor] if fast.post_processor else []
-            fast.post_processor = ProcessorSequence([*present, closing])
+            present = [self._fast.post_processor] if self._fast.post_processor else []
+            self._fast.post_processor = ProcessorSequence([*present, closing])
             # Libraries that rebuild a class from its rules would lose the new post-processor.
             self.settings |= _GENERIC_CLASS
 
@@ -72,10 +81,13 @@ class Tokenizer:
             raise ValueError(f"{folder}: expected tokenizer.json, found none")
         try:
             fast = FastTokenizer.from_file(str(path))
-        except Exception as error:  # the library raises a bare Exception
+            fast.encode("a")
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises a bare Exception, or panics
             raise ValueError(f"{path}: expected a tokenizers file, found: {error}") from error
         side = path.with_name(_SIDE_FILE)
-        settings: Object = read_json(side) if side.is_file() else {}
+        settings = read_object(side, {}, extra=True) if side.is_file() else {}
         if end_of_text is not None:
             settings["add_eos_token"] = end_of_text
         if rows is not None and max(fast.get_vocab().values(), default=0) >= rows:
@@ -101,35 +113,51 @@ class Tokenizer:
         The prompt is joined as text, as the official code does, so the tokens at the seam are those
         of the joined string. An empty joined text may give no ids. Call `check_texts` first.
         """
-        self._fast.enable_truncation(max_length)
-        joined = [prompt + text for text in texts]
-        return [encoding.ids for encoding in self._fast.encode_batch_fast(joined)]
+        encodings = self._fast.encode_batch_fast([prompt + text for text in texts])
+        first = max(0, max_length - self._closing)
+        return [
+            ids if len(ids) <= max_length else ids[:first] + ids[len(ids) - max_length + first :]
+            for ids in (encoding.ids for encoding in encodings)
+        ]
 
     def encodes_like(self, other: "Tokenizer") -> bool:
-        """Whether both turn texts into the same ids, apart from the length they truncate at."""
-        ours, theirs = (json.loads(one._fast.to_str()) for one in (self, other))
-        return ours | {"truncation": None} == theirs | {"truncation": None}
+        """Whether both turn texts into the same ids."""
+        return self._fast.to_str() == other._fast.to_str()
 
     def save(self, folder: str | os.PathLike[str], *, max_length: int) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, which states `max_length`."""
-        self._fast.no_truncation()
         write_text(Path(folder) / "tokenizer.json", self._fast.to_str())
         write_json(Path(folder) / _SIDE_FILE, self.settings | {"model_max_length": max_length})
 
 
-def check_texts(texts: Iterable[object]) -> None:
-    """Raise a ValueError naming the first text that is not a string or not valid Unicode."""
-    for index, text in enumerate(texts):
+def check_texts(texts: Iterable[object], name: str = "texts") -> list[str]:
+    """The texts of an ordered collection or an iterator of strings.
+
+    Raises ValueError for anything else, naming its type or the first text that is not valid.
+    """
+    is_unordered = isinstance(texts, Set) and not isinstance(texts, Reversible)
+    is_table = len(getattr(texts, "shape", (0,))) != 1  # a DataFrame, or an array of them
+    has_items = hasattr(texts, "__iter__") or hasattr(texts, "__getitem__")
+    is_other = isinstance(texts, Mapping | bytes | bytearray | memoryview)
+    if is_unordered or is_table or is_other or not has_items:
+        expected = f"{name}: expected a string or an ordered collection of strings"
+        raise ValueError(f"{expected}, found {type(texts).__name__}")
+    # Arrays and columns give their items as Python's own objects by one of these names.
+    to_list = getattr(texts, "to_pylist", None) or getattr(texts, "tolist", None)
+    items: list[object] = to_list() if to_list else list(texts)
+    for index, text in enumerate(items):
         if not isinstance(text, str):
-            raise ValueError(f"texts[{index}]: expected a string, found {type(text).__name__}")
+            found = type(text).__name__
+            raise ValueError(f"{name}[{index}]: expected a string, found {found}")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             found = f"U+{ord(text[error.start]):04X} at character {error.start}"
             raise ValueError(
-                f"texts[{index}]: expected valid Unicode, found the lone surrogate {found}; "
+                f"{name}[{index}]: expected valid Unicode, found the lone surrogate {found}; "
                 'decode the source with errors="replace"'
             ) from error
+    return cast("list[str]", items)
 
 
 def prefetch(

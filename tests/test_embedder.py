@@ -2,15 +2,23 @@
 
 import json
 import shutil
+import warnings
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from kalm_min import Embedder
 from kalm_min.embedder import pick_device
+from kalm_min.model import quantize
+from kalm_min.settings import Precision, Similarity
 
 TEXTS = [
     "the cat sat on a mat",
@@ -148,12 +156,12 @@ def test_a_vector_that_is_not_finite_is_refused(make_model, tmp_path):
     row = model.tokenizer.encode(["x"], max_length=9)[0][0]
     with torch.no_grad():
         weights["x"][row] = torch.nan
-        sentence = "the model gives a vector with NaN or infinity in float32; the model's weights"
-        with pytest.raises(ValueError, match=rf"texts\[2\], 'x': {sentence}"):
+        sentence = "the model gives this text a vector with NaN or infinity in float32; its weights"
+        with pytest.raises(ValueError, match=f"'x': {sentence}"):
             model.encode(["the cat", "a dog", "x"])
         for value in (torch.inf, 1e30):  # the second one's length is beyond float32
             weights[""].fill_(value)
-            with pytest.raises(ValueError, match=rf"texts\[0\], 'the cat': {sentence}"):
+            with pytest.raises(ValueError, match=f"'the cat': {sentence}"):
                 model.encode(["the cat"])
     model.model.half()
     with pytest.raises(ValueError, match="in float16; try dtype float32"):
@@ -284,10 +292,15 @@ def test_end_of_text_rule_is_kept_for_others(folder, tmp_path):
 
 
 def test_what_a_wrong_path_says(tmp_path):
-    """A path is never looked up on the hub; an empty folder says what is missing."""
+    """A path is never looked up on the hub; an empty folder says what is missing; a run's folder
+    says where its model is."""
     with pytest.raises(ValueError, match="expected a model folder or a hub id"):
         Embedder.from_pretrained("./nowhere")
     with pytest.raises(ValueError, match=r"expected a model folder with config\.json"):
+        Embedder.from_pretrained(tmp_path)
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=rf"found none \(did you mean {tmp_path}/final\?\)"):
         Embedder.from_pretrained(tmp_path)
 
 
@@ -298,3 +311,235 @@ def test_saving_over_a_folder_keeps_what_is_not_ours(folder):
     assert (folder / "notes.txt").read_text() == "mine"
     assert load(folder).encode("a").any()
     assert not list(folder.parent.glob(".model*"))
+
+
+FEW = st.lists(st.sampled_from(TEXTS), min_size=1, max_size=4)
+COLLECTIONS = {
+    "tuple": tuple,
+    "generator": iter,
+    "map": lambda texts: map(str, texts),
+    "deque": deque,
+    "keys": lambda texts: dict(zip(texts, texts, strict=True)).keys(),
+    "values": lambda texts: dict(enumerate(texts)).values(),
+    "array": np.array,
+    "array of objects": lambda texts: np.array(texts, dtype=object),
+    "Series": lambda texts: pytest.importorskip("pandas").Series(texts),
+    "Arrow array": lambda texts: pytest.importorskip("pyarrow").array(texts),
+    "Arrow column": lambda texts: pytest.importorskip("pyarrow").chunked_array([texts]),
+    "column": lambda texts: pytest.importorskip("datasets").Dataset.from_dict({"a": texts})["a"],
+}
+
+
+@pytest.mark.parametrize("make", COLLECTIONS.values(), ids=COLLECTIONS)
+def test_any_ordered_collection_is_a_list_of_texts(tiny, make):
+    """What gives strings in an order, once or often, gives the rows of the list of them."""
+    texts = list(dict.fromkeys(TEXTS))
+    assert np.array_equal(tiny.encode(make(texts)), tiny.encode(texts))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(set, frozenset, dict.fromkeys, lambda texts: texts[0].encode(), lambda texts: None, len),
+        lambda texts: np.array([texts]),
+        lambda texts: np.array(texts[0]),
+        lambda texts: pytest.importorskip("pandas").DataFrame({"text": texts}),
+        lambda texts: pytest.importorskip("pyarrow").table({"text": texts}),
+        lambda texts: pytest.importorskip("datasets").Dataset.from_dict({"text": texts}),
+    ],
+)
+@given(texts=FEW)
+def test_what_has_no_order_or_more_than_texts_is_refused(tiny, make, texts):
+    """Sets, mappings, bytes, numbers and tables: one sentence that names the type."""
+    given_texts = make(texts)
+    with pytest.raises(
+        ValueError, match=r"^texts: expected .*, found " + type(given_texts).__name__
+    ):
+        tiny.encode(given_texts)
+
+
+def test_the_prompt_before_texts(make_model, tmp_path):
+    """A prompt, else a named one, else the folder's default; each method has its own name; all as
+    in sentence-transformers."""
+    from sentence_transformers import SentenceTransformer
+
+    model = make_model(tmp_path / "model")
+    model.prompts |= {"query": "the cat: ", "web": "a dog: "}
+    model.default_prompt_name = "web"
+    model.save_pretrained(tmp_path / "model")
+    model, theirs = (
+        load(tmp_path / "model"),
+        SentenceTransformer(str(tmp_path / "model"), device="cpu"),
+    )
+    text, same = "one dog ran", partial(np.testing.assert_allclose, atol=1e-5)
+    for options in ({}, {"prompt": "see "}, {"prompt": None, "prompt_name": "query"}):
+        same(model.encode(text, **options), theirs.encode(text, **options))
+        same(model.encode_query(text, **options), theirs.encode_query(text, **options))
+        same(model.encode_document(text, **options), theirs.encode_document(text, **options))
+    same(model.encode(text), model.encode("a dog: " + text, prompt=""))
+    instructed = model.encode_query(text, instruction="find it")
+    same(instructed, model.encode(text, prompt="Instruct: find it \n Query: "))
+    with pytest.raises(
+        ValueError, match="prompt_name: expected one of query, document, web, found"
+    ):
+        model.encode(text, prompt_name="news")
+    with pytest.raises(ValueError, match=r"prompt\[0\]: expected a string, found int"):
+        model.encode(text, prompt=3)
+    model.default_prompt_name = "news"
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="expected the prompt 'news' among prompts"):
+        load(tmp_path / "model")
+
+
+def test_words_of_sentence_transformers(tiny):
+    """Options that mean something here are taken, whatever else is refused with our word for it."""
+    expected = tiny.encode(TEXTS)
+    same = {"batch_size": 1, "device": "cpu", "convert_to_numpy": True, "show_progress_bar": None}
+    assert np.array_equal(tiny.encode(TEXTS, output_value="sentence_embedding", **same), expected)
+    tensor = tiny.encode(TEXTS, convert_to_tensor=True, convert_to_numpy=False)
+    assert torch.equal(tensor, torch.from_numpy(expected))
+    assert tiny.encode("a", convert_to_tensor=True).shape == (32,)
+    for options, message in (
+        ({"convert_to_numpy": False}, "convert_to_numpy=False.*convert_to_tensor=True gives one"),
+        ({"device": "cuda:7"}, "from_pretrained"),
+        ({"output_value": "token_embeddings"}, "only one vector per text"),
+        ({"batch_size": 0}, "batch_size: expected at least 1 text, found 0"),
+        ({"max_length": 9}, "from_pretrained"),
+        ({"instruction": "a"}, "encode_query"),
+        ({"truncate": 9}, "encode.truncate=9.: there is no such option"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny.encode(TEXTS, **options)
+
+
+@pytest.mark.parametrize("precision", get_args(Precision))
+@given(
+    rows=st.integers(0, 5), width=st.integers(1, 20), seed=st.integers(0, 99), given_=st.booleans()
+)
+def test_fewer_bits_are_those_of_sentence_transformers(precision, rows, width, seed, given_):
+    """The same bytes on the same vectors, with the ranges of the vectors or given ones, also where
+    a coordinate never changes or a value is outside."""
+    from sentence_transformers import quantize_embeddings
+
+    rng = np.random.default_rng(seed)
+    vectors = rng.standard_normal((rows, width), np.float32)
+    vectors[:, 0] = 0.25
+    known = rng.standard_normal((4, width), np.float32) / 2
+    ranges = np.stack([known.min(0), known.max(0)]) if given_ else None
+    if rows == 1 and ranges is None and "int8" in precision:
+        with pytest.raises(ValueError, match="one vector has no range"):
+            quantize(vectors, precision)
+        return
+    with warnings.catch_warnings():
+        expected = quantize_embeddings(vectors, precision, ranges)
+    for given_ranges in (ranges, known if given_ else None):
+        found = quantize(vectors, precision, given_ranges)
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+        assert found.tobytes() == expected.tobytes()
+
+
+def test_precision_of_encode(tiny):
+    """Rows in the order given; one text needs ranges; a wrong word or shape is one sentence."""
+    full = tiny.encode(TEXTS, truncate_dim=12)
+    assert np.array_equal(
+        tiny.encode(TEXTS, None, 12, precision="ubinary"), quantize(full, "ubinary")
+    )
+    assert np.array_equal(tiny.encode(TEXTS, None, 12, precision="int8"), quantize(full, "int8"))
+    assert tiny.encode("a", precision="binary").shape == (4,)
+    with pytest.raises(ValueError, match="one vector has no range, so ranges are needed"):
+        tiny.encode("a", precision="int8")
+    with pytest.raises(ValueError, match=r"expected float32, int8, .* found 'int4' of float32"):
+        quantize(full, "int4")
+    with pytest.raises(
+        ValueError, match=r"ranges: expected shape \(2 or more, 12\), found \(2, 3\)"
+    ):
+        quantize(full, "int8", full[:2, :3])
+
+
+@pytest.mark.parametrize("name", get_args(Similarity))
+def test_similarities_are_those_of_sentence_transformers(tiny, name, monkeypatch):
+    """The folder's function, of all pairs and row by row, float32 for any kind of numbers."""
+    from sentence_transformers.util import SimilarityFunction
+
+    monkeypatch.setattr(tiny, "similarity_fn_name", name)
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((3, 8), np.float32), rng.standard_normal((3, 8), np.float32)
+    full = SimilarityFunction.to_similarity_fn(name)(a, b).numpy()
+    pairs = SimilarityFunction.to_similarity_pairwise_fn(name)(a, b).numpy()
+    for dtype, atol in ((np.float32, 1e-5), (np.float64, 1e-5), (np.float16, 1e-2)):
+        for left, right in ((a.astype(dtype), b), (a, torch.from_numpy(b.astype(dtype)))):
+            found, by_row = tiny.similarity(left, right), tiny.similarity_pairwise(left, right)
+            assert found.dtype == by_row.dtype == np.float32
+            np.testing.assert_allclose(found, full, atol=atol)
+            np.testing.assert_allclose(by_row, pairs, atol=atol)
+    np.testing.assert_allclose(tiny.similarity(a.tolist(), [*b]), full, atol=1e-5)
+    np.testing.assert_allclose(tiny.similarity(a[0], b), full[:1], atol=1e-5)
+    assert float(tiny.similarity(a[0], b[1])) == pytest.approx(full[0, 1], abs=1e-5)
+    a.flags.writeable = False
+    np.testing.assert_allclose(tiny.similarity(a, b), full, atol=1e-5)
+
+
+def test_weights_are_saved_as_exactly_as_they_are_known(tiny_model_dir, tmp_path):
+    """A model that computes in fewer or more bits is saved as its folder has it; what was changed
+    is saved as it is now; another dtype on request only."""
+
+    def stored(folder):
+        return load_file(folder / "model.safetensors")
+
+    first = stored(tiny_model_dir)
+    half = Embedder.from_pretrained(tiny_model_dir, dtype="bf16")
+    half.save_pretrained(tmp_path / "same")
+    assert all(torch.equal(x, first[name]) for name, x in stored(tmp_path / "same").items())
+    with torch.no_grad():
+        half.model.norm.weight.mul_(2)
+    half.save_pretrained(tmp_path / "changed")
+    for name, x in stored(tmp_path / "changed").items():
+        assert torch.equal(x, first[name] * 2 if name == "norm.weight" else first[name])
+    half.save_pretrained(tmp_path / "half", dtype="half")
+    assert {x.dtype for x in stored(tmp_path / "half").values()} == {torch.float16}
+    wide = load(tmp_path / "half")
+    wide.save_pretrained(tmp_path / "half again")
+    files = [tmp_path / name / "model.safetensors" for name in ("half", "half again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    shutil.rmtree(tmp_path / "half")
+    with pytest.raises(ValueError, match="half: expected a model folder"):
+        wide.save_pretrained(tmp_path / "lost")
+    wide.save_pretrained(tmp_path / "kept", dtype="float32")
+
+
+def test_names_of_dtypes(tiny_model_dir):
+    """torch's names and the short ones; any other word is refused by name."""
+    for name, dtype in (("fp16", torch.float16), ("half", torch.float16), ("bf16", torch.bfloat16)):
+        assert Embedder.from_pretrained(tiny_model_dir, dtype=name).dtype is dtype
+    for name in ("int8", "float8_e4m3fn", "fp4", "nn", ""):
+        with pytest.raises(ValueError, match=f"dtype: expected a name like .*, found '{name}'"):
+            Embedder.from_pretrained(tiny_model_dir, dtype=name)
+
+
+def test_what_a_model_is(tiny_model_dir):
+    """repr tells it in a line; the dimension has sentence-transformers' name as well."""
+    model = load(tiny_model_dir)
+    assert model.get_sentence_embedding_dimension() == model.dimension == 32
+    assert repr(model) == (
+        f"Embedder('{tiny_model_dir}': qwen2, 25,888 parameters, 32 dimensions, causal attention, "
+        "mean pooling, at most 32 tokens, float32 on cpu)"
+    )
+
+
+def test_the_bar_ends_at_its_end(tiny, capsys):
+    """Empty and equal texts count as done."""
+    tiny.encode(["", "a", "b", "a"], show_progress_bar=True)
+    assert "3/3" in capsys.readouterr().err
+
+
+def test_two_lengths_share_a_tokenizer(tiny):
+    """In two threads, each text is cut at the length of its own model."""
+    ours = [Embedder(tiny.model, tiny.tokenizer, causal=True, max_length=n) for n in (3, 30)]
+    texts = ["the cat sat on a mat while one dog ran far " * 3] * 40
+    expected = [model.encode(texts[0]) for model in ours]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(4):
+            for found, vector in zip(
+                pool.map(lambda m: m.encode(texts), ours), expected, strict=True
+            ):
+                np.testing.assert_allclose(found[0], vector, atol=1e-6)

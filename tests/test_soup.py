@@ -80,7 +80,7 @@ def test_sixteen_bits_are_rounded_once(checkpoints, tmp_path, capsys):
     half = []
     for number, folder in enumerate(checkpoints[:2]):
         half.append(tmp_path / f"half{number}")
-        Embedder.from_pretrained(folder, dtype="bfloat16").save_pretrained(half[-1])
+        Embedder.from_pretrained(folder).save_pretrained(half[-1], dtype="bfloat16")
     assert run(capsys, tmp_path / "out", *half)[0] == 0
     a, b, mixed = (load_file(folder / FILE) for folder in (*half, tmp_path / "out"))
     for name, tensor in mixed.items():

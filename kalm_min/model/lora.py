@@ -6,30 +6,59 @@ I, O  input and output size of a projection    R  rank
 
 The base keeps its parameter names and adapters get PEFT's, so a state dict is a model file plus an
 adapter file. There is no dropout: gradient caching repeats forward passes, which must agree. A
-dropout rate in a file is ignored, since it only affects training. Files with DoRA, rsLoRA, trained
-biases, other saved modules and the like are refused.
+dropout rate in a file is ignored, since it only affects training. Files of PEFT may give single
+projections other ranks and alphas (patterns) or scale by alpha / sqrt(R) (rsLoRA). Files with DoRA,
+trained biases, other saved modules and the like are refused.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from kalm_min.files import Object, write_json
+from kalm_min.files import write_json
 from kalm_min.model.folder import load_tensors, save_tensors
 from kalm_min.model.qwen2 import Linear, Qwen2
 from kalm_min.options import LoRAConfig
-from kalm_min.schema import read_object
+from kalm_min.schema import Field, is_flag, is_number, is_text, is_whole, read_object
 
 ADAPTER_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_A, _B = ".lora_A.weight", ".lora_B.weight"
-# PEFT's keys that are checked, and those that have no effect on a trained adapter.
-_ALLOWED = {
-    *("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules"),
-    *("auto_mapping", "peft_version", "inference_mode", "init_lora_weights", "lora_dropout"),
+_A, _B, _PREFIX = ".lora_A.weight", ".lora_B.weight", "base_model.model."
+
+
+def _are_names(value: object) -> bool:
+    return is_text(value) or (isinstance(value, list) and value != [] and all(map(is_text, value)))
+
+
+def _are_patterns(fits: Callable[[object], bool], value: object) -> bool:
+    return isinstance(value, dict) and all(map(fits, value.values()))
+
+
+_IS_RANK = partial(is_whole, least=1, most=2**31)  # the tensors of the file decide
+_IS_ALPHA = partial(is_number, least=1e-30)
+# PiSSA, OLoRA, CorDA and LoftQ first change the base, and the file does not hold that change.
+_STARTS = "true, false or gaussian, since another may have changed the base (convert it first)"
+_FIELDS = {
+    "peft_type": Field("LORA", lambda kind: kind == "LORA", required=True),
+    "base_model_name_or_path": Field("a name", is_text, required=True),
+    "r": Field("a whole number of at least 1", _IS_RANK, required=True),
+    "lora_alpha": Field("a number above 0", _IS_ALPHA, required=True),
+    "target_modules": Field("names, or a regular expression", _are_names, required=True),
+    "init_lora_weights": Field(_STARTS, lambda start: start in (True, False, "gaussian")),
+    "use_rslora": Field("true or false", is_flag),
+    "rank_pattern": Field("ranks by name", partial(_are_patterns, _IS_RANK)),
+    "alpha_pattern": Field("numbers above 0 by name", partial(_are_patterns, _IS_ALPHA)),
+}
+# PEFT's keys that have no effect on a trained adapter.
+_HARMLESS = {
+    *("task_type", "auto_mapping", "peft_version", "inference_mode", "lora_dropout"),
     *("megatron_core", "qalora_group_size"),
 }
 
@@ -45,14 +74,13 @@ class Adapter(NamedTuple):
 class LoRALinear(nn.Module):
     """A frozen linear layer plus a trained low-rank update."""
 
-    def __init__(self, linear: nn.Linear, config: LoRAConfig) -> None:
-        """Take over the parameters of `linear`; A and B are not initialised yet."""
+    def __init__(self, linear: nn.Linear, rank: int, scale: float) -> None:
+        """Take over the parameters of `linear`; A and B have no values yet, on no device."""
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.scale = config.alpha / config.rank
-        kind = {"device": self.weight.device, "dtype": self.weight.dtype}
-        self.lora_A = Linear(linear.in_features, config.rank, bias=False, **kind)
-        self.lora_B = Linear(config.rank, linear.out_features, bias=False, **kind)
+        self.weight, self.bias, self.scale = linear.weight, linear.bias, scale
+        kind = {"device": "meta", "dtype": self.weight.dtype}
+        self.lora_A = Linear(linear.in_features, rank, bias=False, **kind)
+        self.lora_B = Linear(rank, linear.out_features, bias=False, **kind)
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, I) to (T, O)."""
@@ -66,7 +94,9 @@ def add_adapter(model: nn.Module, config: LoRAConfig, seed: int = 0) -> None:
     Raises ValueError naming a target that matches no projection of the model.
     """
     generator = torch.Generator().manual_seed(seed)
-    for layer in _attach(model, config):
+    for layer in _attach(model, config, dict.fromkeys(_targets(model, config), config.rank)):
+        layer.lora_A.to_empty(device=layer.weight.device)
+        layer.lora_B.to_empty(device=layer.weight.device)
         a, b = layer.lora_A.weight, layer.lora_B.weight
         # Drawn on the CPU in float32, so that a seed means the same on every device.
         draw = torch.empty(a.shape).uniform_(-1, 1, generator=generator)
@@ -75,22 +105,26 @@ def add_adapter(model: nn.Module, config: LoRAConfig, seed: int = 0) -> None:
             b.zero_()
 
 
-def _attach(model: nn.Module, config: LoRAConfig) -> list[LoRALinear]:
-    """Freeze the model, wrap its target projections and return the wrappers, not initialised yet.
-
-    A target's dotted name is, or ends in, one of the names, which is PEFT's rule for lists.
-    """
-    linears = {f".{name}": m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+def _targets(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """The projections whose dotted name is, or ends in, one of the names: PEFT's rule for lists."""
+    linears = [f".{name}" for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     ends = tuple(f".{end}" for end in config.target_modules)
     for end in ends:
         if not any(name.endswith(end) for name in linears):
             known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears))
             raise ValueError(f"target_modules: expected some of {known}, found {end[1:]!r}")
+    return [name[1:] for name in linears if name.endswith(ends)]
+
+
+def _attach(model: nn.Module, config: LoRAConfig, ranks: Mapping[str, int]) -> list[LoRALinear]:
+    """Freeze the model, wrap projections with the given ranks and return the wrappers."""
     model.requires_grad_(False)
-    layers = {name: LoRALinear(m, config) for name, m in linears.items() if name.endswith(ends)}
-    for name, layer in layers.items():
-        model.set_submodule(name[1:], layer)
-    return [*layers.values()]
+    layers: list[LoRALinear] = []
+    for name, rank in ranks.items():
+        linear = cast("nn.Linear", model.get_submodule(name))
+        layers.append(LoRALinear(linear, rank, config.alpha / config.rank))
+        model.set_submodule(name, layers[-1])
+    return layers
 
 
 def merge(model: Qwen2, config: LoRAConfig) -> Qwen2:
@@ -115,7 +149,7 @@ def merged_state(state: Mapping[str, Tensor], config: LoRAConfig) -> dict[str, T
 
 def save_adapter(state: Mapping[str, Tensor], folder: Path, adapter: Adapter) -> None:
     """Write PEFT's two files for a state dict with A and B into `folder` (atomic only with it)."""
-    updates = {f"base_model.model.{k}": x for k, x in state.items() if k.endswith((_A, _B))}
+    updates = {_PREFIX + k: x for k, x in state.items() if k.endswith((_A, _B))}
     save_tensors(updates, folder / _WEIGHTS)
     config = {
         "peft_type": "LORA",
@@ -131,50 +165,55 @@ def save_adapter(state: Mapping[str, Tensor], folder: Path, adapter: Adapter) ->
     write_json(folder / ADAPTER_CONFIG, config)
 
 
-def read_adapter(folder: Path) -> Adapter:
-    """Read `adapter_config.json`.
-
-    Raises ValueError for any setting under which the update is not exactly alpha / r * B A.
-    """
-    path = folder / ADAPTER_CONFIG
-    raw: Object = {"lora_alpha": 8} | read_object(path, {}, extra=True)  # PEFT's default
-    rank, alpha, names = raw.get("r", 0), raw["lora_alpha"], raw.get("target_modules", "")
-    start, base = raw.get("init_lora_weights"), raw.get("base_model_name_or_path", "")
-    # PiSSA, OLoRA, CorDA and LoftQ first change the base, and the file does not hold that change.
-    starts = "true, false or gaussian, since another may have changed the base (convert it first)"
-    tasks = (None, "FEATURE_EXTRACTION")
-    for key, fine, expected in (
-        ("peft_type", raw.get("peft_type") == "LORA", "LORA"),
-        ("task_type", raw.get("task_type") in tasks, "FEATURE_EXTRACTION or none"),
-        ("init_lora_weights", start in (None, True, False, "gaussian"), starts),
-        ("target_modules", isinstance(names, list) and names, "a list of names"),
-        ("r", isinstance(rank, int) and rank > 0, "a whole number of at least 1"),
-        ("lora_alpha", isinstance(alpha, int | float) and alpha > 0, "a number above 0"),
-        ("base_model_name_or_path", isinstance(base, str) and base, "a name"),
-    ):
-        if not fine:
-            raise ValueError(f"{path}: {key}: expected {expected}, found {raw.get(key)!r}")
-    for key, value in raw.items():
-        if key not in _ALLOWED and value and value != "none":
-            raise ValueError(f"{path}: {key}: {value!r} is not built, only plain LoRA is")
-    return Adapter(LoRAConfig(rank=rank, alpha=float(alpha), target_modules=tuple(names)), base)
-
-
 def load_adapter(model: nn.Module, folder: Path) -> Adapter:
     """Put the adapter of a folder on `model`, in place, accounting for every tensor.
 
-    A and B keep the dtype of the file, so that merging into 16-bit weights rounds once. Raises
-    ValueError, one sentence listing what is missing, unexpected or wrong-shaped.
+    A and B keep the dtype of the file, so that merging into 16-bit weights rounds once; a B whose
+    projection has an alpha of its own is scaled to the common one, in float32. Raises ValueError,
+    one sentence, for a setting under which the update is not built, or listing the tensors that are
+    missing, unexpected or wrong-shaped.
     """
     if not (folder / _WEIGHTS).is_file():
         raise ValueError(f"{folder}: expected {_WEIGHTS}, found none; pickled ones are not opened")
-    adapter = read_adapter(folder)
+    path = folder / ADAPTER_CONFIG
+    raw = read_object(path, _FIELDS, extra=True)
+    for key, value in raw.items():
+        if key not in _FIELDS and key not in _HARMLESS and value and value != "none":
+            raise ValueError(f"{path}: {key}: {value!r} is not built, only plain LoRA is")
+    start = ""  # of the names in a language model, by which PEFT matches
+    with suppress(SafetensorError), safe_open(folder / _WEIGHTS, "pt") as file:
+        causal = f"{_PREFIX}model."
+        start = "model." if all(key.startswith(causal) for key in file.keys()) else ""  # noqa: SIM118
+    rank, alpha, power = raw["r"], raw["lora_alpha"], 0.5 if raw.get("use_rslora") else 1.0
+    names: list[str] | str = raw["target_modules"]
     try:
-        _attach(model, adapter.config)
-    except ValueError as error:
-        raise ValueError(f"{folder / ADAPTER_CONFIG}: {error}") from error
+        if isinstance(names, str):
+            found = [name for name, _ in model.named_modules() if re.fullmatch(names, start + name)]
+            names = found or [names]
+        common = float(alpha if power == 1 else alpha * rank**power)
+        names = [name.removeprefix(start) for name in names]
+        config = LoRAConfig(rank=rank, alpha=common, target_modules=tuple(names))
+        layers = _targets(model, config)
+        ranks, alphas = (
+            {layer: _by_pattern(raw.get(key, {}), start + layer, default) for layer in layers}
+            for key, default in (("rank_pattern", rank), ("alpha_pattern", alpha))
+        )
+    except (ValueError, re.error) as error:
+        raise ValueError(f"{path}: {error}") from error
+    _attach(model, config, {layer: int(number) for layer, number in ranks.items()})
     wanted = {name: x for name, x in model.state_dict().items() if name.endswith((_A, _B))}
-    tensors = load_tensors(folder, [_WEIGHTS], wanted)
-    state = {name: x.to(wanted[name].device) for name, x in tensors.items()}
+    state = load_tensors(folder, [_WEIGHTS], wanted)
+    for layer in layers:
+        if (ranks[layer], alphas[layer]) != (rank, alpha):
+            scale = alphas[layer] / ranks[layer] ** power
+            state[layer + _B] = state[layer + _B].float() * (scale * rank / common)
+    device = next(model.parameters()).device
+    state = {name: tensor.to(device) for name, tensor in state.items()}
     model.load_state_dict(state, strict=False, assign=True)
-    return adapter
+    return Adapter(config, raw["base_model_name_or_path"])
+
+
+def _by_pattern(table: Mapping[str, float], name: str, default: float) -> float:
+    """The value of the first pattern that the name of a projection is, or ends in (PEFT's rule)."""
+    matching = (value for key, value in table.items() if re.match(rf"(.*\.)?({key})$", name))
+    return next(matching, default)

@@ -10,13 +10,15 @@ implemented only here, so training, encoding and evaluation cannot disagree abou
 
 from collections.abc import Sequence
 from itertools import accumulate, chain
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-from kalm_min.settings import Pooling
+from kalm_min.settings import Pooling, Precision
 
 
 class Packed(NamedTuple):
@@ -83,3 +85,38 @@ def truncate(vectors: Tensor, dim: int | None, *, normalize: bool = True) -> Ten
     if dim is not None and not 1 <= dim <= vectors.shape[-1]:
         raise ValueError(f"truncate_dim: expected 1 to {vectors.shape[-1]}, found {dim}")
     return F.normalize(vectors[..., :dim], dim=-1) if normalize else vectors[..., :dim]
+
+
+def quantize(
+    vectors: NDArray[np.floating], precision: Precision, ranges: NDArray[np.floating] | None = None
+) -> NDArray[Any]:
+    """Vectors (n, D) in fewer bits, by the byte as sentence-transformers' `quantize_embeddings`.
+
+    "int8" and "uint8": (n, D), each coordinate's range in 256 equal steps. A range is from the
+    minimum to the maximum in the rows of `ranges` (m, D): two rows, or vectors to calibrate by; by
+    default the vectors themselves, but only equal ranges give vectors that can be compared.
+    "binary" (as int8) and "ubinary" (as uint8): (n, ceil(D / 8)), the signs, eight in a byte.
+    Raises ValueError for unknown precisions, ranges of another width, or one vector without them.
+    """
+    width = vectors.shape[-1]
+    if precision not in get_args(Precision) or vectors.dtype.kind != "f":
+        expected = f"{', '.join(get_args(Precision))} of float vectors"
+        raise ValueError(f"precision: expected {expected}, found {precision!r} of {vectors.dtype}")
+    if precision == "float32":
+        return vectors
+    if precision.endswith("binary"):
+        packed = np.packbits(vectors > 0, axis=-1)
+        return packed if precision == "ubinary" else (packed - 128).astype(np.int8)
+    if ranges is not None and (ranges.ndim != 2 or ranges.shape[1] != width or not len(ranges)):
+        raise ValueError(f"ranges: expected shape (2 or more, {width}), found {ranges.shape}")
+    if ranges is None and vectors.size <= width:
+        if vectors.size:
+            raise ValueError(
+                f"precision {precision}: one vector has no range, so ranges are needed"
+            )
+        return vectors.astype(precision)
+    known = vectors if ranges is None else ranges
+    low, high = (edge(known, axis=0).astype(np.float32) for edge in (np.min, np.max))
+    steps = (high - low) / 255
+    levels = np.clip(np.floor((vectors - low) / np.where(steps == 0, 1, steps)), 0, 255)
+    return (levels - 128 * (precision == "int8")).astype(precision)

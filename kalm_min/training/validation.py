@@ -53,7 +53,7 @@ def validate(
         unique = list(dict.fromkeys([*text.queries, *text.documents]))
         shares = [unique[rank::processes] for rank in range(processes)]
         with autocast():
-            share = embedder.encode(shares[distributed.rank() % processes])
+            share = embedder.encode(shares[distributed.rank() % processes], prompt="")
         vectors = torch.from_numpy(share).to(embedder.device)
         if not together:
             vectors = distributed.gather_rows(vectors, [len(share) for share in shares])

@@ -1,5 +1,6 @@
 """The adapter: what mteb gets from it is what it gets from sentence-transformers."""
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -44,7 +45,8 @@ def numbers(result):
 
 
 def test_mock_tasks_score_as_with_sentence_transformers(mteb, embedder, tiny_model_dir):
-    """Promise: every type of text task that mteb has, every score equal to 1e-4."""
+    """Promise: every type of text task that mteb has, every score equal to 1e-4; also of an
+    embedder given to mteb as it is, with the prompts it stores."""
     from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
     from sentence_transformers import SentenceTransformer
 
@@ -54,10 +56,26 @@ def test_mock_tasks_score_as_with_sentence_transformers(mteb, embedder, tiny_mod
     peer = SentenceTransformer(str(tiny_model_dir), device="cpu")
     theirs = mteb.mock_run(SentenceTransformerEncoderWrapper(peer, model_prompts=prompts))
     ours = mteb.mock_run(Adapter(embedder, query_prompt=QUERY, document_prompt=DOCUMENT))
+    model = copy.copy(embedder)
+    model.prompts = prompts
+    itself = mteb.mock_run(model)
     names = [name for name, result in ours.items() if result is not None]
     assert len(names) >= 25
     for name in names:
-        assert numbers(ours[name]) == pytest.approx(numbers(theirs[name]), abs=1e-4), name
+        for found in (ours, itself):
+            assert numbers(found[name]) == pytest.approx(numbers(theirs[name]), abs=1e-4), name
+
+
+def test_results_are_named_by_what_they_depend_on(mteb, embedder):
+    """mteb keeps results by name and revision: other weights, prompts or lengths have another."""
+    models = [copy.copy(embedder) for _ in range(4)]
+    models[1].prompts = {"query": "find "}
+    models[2].max_length = 7
+    models[3].pooling = "lasttoken"
+    metas = [model.mteb_model_meta for model in (*models, embedder)]
+    assert {meta.name for meta in metas} == {"kalm_min/model"}
+    assert len({meta.revision for meta in metas}) == 4
+    assert metas[0].revision == metas[-1].revision
 
 
 def search(adapter, corpus, queries, top_k, top_ranked=None, split="test"):

@@ -1,6 +1,7 @@
 """LoRA: nothing at the start, the base untouched, merged = base + update, and PEFT's files both ways."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -18,7 +19,6 @@ from kalm_min.model.lora import (
     load_adapter,
     merge,
     merged_state,
-    read_adapter,
 )
 
 # peft 0.21 asks transformers 5.23 for a name that it renames.
@@ -189,34 +189,69 @@ def test_sentence_transformers_opens_both_forms(tiny_model_dir, tmp_path, causal
 
 
 @pytest.mark.parametrize(
-    "targets",
-    [["q_proj", "v_proj"], ["layers.1.mlp.up_proj", "self_attn.o_proj"], "all-linear"],
+    "options",
+    [
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": ["layers.1.mlp.up_proj", "self_attn.o_proj"], "use_rslora": True},
+        {"target_modules": "all-linear", "task_type": "CAUSAL_LM"},
+        {"target_modules": r".*\.(q|up)_proj", "task_type": "FEATURE_EXTRACTION"},
+        {"target_modules": r"model\.layers\.1\..*_proj", "task_type": "CAUSAL_LM"},
+        {
+            "target_modules": ["q_proj", "k_proj", "up_proj"],
+            "rank_pattern": {"up_proj": 7, r"^layers\.0\.self_attn\.q_proj": 2},
+            "alpha_pattern": {r"layers\.1\.self_attn\.[qk]_proj": 3, "q_proj": 40},
+        },
+        {
+            "target_modules": ["q_proj", "k_proj"],
+            "task_type": "CAUSAL_LM",
+            "use_rslora": True,
+            "rank_pattern": {"^model.layers.0.self_attn.q_proj": 9, "layers.1.*": 3},
+            "alpha_pattern": {"k_proj": 5.5},
+        },
+    ],
+    ids=["list", "rslora", "language-model", "regex", "its-regex", "patterns", "rslora-patterns"],
 )
-def test_we_open_theirs(tiny_model_dir, tmp_path, targets):
-    """We open what peft saves, however the projections were chosen, without any file of ours."""
+def test_we_open_theirs(tiny_model_dir, tmp_path, options):
+    """We open what peft saves, however the projections, ranks and scales were chosen and whatever
+    it was trained for, without any file of ours."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModel
+    from transformers import AutoModel, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    base = AutoModel.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    is_lm = options.get("task_type") == "CAUSAL_LM"
+    base = (AutoModelForCausalLM if is_lm else AutoModel).from_pretrained(tiny_model_dir)
     settings = {"r": 4, "lora_alpha": 12, "lora_dropout": 0.1, "init_lora_weights": False}
-    theirs = get_peft_model(base, LoraConfig(target_modules=targets, **settings)).eval()
+    theirs = get_peft_model(base.float(), LoraConfig(**settings, **options)).eval()
     theirs.save_pretrained(str(tmp_path / "theirs"))
-    ours = Embedder.from_pretrained(tmp_path / "theirs", dtype="float32")
     plain = Embedder.from_pretrained(tiny_model_dir, dtype="float32")
-    expected = hugging_face(theirs, plain.tokenizer)
-    assert np.abs(ours.encode(TEXTS) - expected).max() < 1e-5
+    decoder = theirs.base_model.model.model if is_lm else theirs
+    expected = hugging_face(decoder, plain.tokenizer)
     assert np.abs(plain.encode(TEXTS) - expected).max() > 0.01
+    ours = Embedder.from_pretrained(tmp_path / "theirs", dtype="float32")
+    assert np.abs(ours.encode(TEXTS) - expected).max() < 1e-5
     assert (ours.max_length, ours.pooling) == (plain.max_length, plain.pooling)
 
 
-def test_sixteen_bits_are_rounded_once(tiny_model_dir, tmp_path):
-    """A float32 adapter on a bfloat16 base: the sum is taken in float32."""
-    folder = write(adapted(tiny_model_dir), tmp_path / "adapter")
+def test_the_base_may_be_beside_the_adapter(tiny_model_dir, tmp_path, monkeypatch):
+    """A relative path that does not exist here is taken from the adapter's folder."""
+    ours = adapted(tiny_model_dir)
+    shutil.copytree(tiny_model_dir, tmp_path / "base")
+    ours.adapter = Adapter(SETTINGS, "../base")
+    folder = write(ours, tmp_path / "adapter")
+    monkeypatch.chdir("/")
+    again = Embedder.from_pretrained(folder, dtype="float32")
+    assert np.abs(again.encode(TEXTS) - ours.encode(TEXTS)).max() < 1e-5
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float32"])
+def test_sixteen_bits_are_rounded_once(tiny_model_dir, tmp_path, stored):
+    """A float32 adapter on a base of either dtype: the sum is taken in float32, then rounded."""
+    base = tmp_path / "base"
+    Embedder.from_pretrained(tiny_model_dir, dtype=stored).save_pretrained(base, dtype=stored)
+    ours = adapted(base)
+    folder = write(ours, tmp_path / "adapter")
     found = Embedder.from_pretrained(folder, dtype="bfloat16").model.state_dict()
-    model = Embedder.from_pretrained(tiny_model_dir, dtype="bfloat16").model.float()
-    model = merge(model, load_adapter(model, folder).config)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in merge(ours.model, SETTINGS).state_dict().items():
         assert torch.equal(found[name], tensor.to(torch.bfloat16)), name
 
 
@@ -224,9 +259,8 @@ def test_the_files_say_the_same(tiny_model_dir, tmp_path):
     """What is written is what is read: settings, base, and every tensor bit for bit."""
     ours = adapted(tiny_model_dir)
     folder = write(ours, tmp_path / "adapter")
-    assert read_adapter(folder) == Adapter(SETTINGS, str(tiny_model_dir))
     model = Embedder.from_pretrained(tiny_model_dir, dtype="float32").model
-    load_adapter(model, folder)
+    assert load_adapter(model, folder) == Adapter(SETTINGS, str(tiny_model_dir))
     state = ours.model.state_dict()
     assert model.state_dict().keys() == state.keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
@@ -238,18 +272,33 @@ def test_the_files_say_the_same(tiny_model_dir, tmp_path):
     ("changes", "message"),
     [
         ({"use_dora": True}, "use_dora: True is not built"),
-        ({"use_rslora": True}, "use_rslora: True is not built"),
+        ({"use_rslora": "yes"}, "expected 'use_rslora' to be true or false"),
         ({"bias": "lora_only"}, "bias: 'lora_only' is not built"),
         ({"modules_to_save": ["norm"]}, "modules_to_save"),
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"rank_pattern": {"q_proj": 8}}, r"q_proj.lora_A.weight: expected shape \(8, 32\)"),
+        ({"rank_pattern": {"q_proj": 0}}, "expected 'rank_pattern' to be ranks by name"),
+        ({"rank_pattern": {"(": 8}}, "missing \\), unterminated subpattern"),
+        ({"alpha_pattern": [8]}, "expected 'alpha_pattern' to be numbers above 0 by name"),
         ({"layers_to_transform": [0]}, "layers_to_transform"),
         ({"an_option_of_tomorrow": {"x": 1}}, "an_option_of_tomorrow"),
         ({"init_lora_weights": "pissa"}, "may have changed the base"),
-        ({"task_type": "CAUSAL_LM"}, "expected FEATURE_EXTRACTION or none, found 'CAUSAL_LM'"),
-        ({"peft_type": "IA3"}, "expected LORA, found 'IA3'"),
-        ({"target_modules": ".*_proj"}, "expected a list of names"),
+        ({"peft_type": "IA3"}, "expected 'peft_type' to be LORA, found 'IA3'"),
+        (
+            {"target_modules": ".*_projection"},
+            r"expected some of q_proj, .*, found '\.\*_projection'",
+        ),
+        ({"target_modules": ".*_proj"}, "missing tensors: layers.0.mlp.gate_proj.lora_A"),
+        ({"target_modules": "(" * 9}, "adapter_config.json: missing"),
+        ({"target_modules": ["q_proj", 3]}, "expected 'target_modules' to be names"),
         ({"target_modules": ["c_attn"]}, "found 'c_attn'"),
-        ({"r": 0}, "r: expected a whole number of at least 1"),
+        ({"r": 0}, "expected 'r' to be a whole number of at least 1"),
+        ({"r": True}, "expected 'r' to be a whole number of at least 1"),
+        ({"r": 10**9}, "rank: expected 0 to 131,072, found 1000000000"),
+        ({"r": 10**5}, r"expected shape \(100000, 48\), found \(3, 48\)"),
+        (
+            {"rank_pattern": {"q_proj": 10**9}},
+            r"expected shape \(1000000000, 32\), found \(3, 32\)",
+        ),
         ({"r": 4}, "expected shape"),
         ({"lora_alpha": None}, "adapter_config.json"),
         (
