@@ -47,7 +47,7 @@ from kalm_min.files import (
 from kalm_min.model import ModelConfig, Qwen2, initialise
 from kalm_min.model.lora import ADAPTER_CONFIG, Adapter, add_adapter, load_adapter
 from kalm_min.options import LoRAConfig, ModelSource
-from kalm_min.schema import Field, is_number, is_whole, read_object
+from kalm_min.schema import Field, is_number, is_string, is_whole, read_object
 from kalm_min.settings import open_folder
 from kalm_min.tokenizer import Tokenizer
 from kalm_min.training import distributed, parallel
@@ -59,7 +59,7 @@ _FIELDS = {
     "sampler": _TABLE(required=True),  # its fingerprint; the position follows from the step
     "validation": Field("a number", is_number),  # the score at this step, if there is one
     "sources": _TABLE(),  # digests of what the run was started with: see Trainer
-    "prompts": _TABLE(),  # the prompts of texts without an instruction: see Trainer
+    "prompts": Field("two texts", is_string, items=2),  # of queries and of documents: see Trainer
     "files": _TABLE(),  # the name and `_head` of every other file
 }
 
@@ -221,18 +221,13 @@ def whole(root: Path) -> tuple[dict[Path, Object], dict[Path, str]]:
     """The states of the whole checkpoints by folder, first to last, and what is wrong with others."""
     states: dict[Path, Object] = {}
     damaged: dict[Path, str] = {}
-    for path in sorted(root.glob("step_*")):
+    for path in sorted(root.glob("step_*"), key=lambda path: (len(path.name), path)):
         if re.fullmatch(r"step_\d{8,}", path.name):
             try:
                 states[path] = read_state(path)
             except (ValueError, OSError) as error:
                 damaged[path] = str(error)
-    return dict(sorted(states.items(), key=lambda item: item[1]["step"])), damaged
-
-
-def newest(root: Path) -> Path | None:
-    """The whole checkpoint of the highest step, if any."""
-    return next(reversed(whole(root)[0]), None)
+    return states, damaged
 
 
 def best(states: Mapping[Path, Object]) -> Path | None:

@@ -113,39 +113,37 @@ class Trainer:
         autocast = bfloat16 and not self.sharded
         self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=autocast)
         self.optimizer = build_optimizer(embedder.model, self.recipe.optimizer)
-        base = [embedder.adapter.base] if embedder.adapter and distributed.rank() == 0 else []
-        digests = [hash_checkpoint(*checkpoint_folders(name)) for name in base]
+        base = checkpoint_folders(embedder.adapter.base) if embedder.adapter else ()
         self.sources = {
             "--data.path": data.fingerprint,
             "--data.validation": self.validation.fingerprint if self.validation else None,
-            "--model.path": next(iter(distributed.gather_objects(digests)[0]), None),
+            "--model.path": hash_checkpoint(*base),  # of the frozen base; without one, of nothing
         }
-        self.prompts = dict(embedder.prompts)  # of texts without an instruction
+        # Of queries without an instruction, and of documents; later the model has those to be stored.
+        self.prompts = embedder.prompts["query"], embedder.prompts["document"]
         if self.resume is not None:
             self._restore(self.resume)
-        template = embedder.instruction_template
-        embedder.prompts = trained_prompts(data, draws, template, self.prompts)
+        embedder.prompts |= dict(zip(("query", "document"), self.prompts, strict=True))
+        embedder.prompts |= trained_prompts(data, draws, embedder)
         if self.query_prompt is not None:
             embedder.prompts["query"] = self.query_prompt
 
     def _fit(self, examples: int) -> None:
         """Lower the batch size to an epoch of so many examples, and slices to the model."""
         sampling, loss, full = self.recipe.sampling, self.recipe.loss, self.embedder.dimension
-        if examples < sampling.batch_size:
+        if 1 < examples < (batch := sampling.batch_size):
             # Whatever the number of processes, so that a run may resume on more or fewer.
-            size = examples // 8 * 8 or examples // 2 * 2 or sampling.batch_size
-            self.remarks.append(
-                f"an epoch has {examples} examples: the batch is lowered from {sampling.batch_size} "
-                f"to {size} queries"
-            )
+            size = examples // 8 * 8 or examples // 2 * 2
+            lowered = f"the batch is lowered from {batch} to {size} queries"
+            self.remarks.append(f"an epoch has {examples} examples: {lowered}")
             sampling = replace(sampling, batch_size=size)
         slices = sorted(zip(loss.matryoshka_dims, loss.matryoshka_weights, strict=True))
         if large := [dim for dim, _ in slices if dim > full]:
-            self.remarks.append(
-                f"the model has {full} dimensions: of --loss.matryoshka-dims, "
-                f"{' and '.join(map(str, large))} are dropped, and the full vector has the weight of "
-                f"{large[-1]}"
+            dropped = (
+                f"--loss.matryoshka-dims {' '.join(map(str, large))}: dropped, since the model "
             )
+            weight = f"has {full} dimensions, which together get the weight of {large[-1]}"
+            self.remarks.append(dropped + weight)
             fitting = {min(dim, full): weight for dim, weight in slices}
             dims, weights = tuple(fitting), tuple(fitting.values())
             loss = replace(loss, matryoshka_dims=dims, matryoshka_weights=weights)
@@ -153,27 +151,26 @@ class Trainer:
 
     def _restore(self, path: Path) -> None:
         """Continue from a checkpoint. Raises ValueError if it is not one of this run."""
-        state = checkpoint.read_state(path)
+        state, total = checkpoint.read_state(path), self.total_steps
+        self.step, stored = state["step"], state.get("sources", {})
         for name, now in self.sources.items():
-            if state.get("sources", self.sources).get(name) != now:
+            if stored.get(name, now) != now:
                 raise ValueError(
                     f"{path}: cannot resume: expected {name} to hold what it held when the run began, "
-                    "found other content (lines, settings of tasks or weights); restore it, or give "
-                    "another --output"
+                    "found other content; restore it, or give another --output"
                 )
-        self.step = state["step"]
-        if self.step > self.total_steps:
-            raise ValueError(
-                f"{path}: cannot resume: expected a step of at most {self.total_steps}, the length "
-                f"of the run, found {self.step}; delete the folder"
-            )
+        if self.step > total:
+            expected = f"expected a step of at most {total}, the length of the run"
+            found = f"found {self.step}; delete the folder"
+            raise ValueError(f"{path}: cannot resume: {expected}, {found}")
         epoch, step = divmod(self.step, len(self.sampler))
         try:
             self.sampler.load_state_dict(state["sampler"] | {"epoch": epoch, "step": step})
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         checkpoint.restore_optimizer(path, self.embedder.model, self.optimizer)
-        self.prompts = state.get("prompts", self.prompts)
+        query, document, *_ = state.get("prompts", [*self.prompts])
+        self.prompts = query, document
 
     def run(self, report: Callable[[LogLine], None], signals: Sequence[int] = ()) -> int:
         """Train to the end; return 0, or the number of the signal that stopped the run.
@@ -289,8 +286,8 @@ class Trainer:
         text = collate(
             examples,
             template=self.embedder.instruction_template,
-            query_prompt=self.prompts["query"],
-            document_prompt=self.prompts["document"],
+            query_prompt=self.prompts[0],
+            document_prompt=self.prompts[1],
             **draw,
         )
         tokens = tokenize(text, self.embedder.tokenizer, max_length=self.embedder.max_length)

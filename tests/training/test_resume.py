@@ -63,6 +63,9 @@ DAMAGES = [
     lambda path: (path / "state.json").write_text('{"step": 1000000000, "sampler": {}}'),
     lambda path: (path / "state.json").write_text('{"step": true, "sampler": []}'),
     lambda path: (path / "state.json").unlink(),
+    lambda path: (path / "state.json").write_text(
+        '{"step": 6, "sampler": {}, "prompts": [1, 2]}'
+    ),
     lambda path: (path / "optimizer.safetensors").write_bytes(b"torn"),
     lambda path: (path / "model.safetensors").unlink(),
     lambda path: (path / "config.json").write_text("{}"),
@@ -171,7 +174,7 @@ def test_batch_and_slices_are_fitted_to_data_and_model(arguments, tmp_path):
     extra += ("--loss.matryoshka-weights", 0.3, 1, 0.5)
     said = finish(arguments, tmp_path / "run", *extra)
     assert "an epoch has 40 examples: the batch is lowered from 512 to 40 queries" in said
-    assert "the model has 32 dimensions: of --loss.matryoshka-dims, 64 and 896 are dropped" in said
+    assert "--loss.matryoshka-dims 64 896: dropped, since the model has 32 dimensions" in said
     same_run = ("--sampling.batch-size", 40, "--loss.matryoshka-dims", 32, 8)
     finish(arguments, tmp_path / "named", *same_run, "--loss.matryoshka-weights", 1, 0.3)
     assert log(tmp_path / "run") == log(tmp_path / "named")
