@@ -32,7 +32,7 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # some network file 
 BOM = b"\xef\xbb\xbf"  # a byte order mark, with which some programs begin UTF-8
 # How files begin that are not UTF-8 text.
 _FOREIGN = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "a .gz without that name"}
-_DEEPEST = 100  # levels of a JSON or TOML file
+_TABLES, _DEEPEST = (dict, list), 100  # what is nested in a JSON or TOML file, and how deep at most
 _LONGEST_NAME = 240  # bytes; file systems allow 255, with the suffix
 _CHECKPOINT = {".safetensors", ".json", ".txt"}  # the files of a model that change its vectors
 
@@ -220,11 +220,11 @@ _JSON = json.JSONDecoder(object_pairs_hook=_unique)
 def _read(path: AnyPath, parser: Callable[[str], Any], expected: str) -> Any:
     """Parse a file. What is nested deeper than any program can walk is refused as well."""
     value = _parse(read_text(path), path, parser, expected)
-    level: list[Any] = [[value]]
-    for _ in range(_DEEPEST + 1):
-        tables = (one.values() if isinstance(one, dict) else one for one in level)
-        level = [item for one in tables for item in one if isinstance(item, dict | list)]
-    if level:
+    level: list[object] = [value]
+    for _ in range(_DEEPEST):
+        tables = [cast("Object | list[object]", one) for one in level if isinstance(one, _TABLES)]
+        level = [x for one in tables for x in (one.values() if isinstance(one, dict) else one)]
+    if any(isinstance(one, _TABLES) for one in level):
         raise ValueError(f"{path}: expected {expected}, found more than {_DEEPEST} nested levels")
     return value
 

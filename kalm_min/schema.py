@@ -49,7 +49,7 @@ def is_number(value: object, least: float = -1e30, most: float = 1e30) -> bool:
     return isinstance(value, int | float) and not is_flag(value) and least <= value <= most
 
 
-def is_whole(value: object, least: int = -(2**63), most: int = 2**63 - 1) -> TypeGuard[int]:
+def is_whole(value: object, least: int = -(2**63), most: int = 2**64 - 1) -> TypeGuard[int]:
     """A whole number within bounds, by default those of 64 bits; not 1.0, true or false."""
     return isinstance(value, int) and is_number(value, least, most)
 

@@ -44,7 +44,7 @@ _PROMPT = re.compile(r"(Instruct:\s*)\S.*?(\s*\n\s*Query:\s*)", re.DOTALL)
 SIZES = ["vocab_size", "hidden_size", "intermediate_size"]
 SIZES += ["num_hidden_layers", "num_attention_heads"]  # what every config.json must state
 
-_FACTS: Object = json.loads(Path(__file__).with_name("model").joinpath("released.json").read_text())
+_FACTS: Object = read_json(Path(__file__).with_name("model") / "released.json")
 
 
 _KINDS = ["Transformer", "Pooling", "Dense", "Normalize"]  # the modules that are built

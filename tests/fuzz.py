@@ -56,6 +56,7 @@ class Kind:
     read: Callable[[Path], object]
     exact: bool = False  # a cache: only the result of the good file is right
     never_fails: bool = False  # a bad file among many is left out or made anew
+    share: int = 1  # of the inputs; a whole command takes a second
     has_path: bool = True  # errors name a file, not a key that a flag may have set
 
 
@@ -316,12 +317,7 @@ def make_run(folder: Path) -> None:
     from kalm_min.files import write_json
 
     for step, score in ((2, 0.5), (4, 0.25)):
-        state = {
-            "step": step,
-            "epoch": 0,
-            "validation": score,
-            "sampler": {"epoch": 0, "step": step},
-        }
+        state = {"step": step, "validation": score, "sampler": {"sizes": [3, 4]}, "files": {}}
         write_json(folder / "checkpoints" / f"step_{step:08d}" / "state.json", state)
     (folder / "config.toml").write_text('output = "x"\nseed = 1\n')
     rows = [{"step": i + 1, "loss": 1 / (i + 1)} for i in range(5)]
@@ -331,11 +327,9 @@ def make_run(folder: Path) -> None:
 def read_run(folder: Path) -> object:
     from kalm_min.training import checkpoint
 
-    shutil.copy(folder / "log.jsonl", folder / "log")
-    checkpoint.cut_log(folder / "log", 4)
-    found = checkpoint.claim(folder, 'output = "x"\nseed = 1\n')
-    state = checkpoint.read_state(found) if found else None
-    return found, state, checkpoint.best(folder / "checkpoints")
+    found, _ = checkpoint.claim(folder, 'output = "x"\nseed = 1\n')
+    checkpoint.prune(folder / "checkpoints", 2)
+    return found and checkpoint.read_state(found), checkpoint.cut_log(folder / "log.jsonl", 4)
 
 
 def make_results(folder: Path) -> None:
@@ -399,6 +393,31 @@ def make_vectors(folder: Path) -> None:
     write_array(folder / "0.npy", np.ones((4, 3), np.float32))
 
 
+def make_mining(folder: Path) -> None:
+    from conftest import WORDS, build_model
+
+    build_model(folder / "model", num_hidden_layers=1)
+    (folder / "data").mkdir()
+    for task in "ab":
+        rows = [{"query": f"{WORDS[i]} {task}", "pos": [f"{WORDS[i + 1]}"]} for i in range(12)]
+        (folder / "data" / f"{task}.jsonl").write_bytes(b"".join(dump(row) + b"\n" for row in rows))
+    mine(folder)
+
+
+def mine(folder: Path) -> object:
+    """The whole command, which finds everything done; what is damaged is made again or refused."""
+    from mine import main
+
+    stream = io.StringIO()
+    flags = {"model": "model", "data": "data", "output": "mined"}
+    arguments = [part for name, at in flags.items() for part in (f"--{name}", str(folder / at))]
+    with redirect_stderr(stream):
+        code = main([*arguments, "--device", "cpu", "--dtype", "float32", "--rank-range", "1", "9"])
+    if code:
+        raise ValueError(stream.getvalue().strip().splitlines()[-1])
+    return [path.read_bytes() for path in sorted((folder / "mined").glob("*.jsonl"))]
+
+
 def make_pipe(folder: Path) -> None:
     messages = [
         {"event": "ready"},
@@ -447,12 +466,13 @@ KINDS = {
     "tokenizer": Kind(make_model, "tokenizer*.json", read_model),
     "weights": Kind(make_model, "*.safetensors", read_model),
     "adapter": Kind(make_adapter, "adapter/*", lambda folder: read_model(folder / "adapter")),
-    "run": Kind(make_run, "checkpoints/*/*", read_run),
+    "run": Kind(make_run, "checkpoints/*/*", read_run, never_fails=True),
     "run_config": Kind(make_run, "config.toml", read_run),
-    "log": Kind(make_run, "log.jsonl", lambda folder: read_run(folder) and None, never_fails=True),
+    "log": Kind(make_run, "log.jsonl", read_run, never_fails=True),
     "results": Kind(make_results, "results/*/*/*.json", read_results, never_fails=True),
     "manifest": Kind(make_manifest, "*.json", read_manifest),
     "vectors": Kind(make_vectors, "*.npy", read_vectors, exact=True),
+    "mining": Kind(make_mining, "mined/.mining/**/*.*", mine, exact=True, share=20),
     "pipe": Kind(make_pipe, "*.jsonl", read_pipe, never_fails=True),
 }
 
@@ -527,6 +547,7 @@ def fault(kind: Kind, folder: Path, path: Path, data: bytes, good: object) -> st
 def fuzz(name: str, inputs: int, seed: int, first: int, show: bool) -> int:
     """Try some inputs of one kind; return the number of faults."""
     kind, faults = KINDS[name], dict[str, list[int]]()
+    inputs = -(-inputs // kind.share)
     signal.signal(signal.SIGALRM, alarm)
     warnings.simplefilter("ignore")
     shared = Path("/dev/shm")
