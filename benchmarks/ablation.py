@@ -138,7 +138,15 @@ def link_pairs(data: Path, pairs: Path) -> None:
 
 
 def _command(*words: object) -> list[str]:
-    return [sys.executable, *map(str, words)]
+    """The words of a command line, in which a flag replaces its earlier values."""
+    flags: dict[str, list[str]] = {}
+    values = flags[""] = []
+    for word in map(str, words):
+        if word.startswith("--"):
+            values = flags[word] = []
+        else:
+            values.append(word)
+    return [sys.executable, *(w for flag, given in flags.items() for w in (flag, *given) if w)]
 
 
 def folder(name: str, seed: int) -> str:

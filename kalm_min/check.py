@@ -13,7 +13,10 @@ contain every case that masking detects. The two must agree to 1e-10, since they
 same numbers in different orders.
 """
 
+from __future__ import annotations
+
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -22,24 +25,20 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
-import torch
-from tokenizers import Tokenizer as FastTokenizer
-from torch import Tensor
-from torch.multiprocessing.spawn import start_processes
-
+from kalm_min import program
 from kalm_min.config import run
 from kalm_min.console import table
-from kalm_min.data import Example, collate
-from kalm_min.embedder import Embedder, fastest_safe_dtype, pick_device
 from kalm_min.files import read_json, read_lines, write_json, write_text
-from kalm_min.model import ModelConfig, Packed, Qwen2, initialise, pool
 from kalm_min.options import LossConfig, ParallelConfig
-from kalm_min.settings import open_folder
-from kalm_min.training import distributed, parallel
-from kalm_min.training.step import TokenBatch, contrastive_step
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kalm_min.data import Example
+    from kalm_min.model import Packed, Qwen2
+    from kalm_min.training.step import TokenBatch
 
 _SAMPLE = ["The cat sat on a mat.", "What is the capital of China?", "北京是中国的首都。", "a"]
 LIMIT = 1e-10
@@ -91,6 +90,8 @@ class CheckConfig:
 
 def examples() -> list[Example]:
     """Examples in which every kind of false negative occurs."""
+    from kalm_min.data import Example
+
     made: list[Example] = []
     for i in range(_QUERIES):
         positives = (f"positive {i // 2}",) if i < 4 else (f"positive {i}", f"other {i}")
@@ -114,6 +115,12 @@ def examples() -> list[Example]:
 
 def tokenized(some: list[Example], num_negatives: int) -> TokenBatch:
     """A batch whose token ids are drawn with each text as the seed: 2 to 13 tokens per text."""
+    import numpy as np
+    import torch
+
+    from kalm_min.data import collate
+    from kalm_min.training.step import TokenBatch
+
     text = collate(some, num_negatives=num_negatives, template="{instruction}", epoch=0, seed=0)
     texts = [*text.queries, *text.documents]
     unique = {t: i for i, t in enumerate(dict.fromkeys(texts))}
@@ -124,6 +131,8 @@ def tokenized(some: list[Example], num_negatives: int) -> TokenBatch:
 
 def decoder() -> Qwen2:
     """A small random decoder in float64."""
+    from kalm_min.model import ModelConfig, Qwen2, initialise
+
     config = ModelConfig(
         vocab_size=64,
         hidden_size=16,
@@ -145,6 +154,12 @@ def step(
 
     The step is taken twice, since DDP rebuilds its buckets after the first one.
     """
+    import torch
+
+    from kalm_min.model import pool
+    from kalm_min.training import distributed, parallel
+    from kalm_min.training.step import contrastive_step
+
     rank, share = distributed.rank(), _QUERIES // distributed.world_size()
     num_negatives = 0 if option == "in-batch negatives" else 3
     batch = tokenized(examples()[rank * share : (rank + 1) * share], num_negatives)
@@ -182,15 +197,30 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 def compare(count: int) -> list[list[float]]:
     """For every option and way, the difference between `count` processes and the plain step."""
+    from torch.multiprocessing.spawn import start_processes
+
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]  # a free one
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "differences.json"
-        start_processes(_worker, (count, port, path), nprocs=count, start_method="spawn")
+        # The processes start with Ctrl-C blocked, which ends this one, and they end with it.
+        options = {"nprocs": count, "join": False, "daemon": True, "start_method": "spawn"}
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            processes = start_processes(_worker, (count, port, path), **options)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        assert processes is not None
+        while not processes.join():
+            pass
         return read_json(path)
 
 
 def _worker(rank: int, count: int, port: int, path: Path) -> None:
+    import torch
+
+    from kalm_min.training import distributed
+
     torch.set_num_threads(1)
     plain = {option: step(option, *WAYS["1 chunk"]) for option in OPTIONS}  # before joining a group
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -211,6 +241,12 @@ def _worker(rank: int, count: int, port: int, path: Path) -> None:
 
 def describe(name: str, texts: list[str], dtype: str | None) -> str:
     """What the files of a model say, how a sample is read, and its vectors in other ways."""
+    import numpy as np
+    from tokenizers import Tokenizer as FastTokenizer
+
+    from kalm_min.embedder import Embedder, fastest_safe_dtype, pick_device
+    from kalm_min.settings import open_folder
+
     served = dtype or str(fastest_safe_dtype(pick_device())).removeprefix("torch.")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -273,5 +309,14 @@ Made by `python -m kalm_min.check`; the limit is {LIMIT:.0e}.
     return int(max(map(max, rows)) > LIMIT)
 
 
+main = partial(
+    run,
+    CheckConfig,
+    check,
+    program="kalm_min.check",
+    loads="kalm_min.training.step",
+    positional="model",
+)
+
 if __name__ == "__main__":
-    sys.exit(run(CheckConfig, check, sys.argv[1:], program="kalm_min.check", positional="model"))
+    program.start("check")

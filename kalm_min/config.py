@@ -11,18 +11,30 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
+from safetensors import SafetensorError
+
+from kalm_min.console import printable
 from kalm_min.files import did_you_mean, flatten, read_toml
+from kalm_min.program import begin
 
 Config = TypeVar("Config")
 _List = list[object]
+# A path that the user gave is wrong, which the same command does not change.
+_WRONG_PATHS = (
+    *(FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError),
+)
 # What `--help` and what error messages call a type.
 _NAMES: dict[object, tuple[str, str]] = {
     str: ("TEXT", "a text"),
@@ -38,31 +50,53 @@ def run(
     argv: list[str],
     *,
     program: str,
+    loads: str = "",
     resumable: bool = False,
     **options: str,
 ) -> int:
     """The `main` of a command: parse, act, and report in one sentence what a user can correct.
 
-    Returns the exit code: that of `action`, 2 for a ValueError or a wrong path, 1 for any other
-    OSError, 130 for Ctrl-C. With `resumable`, the last two sentences add that the same command
-    continues. A wrong request is wrong on all processes, so under torchrun only the first one of
-    each machine reports it; every process reports a failing disk. `options` are those of `parse`.
+    `loads` names the module that takes seconds to import and is imported once the flags are right;
+    `options` are those of `parse`. Returns the exit code: that of `action`, 2 for a ValueError or a
+    wrong path, 1 for a disk that fails (which is reported with the output's path where the error
+    has none), 130 for Ctrl-C, 143 for SIGTERM. With `resumable`, the last two sentences add that the same command
+    continues.
     """
+    if sys.argv[0].startswith("kalm-min "):  # as it was typed
+        program = sys.argv[0]
     config = parse(config_class, argv, program=program, **options)
     kept = "; what was written is kept, the same command continues" if resumable else ""
     try:
+        if loads:
+            import_module(loads)
+        begin()
         return action(config)
     except ValueError as error:
-        code, sentence = 2, f"{program}: {error}"
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        code, sentence = 2, f"{program}: {what}"
-    except OSError as error:
-        code, sentence = 1, f"{program}: {error}{kept}"
-    except KeyboardInterrupt:
-        code, sentence = 130, f"interrupted{kept}"
+        return _report(program, str(error), 2)
+    except (OSError, SafetensorError) as error:
+        path = getattr(error, "filename", None) or getattr(config, "output", None)
+        what = f"{path}: {getattr(error, 'strerror', None) or error}" if path else str(error)
+        wrong = isinstance(error, _WRONG_PATHS)
+        return _report(program, what if wrong else what + kept, 2 if wrong else 1)
+    except KeyboardInterrupt as error:
+        sys.stderr.write(f"interrupted{kept}\n" if _is_first_process() else "")
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
+
+
+def _report(program: str, error: str, code: int) -> int:
+    """Say why a command ends; return the exit code.
+
+    A wrong request is wrong on all processes, so only the first one of each machine reports it;
+    every process reports a failing disk. torchrun gets the sentence too: it prints it once more, at
+    the end of its own error message.
+    """
+    sentence = printable(f"{program}: {error}")
     if code == 1 or _is_first_process():
         sys.stderr.write(f"{sentence}\n")
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"message": f"\n\n{sentence}", "extraInfo": {"timestamp": str(int(time.time()))}}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": details}), encoding="utf-8")
     return code
 
 
@@ -100,6 +134,7 @@ def parse(
             metavar=option.metavar,
             nargs=option.nargs,
             const="true" if option.nargs == "?" else None,
+            action=_Once,
         )
     values = {name: one.default for name, one in options.items() if one.default is not MISSING}
     try:
@@ -127,9 +162,10 @@ def parse(
         if missing := [option.flag for name, option in options.items() if name not in values]:
             raise ValueError(f"{' and '.join(missing)} must be given (--help tells more)")
         return _build(config_class, values)
-    except (ValueError, OSError, argparse.ArgumentError) as error:
-        sentence = str(error).removeprefix("argument ")
-        parser.exit(2, f"{program}: {sentence}\n" if _is_first_process() else None)
+    except (ValueError, argparse.ArgumentError) as error:
+        raise SystemExit(_report(program, str(error).removeprefix("argument "), 2)) from error
+    except OSError as error:
+        raise SystemExit(_report(program, f"{error.filename}: {error.strerror}", 2)) from error
 
 
 def to_toml(config: object) -> str:
@@ -151,11 +187,26 @@ def _is_first_process() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
+class _Once(argparse.Action):
+    """Store the words of a flag, which may be given once: of two, one would be ignored."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        if hasattr(namespace, self.dest):
+            raise argparse.ArgumentError(self, "expected once, found it twice")
+        setattr(namespace, self.dest, values)
+
+
 class _Option:
     """A setting: its names, its help text, and how its value is read from text."""
 
     def __init__(self, name: str, kind: Any, default: object, text: str, group: str) -> None:
-        self.name, self.key, self.flag = name, _toml_key(name), "--" + name.replace("_", "-")
+        self.name, self.key, self.flag = name, _toml_key(name), _flag(name)
         self.default, self.group = default, group
         words = re.sub(r'[][",]', "", _format(default)) or "nothing"
         self.help = f"{text} ({'required' if default is MISSING else f'default: {words}'})".strip()
@@ -167,7 +218,7 @@ class _Option:
         self.is_list = get_origin(kind) is tuple
         if self.is_list:
             kind, *more = get_args(kind)
-            self.nargs = "+" if more == [...] else 1 + len(more)
+            self.nargs = "*" if more == [...] else 1 + len(more)
             self.expected = f"{'a list' if more == [...] else f'{self.nargs} values'}, each "
         # Words that stand for constants: the values of a Literal, true and false, none.
         constants: tuple[object, ...] = (True, False) if kind is bool else get_args(kind)
@@ -182,7 +233,7 @@ class _Option:
         try:
             if not self.is_list:
                 return self._read_one(value)
-            if not isinstance(value, list) or self.nargs not in ("+", len(cast("_List", value))):
+            if not isinstance(value, list) or self.nargs not in ("*", len(cast("_List", value))):
                 raise ValueError
             return tuple(map(self._read_one, cast("_List", value)))
         except ValueError as error:
@@ -218,6 +269,10 @@ def _options(cls: Any, instance: object = None, prefix: str = "") -> Iterator[_O
             yield _Option(prefix + field.name, kind, default, text, group)
 
 
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _toml_key(name: str) -> str:
     section, _, key = name.rpartition(".")
     return f"[{section}] {key}" if section else key
@@ -248,4 +303,7 @@ def _build(cls: type[Config], values: dict[str, object], prefix: str = "") -> Co
     try:
         return cls(**arguments)
     except ValueError as error:
-        raise ValueError(f"[{prefix[:-1]}] {error}" if prefix else str(error)) from error
+        # A dataclass knows its fields, a person the flags: `name: ...`, and a_name in the text.
+        names = [rf"^{key}(?=:)|\b{key}\b" if "_" in key else f"^{key}(?=:)" for key in arguments]
+        flagged = re.sub("|".join(names), lambda name: _flag(prefix + name[0]), str(error))
+        raise ValueError(flagged) from error

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from kalm_min import program
 from kalm_min.config import run
 from kalm_min.console import Progress
 from kalm_min.data.records import LINE, problem_with_line
@@ -174,4 +175,4 @@ def _read(path: Path) -> Iterator[list[Object]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    program.start("convert")

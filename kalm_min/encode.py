@@ -14,8 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
-
+from kalm_min import program
 from kalm_min.config import run
 from kalm_min.files import check_first_line, parse_object, read_lines, read_text
 from kalm_min.schema import Field, is_string, problem_with
@@ -120,14 +119,14 @@ def encode(config: EncodeConfig) -> int:
     return 0
 
 
-def _read_ranges(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path}: expected a .npy file of vectors, found: {error}") from error
-
-
-main = partial(run, EncodeConfig, encode, program="kalm_min.encode", positional="input")
+main = partial(
+    run,
+    EncodeConfig,
+    encode,
+    program="kalm_min.encode",
+    loads="kalm_min.embedder",
+    positional="input",
+)
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    program.start("encode")

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
-
+from kalm_min import program
 from kalm_min.config import run
-from kalm_min.embedder import Embedder
-from kalm_min.model import Qwen2
+
+if TYPE_CHECKING:
+    from kalm_min.model import Qwen2
 
 # Keys of config.json that do not change the vectors.
 _INDIFFERENT = {"initializer_range", "tie_word_embeddings"}
@@ -47,15 +47,16 @@ class SoupConfig:
             raise ValueError(f"weights: expected them to add up to 1, found {total:g}")
 
 
-@torch.no_grad()
-def average(models: Sequence[Qwen2], weights: Sequence[float]) -> None:
+def average(models: "Sequence[Qwen2]", weights: Sequence[float]) -> None:
     """Make the first model the weighted mean of all, in place, in its own dtype.
 
     Sums are taken in float64, block by block: no memory is needed besides the models, and models
     whose weights are views of their files stay on disk, except the first.
     """
+    import torch
+
     for parameters in zip(*(model.parameters() for model in models), strict=True):
-        for blocks in zip(*(p.view(-1).split(_BLOCK) for p in parameters), strict=True):
+        for blocks in zip(*(p.detach().view(-1).split(_BLOCK) for p in parameters), strict=True):
             mean = torch.zeros_like(blocks[0], dtype=torch.float64)
             for weight, block in zip(weights, blocks, strict=True):
                 mean.add_(block.double(), alpha=weight)
@@ -64,6 +65,8 @@ def average(models: Sequence[Qwen2], weights: Sequence[float]) -> None:
 
 def soup(config: SoupConfig) -> int:
     """Read, compare, average and write. Raises ValueError for what cannot be averaged."""
+    from kalm_min.embedder import Embedder
+
     embedders = [Embedder.from_pretrained(name, "cpu", "auto") for name in config.checkpoints]
     first, count = embedders[0], len(embedders)
     settings = [
@@ -88,7 +91,14 @@ def soup(config: SoupConfig) -> int:
     return 0
 
 
-main = partial(run, SoupConfig, soup, program="kalm_min.soup", positional="checkpoints")
+main = partial(
+    run,
+    SoupConfig,
+    soup,
+    program="kalm_min.soup",
+    loads="kalm_min.embedder",
+    positional="checkpoints",
+)
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    program.start("soup")

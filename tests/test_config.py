@@ -106,6 +106,7 @@ def test_sequences_from_flags():
     """A list takes one or more words, a tuple of fixed length that many."""
     config = run("--data.path", "p", "--loss.dims", "3", "2", "--loss.names", "a", "--seed", "1")
     assert (config.loss.dims, config.loss.names, config.seed) == ((3, 2), ("a",), 1)
+    assert run("--data.path", "p", "--loss.dims", "--seed", "1").loss.dims == ()
     assert run("--data.path", "p", "--data.rank-range", "1", "2").data.rank_range == (1, 2)
 
 
@@ -128,12 +129,13 @@ def test_sequences_from_flags():
         (["--data.rank-range", "4"], "--data.rank-range: expected 2 arguments"),
         (["--loss.limit", "x"], "--loss.limit: expected an integer or none, found 'x'"),
         (["--seed"], "--seed: expected one argument"),
+        (["--seed", "1", "--seed=2"], "--seed: expected once, found it twice"),
         (["--seed", "1", "x.toml"], "expected a flag, found 'x.toml' (a TOML file comes first)"),
         (["x.json"], "expected a .toml file or a flag, found 'x.json'"),
-        (["no.toml"], "[Errno 2] No such file or directory: 'no.toml'"),
+        (["no.toml"], "no.toml: No such file or directory"),
         (
             ["--data.path", "p", "--data.rank-range", "9", "3"],
-            "[data] rank_range: expected low < high, found (9, 3)",
+            "--data.rank-range: expected low < high, found (9, 3)",
         ),
     ],
 )
@@ -193,7 +195,7 @@ def test_help(capsys):
     assert "--loss.temperature NUMBER Divides the cosines. (default: 0.05)" in text
     assert "--output PATH Folder to write. (default: runs/x)" in text
     assert "--title TEXT (default: a run)" in text
-    assert "--loss.names TEXT [TEXT ...] (default: nothing)" in text
+    assert "--loss.names [TEXT ...] (default: nothing)" in text
 
 
 def test_an_inherited_field_keeps_its_help(capsys):
@@ -259,7 +261,7 @@ def act(error: BaseException | None = None, *argv: str, **options: object) -> in
         (
             OSError(28, "No space left on device"),
             1,
-            "p: [Errno 28] No space left on device; what was written is kept, the same command continues\n",
+            "p: runs/x: No space left on device; what was written is kept, the same command continues\n",
         ),
         (
             KeyboardInterrupt(),

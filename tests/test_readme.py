@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import train
 from kalm_min.config import parse
 from kalm_min.evaluation.plan import EvaluationConfig
+from kalm_min.options import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,7 +36,7 @@ def test_the_python_runs(tiny_model_dir, capsys):
 @pytest.mark.parametrize("arguments", commands("train.py"))
 def test_training_commands(arguments):
     """Every flag is one that train.py knows."""
-    parse(train.TrainConfig, arguments, program="train.py", description="")
+    parse(TrainConfig, arguments, program="train.py", description="")
 
 
 @pytest.mark.parametrize("arguments", commands("evaluate.py"))
@@ -63,7 +63,7 @@ def test_recipes_parse(path):
     text = path.read_text(encoding="utf-8")
     model = [] if re.search(r"^(path|tokenizer) = ", text, re.MULTILINE) else ["--model.path", "m"]
     parse(
-        train.TrainConfig,
+        TrainConfig,
         [str(path), "--data.path", "d", "--output", "o", *model],
         program="train.py",
         description="",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import mine
+from kalm_min import mine
 from kalm_min.data import TrainingData
 
 ROOT = Path(__file__).parent.parent.parent
@@ -22,7 +22,7 @@ WORDS = "the cat sat on a mat while one dog ran far from its house to see blue b
 # Ends the process before or after its n-th file is put in place; for n = 0 counts them.
 PROGRAM = """
 import os, pathlib, signal, sys
-import mine
+from kalm_min import mine
 point, after, done = int(sys.argv[1]), sys.argv[2] == "after", 0
 replace = pathlib.Path.replace
 def counted(self, target):

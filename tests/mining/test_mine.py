@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-import mine
+from kalm_min import mine
 from kalm_min.data import TrainingData
 from kalm_min.files import locked, read_json, write_json
 
@@ -209,12 +209,12 @@ def test_full_disk(toy, mined, tiny_model_dir, tmp_path):
     """A file that cannot be written is one sentence; what was written is used by the next run."""
     output = tmp_path / "out"
     limit = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (60_000, 60_000))"
-    code = f"{limit}; import sys, mine; sys.exit(mine.main(sys.argv[1:]))"
+    code = f"{limit}; import sys; from kalm_min import mine; sys.exit(mine.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, *program(tiny_model_dir, toy, output)[1:]]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("mine.py: [Errno ")
+    assert done.stderr.splitlines()[-1].startswith(f"mine.py: {output}: ")
     assert "the same command continues" in done.stderr
     assert list((output / ".mining").glob("model/shards/*.npy"))
     assert run(tiny_model_dir, toy, output, *RULES) == 0

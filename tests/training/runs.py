@@ -23,8 +23,19 @@ def environment():
 
 def command(arguments, output, *extra, processes=1):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    given = [*(launcher if processes > 1 else []), ROOT / "train.py", *arguments]
-    return [sys.executable, *map(str, [*given, "--output", output, *extra])]
+    given = [*(launcher if processes > 1 else []), ROOT / "train.py"]
+    return [sys.executable, *map(str, [*given, *flags(*arguments, "--output", output, *extra)])]
+
+
+def flags(*words):
+    """The words of a command line in which a flag replaces its earlier values."""
+    found = {}
+    for word in map(str, words):
+        if word.startswith("--"):
+            values = found[word] = []
+        else:
+            values.append(word)
+    return [word for name, values in found.items() for word in (name, *values)]
 
 
 def run(arguments, output, *extra, processes=1):

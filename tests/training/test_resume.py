@@ -63,9 +63,7 @@ DAMAGES = [
     lambda path: (path / "state.json").write_text('{"step": 1000000000, "sampler": {}}'),
     lambda path: (path / "state.json").write_text('{"step": true, "sampler": []}'),
     lambda path: (path / "state.json").unlink(),
-    lambda path: (path / "state.json").write_text(
-        '{"step": 6, "sampler": {}, "prompts": [1, 2]}'
-    ),
+    lambda path: (path / "state.json").write_text('{"step": 6, "sampler": {}, "prompts": [1, 2]}'),
     lambda path: (path / "optimizer.safetensors").write_bytes(b"torn"),
     lambda path: (path / "model.safetensors").unlink(),
     lambda path: (path / "config.json").write_text("{}"),

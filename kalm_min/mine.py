@@ -1,0 +1,51 @@
+"""Mine hard negatives: `torchrun --nproc-per-node 8 mine.py --model runs/ft/final --data data/train --output data/mined`.
+
+`python mine.py ...` runs as a single process. The same command continues an interrupted run and
+skips finished tasks; other rules (a new --rank-range, for example) encode nothing again. The exit
+code is 0 if every task is written.
+"""
+
+import os
+import sys
+
+from kalm_min import program
+from kalm_min.config import run
+from kalm_min.console import printable
+from kalm_min.options import MiningConfig
+
+
+def main(argv: list[str]) -> int:
+    """Run and return the exit code; see `config.run`."""
+    loads = "kalm_min.mining.pipeline"
+    return run(MiningConfig, mine, argv, program="mine.py", loads=loads, resumable=True)
+
+
+def mine(config: MiningConfig) -> int:
+    """Mine, or print what would be done."""
+    from kalm_min.embedder import pick_device
+    from kalm_min.mining import report
+    from kalm_min.mining.pipeline import Miner
+    from kalm_min.training import distributed
+
+    environment = dict(os.environ)
+    device = pick_device(config.device or distributed.local_device(environment))
+    distributed.start(environment, device)
+    try:
+        miner = Miner(config, device, sys.stderr)
+        if config.dry_run:
+            output, text = sys.stdout, miner.plan()
+        else:
+            with distributed.locked(config.output):
+                total, remarks = miner.run()
+            sums = f"{report.sentence(total)}; {total['negatives']:,} negatives"
+            lines = [*(f"look at {printable(remark)}" for remark in remarks), sums]
+            output, text = sys.stderr, "\n".join(lines) + f"; report: {config.output}/README.md"
+        if distributed.rank() == 0:
+            output.write(text + "\n")
+        return 0
+    finally:
+        distributed.stop()
+
+
+if __name__ == "__main__":
+    program.start("mine")
