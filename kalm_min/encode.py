@@ -12,13 +12,16 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from kalm_min import program
 from kalm_min.config import run
 from kalm_min.files import check_first_line, parse_object, read_lines, read_text
 from kalm_min.schema import Field, is_string, problem_with
 from kalm_min.settings import Precision
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +120,15 @@ def encode(config: EncodeConfig) -> int:
     shape = f"{len(texts):,} texts, {vectors.shape[1]} dimensions"
     sys.stderr.write(f"{shape}, {model.dtype} on {model.device} -> {config.output}{note}\n")
     return 0
+
+
+def _read_ranges(path: Path) -> "np.ndarray":
+    import numpy as np
+
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: expected a .npy file of vectors, found: {error}") from error
 
 
 main = partial(

@@ -33,9 +33,9 @@ class _Output(io.FileIO):
 
 def lasting(stream: io.TextIOWrapper) -> io.TextIOWrapper:
     """The same text stream, but writing to it raises no error, whatever the text and its end."""
-    raw: io.RawIOBase = _Output(stream.fileno(), "wb", closefd=False)
+    raw = _Output(stream.fileno(), "wb", closefd=False)
     return io.TextIOWrapper(
-        io.BufferedWriter(raw),
+        io.BufferedWriter(raw),  # pyright: ignore[reportArgumentType]
         encoding=stream.encoding,
         errors="backslashreplace",  # a character that the terminal lacks is written as its code
         line_buffering=stream.line_buffering,
