@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from kalm_min.model import Packed, Qwen2
     from kalm_min.training.step import TokenBatch
 
+_ALIKE = 0.9999  # cosines of equal models in float32
 _SAMPLE = ["The cat sat on a mat.", "What is the capital of China?", "北京是中国的首都。", "a"]
 LIMIT = 1e-10
 _QUERIES = 12  # divides by 1, 2 and 3 processes
@@ -254,12 +255,15 @@ def describe(name: str, texts: list[str], dtype: str | None) -> str:
         other = Embedder.from_pretrained(name, dtype=served) if texts else model
     stored = found.config.get("dtype") or found.config.get("torch_dtype")
     values = asdict(found.settings) | {"end_of_text": found.end_of_text, "dense": found.dense}
-    values |= {"dimension": found.dimension, "released": found.released or None}
+    values |= {"dimension": found.dimension, "released": found.released}
     values |= {"dtype": f"{stored} in the file, {served} would serve here"}
-    rows = [[key, str(value), found.sources.get(key, "")] for key, value in values.items()]
+    lines = [
+        f"{key:22}{str(value)!r:44} {found.sources.get(key, '')}".rstrip()
+        for key, value in values.items()
+    ]
     ids = model.tokenizer.encode(_SAMPLE[:1], max_length=model.max_length)[0]
     words = FastTokenizer.from_file(str(found.tokenizer / "tokenizer.json"))
-    lines = [f"warning: {one}" for one in dict.fromkeys(str(one.message) for one in caught)]
+    lines += [f"warning: {one}" for one in dict.fromkeys(str(one.message) for one in caught)]
     lines += [f"{_SAMPLE[0]!r} is read as {[words.id_to_token(i) or i for i in ids]}"]
     try:
         from sentence_transformers import SentenceTransformer  # noqa: TID251 -- an oracle here too
@@ -267,6 +271,8 @@ def describe(name: str, texts: list[str], dtype: str | None) -> str:
         peer = SentenceTransformer(name, device="cpu", model_kwargs={"dtype": "float32"})
         cosines = (model.encode(_SAMPLE) * peer.encode(_SAMPLE, normalize_embeddings=True)).sum(1)
         lines += [f"sentence-transformers, without remote code: cosine {cosines.min():.6f} or more"]
+        if cosines.min() < _ALIKE:
+            lines += ["warning: it understands this folder otherwise (or it needs its remote code)"]
     except Exception as error:  # absent, or whatever it cannot do with the folder
         lines += [f"sentence-transformers gives no vectors: {str(error).partition(chr(10))[0]}"]
     if texts:
@@ -277,7 +283,7 @@ def describe(name: str, texts: list[str], dtype: str | None) -> str:
         ]
         lines += [f"1 % are below {low:.6f}, half are below {middle:.6f}; the lowest:"]
         lines += [f"{cosines[i]:.6f}  {texts[i][:80]!r}" for i in cosines.argsort()[:5]]
-    return "\n".join([f"{table(['setting', 'value', 'from'], rows)}\n", *lines, ""])
+    return "\n".join([*lines, ""])
 
 
 def check(config: CheckConfig) -> int:

@@ -79,7 +79,10 @@ class ModelSource(Ranged):
     causal: Annotated[
         bool | None, "Causal attention; none: the checkpoint's, or false for a fresh model."
     ] = None
-    pooling: Annotated[Pooling | None, "Pooling; none: the checkpoint's, or mean."] = None
+    pooling: Annotated[
+        Pooling | None,
+        "Pooling; none: the checkpoint's (of a plain language model its last token), or mean.",
+    ] = None
     max_length: Annotated[
         int, "Maximum number of tokens per text, instruction included.", COUNT
     ] = 512

@@ -298,6 +298,8 @@ def open_folder(path_or_hub_id: str | Path, **given: Any) -> Opened:
         (row.get("template"), here),
         (KALM_TEMPLATE, "no file, so KaLM's"),
     )
+    sources |= {"prompts": "config_sentence_transformers.json"} if prompts else {}
+    sources |= {"dense": "modules.json"} if dense else {}
     closes = row.get("end_of_text")
     sources["end_of_text"] = "tokenizer_config.json" if closes is None else here
     return Opened(

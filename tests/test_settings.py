@@ -197,6 +197,7 @@ def test_every_setting_says_where_it_is_from(folder):
         "max_length": "the caller",
         "instruction_template": MAIN,
         "end_of_text": TOKENIZER,
+        "prompts": MAIN,
     }
     edit(folder, "config.json", auto_map={"AutoModel": "modeling_qwen.Qwen2Model"}, is_causal=None)
     assert open_folder(folder).sources["causal"].startswith("released.json: gte-Qwen2")

@@ -91,8 +91,10 @@ def add_adapter(model: nn.Module, config: LoRAConfig, seed: int = 0) -> None:
     """Freeze `model` and put an update of zero on its target projections, in place.
 
     A is drawn as PEFT draws it, uniform within 1 / sqrt(I), from `seed` alone; B is zero.
-    Raises ValueError naming a target that matches no projection of the model.
+    Raises ValueError naming a target that matches no projection, or for a model with Dense.
     """
+    if any(name.startswith("dense.") for name in model.state_dict()):
+        raise ValueError("LoRA beside a Dense module is not built; train all weights (rank 0)")
     generator = torch.Generator().manual_seed(seed)
     for layer in _attach(model, config, dict.fromkeys(_targets(model, config), config.rank)):
         layer.lora_A.to_empty(device=layer.weight.device)
