@@ -2,7 +2,8 @@
 
     config.json, modules.json, 1_Pooling, 2_Dense, sentence_bert_config.json,
     config_sentence_transformers.json, tokenizer_config.json      open_folder, write_settings
-    model/released.json       what released checkpoints need and their files do not state
+    model/released.json      what released checkpoints need and their files do not state;
+                             what the keys of all these files may hold
 
 A wrong guess here raises no error and only lowers scores. So every key of these files is used, known
 to be harmless, or refused, and one that is none of these is named in a warning. Remote code is never
@@ -12,23 +13,15 @@ run: the classes that files name are only recognised. Nothing here needs torch.
 import json
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
+from kalm_min import schema
 from kalm_min.files import Object, checkpoint_folders, read_json, write_json, write_text
-from kalm_min.schema import (
-    Field,
-    describe,
-    is_flag,
-    is_number,
-    is_string,
-    is_text,
-    is_whole,
-    problem_with,
-    read_object,
-)
+from kalm_min.schema import Field, is_string, problem_with
 
 Pooling = Literal["mean", "lasttoken"]
 """sentence-transformers' names."""
@@ -41,24 +34,13 @@ _PLACEHOLDER = "{instruction}"
 # A stored prompt of this form shows the template of all instructions.
 _PROMPT = re.compile(r"(Instruct:\s*)\S.*?(\s*\n\s*Query:\s*)", re.DOTALL)
 
-SIZES = ["vocab_size", "hidden_size", "intermediate_size"]
-SIZES += ["num_hidden_layers", "num_attention_heads"]  # what every config.json must state
-
-_FACTS: Object = read_json(Path(__file__).with_name("model") / "released.json")
-
-
-_KINDS = ["Transformer", "Pooling", "Dense", "Normalize"]  # the modules that are built
+_MODULES = ["Transformer", "Pooling", "Dense", "Normalize"]  # what is built, in this order
 DENSE = "2_Dense"  # the folder of the third one, as it is written here
-_ANY = Field("anything", lambda _: True)
+IDENTITY = "torch.nn.modules.linear.Identity"
+_MAIN, _BERT = "config_sentence_transformers.json", "sentence_bert_config.json"
+_TOKENIZER = "tokenizer_config.json"
 
-
-def _fields(file: str, **used: Field) -> dict[str, Field]:
-    """What the keys of a file may hold: those used here, and those of released.json."""
-    known = dict.fromkeys(_FACTS["keys"][file]["harmless"], _ANY)
-    for key, values in _FACTS["keys"][file]["only"].items():
-        stated = " or ".join(map(json.dumps, values)) or "absent"
-        known[key] = Field(f"{stated} (no other value is computed here)", values.__contains__)
-    return known | used
+_FACTS: Object = read_json(Path(__file__).parent / "model" / "released.json")
 
 
 def is_name(value: object) -> bool:
@@ -66,83 +48,39 @@ def is_name(value: object) -> bool:
     return is_string(value) and Path(value).name == value
 
 
-[IDENTITY] = _FACTS["keys"]["Dense"]["only"]["activation_function"]
-_SIZE = Field("a whole number of at least 1", partial(is_whole, least=1))
-_NEEDED = Field(_SIZE.expected, _SIZE.fits, required=True)
-_ABOVE_0 = Field("a number above 0", partial(is_number, least=1e-30))
-_WHOLE, _FLAG = Field("a whole number", is_whole), Field("true or false", is_flag)
-_TEXT, _NAMES = Field("a string", is_string), Field("a list of names", is_text, items=0)
-_OBJECT = Field("an object", lambda value: isinstance(value, dict))
-_TEXTS = Field(
-    "an object of strings",
-    lambda value: (
-        isinstance(value, dict) and all(x is None or is_string(x) for x in value.values())
+_KINDS: dict[str, Callable[[object], bool]] = {  # of values, under the names of released.json
+    "anything": lambda _: True,
+    "true or false": schema.is_flag,
+    "a whole number": schema.is_whole,
+    "a whole number of at least 1": partial(schema.is_whole, least=1),
+    "a number above 0": partial(schema.is_number, least=1e-30, most=1e31),
+    "a string": is_string,
+    "a name": schema.is_text,
+    "a file name": is_name,
+    "a name or a list of names": lambda value: isinstance(value, str | list),
+    "a list of names": lambda value: isinstance(value, list) and all(map(schema.is_text, value)),
+    "an object": lambda value: isinstance(value, dict),
+    "an object of strings": lambda value: (
+        isinstance(value, dict) and all(one is None or is_string(one) for one in value.values())
     ),
-)
-_CONFIG = _fields(
-    "config.json",
-    model_type=Field("qwen2 or qwen3", is_text, required=True),
-    **dict.fromkeys(SIZES, _NEEDED),
-    **dict.fromkeys(["num_key_value_heads", "head_dim", "max_position_embeddings"], _SIZE),
-    **dict.fromkeys(["max_window_layers", "sliding_window"], _WHOLE),
-    **dict.fromkeys(["rms_norm_eps", "rope_theta"], _ABOVE_0),
-    initializer_range=Field("a number", is_number),
-    **dict.fromkeys(["is_causal", "use_bidirectional_attention", "attention_bias"], _FLAG),
-    **dict.fromkeys(["tie_word_embeddings", "use_sliding_window"], _FLAG),
-    **dict.fromkeys(["rope_parameters", "rope_scaling", "auto_map"], _OBJECT),
-    **dict.fromkeys(["architectures", "layer_types"], _NAMES),
-    quantization_config=Field("absent: quantised weights cannot be read", lambda _: False),
-)
-_UNSCALED = Field("default (scaled rotary embeddings are not built)", ["default"].__contains__)
-_ROPE = {"rope_theta": _ABOVE_0, "rope_type": _UNSCALED, "type": _UNSCALED}
-_ROPE["partial_rotary_factor"] = _CONFIG["partial_rotary_factor"]
-_MODULE = _fields(
-    "modules.json",
-    type=Field("the name of a class", is_text, required=True),
-    path=Field("the name of a folder", is_name),
-)
-_FLAGS = ["cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens"]
-_FLAGS += ["weightedmean_tokens", "lasttoken"]
-_POOLING = _fields(
-    "Pooling",
-    pooling_mode=Field("a name or a list of names", lambda mode: isinstance(mode, str | list)),
-    **{f"pooling_mode_{name}": _FLAG for name in _FLAGS},
-)
-_DENSE = _fields("Dense", in_features=_NEEDED, out_features=_NEEDED, bias=_FLAG)
-_BERT = _fields(
-    "sentence_bert_config.json",
-    max_seq_length=_SIZE,
-    modality_config=Field(
-        'text alone (with "message", each text is put into the chat template, which is not done '
-        "here; to save the model for plain text, keep only the entry text of "
-        "model[0].modality_config in sentence-transformers)",
-        lambda value: isinstance(value, dict) and [*value] == ["text"],
-    ),
-    **dict.fromkeys(
-        ["tokenizer_args", "processor_kwargs", "config_args", "config_kwargs"], _OBJECT
-    ),
-)
-_MODES = {"is_causal": _FLAG} | dict.fromkeys(["trust_remote_code", "attn_implementation"], _ANY)
-_MAIN = _fields(
-    "config_sentence_transformers.json",
-    prompts=_TEXTS,
-    default_prompt_name=_TEXT,
-    similarity_fn_name=Field(" or ".join(get_args(Similarity)), get_args(Similarity).__contains__),
-    instruction_template=_TEXT,
-)
-_TOKENIZER = _fields(
-    "tokenizer_config.json",
-    # transformers writes 10^30 where there is no limit.
-    model_max_length=Field("a number of at least 1", partial(is_number, least=1, most=1e31)),
-    eos_token=Field("a token", lambda token: is_string(token_text(token))),
-    add_eos_token=_FLAG,
-    auto_map=_OBJECT,
-)
+    "a token": lambda value: is_string(value.get("content") if isinstance(value, dict) else value),
+}
 
 
-def token_text(token: object) -> object:
-    """The text of a token, which a file states alone or as the `content` of an object."""
-    return token.get("content") if isinstance(token, dict) else token
+def _fields(keys: Object) -> dict[str, Field]:
+    """What the keys of one file may hold."""
+    needed, only = keys.get("required", []), keys.get("only", {})
+    kinds = [(key, kind, fits) for kind, fits in _KINDS.items() for key in keys.get(kind, [])]
+    for key, values in only.items():
+        stated = " or ".join(map(json.dumps, values)) or "absent"
+        kinds.append((key, f"{stated} (nothing else is built)", values.__contains__))
+    return {key: Field(kind, fits, required=key in needed) for key, kind, fits in kinds}
+
+
+FIELDS = {file: _fields(keys) for file, keys in _FACTS["keys"].items()}
+FIELDS |= dict.fromkeys(["tokenizer_args", "processor_kwargs"], FIELDS[_TOKENIZER])
+FIELDS["config_kwargs"] = FIELDS["config_args"]
+SIZES = [key for key, one in FIELDS["config.json"].items() if one.required and key != "model_type"]
 
 
 def check_template(template: str, where: str = "instruction_template") -> str:
@@ -179,24 +117,17 @@ class Opened(NamedTuple):
     """A checkpoint of which all is known except its weights and its vocabulary."""
 
     settings: Settings
-    model: Path
-    """The folder with config.json and the weights: of the base, if there is an adapter."""
-    adapter: Path | None
-    """The folder of a LoRA adapter."""
-    tokenizer: Path
-    """The folder with tokenizer.json."""
-    end_of_text: bool
-    """Whether the end-of-text token must close every text, if tokenizer.json does not do it."""
-    dense: Path | None
-    """The folder of a Dense module, a linear map of the pooled vector."""
-    dimension: int
-    """Coordinates of a full vector."""
-    config: Object
-    """What config.json states."""
-    released: str
-    """The name of its entry in released.json, or ""."""
-    sources: dict[str, str]
-    """For each setting the file, the entry or the rule that decided."""
+    model: Path  # the folder with config.json and the weights: of the base, if there is an adapter
+    adapter: Path | None  # the folder of a LoRA adapter
+    tokenizer: Path  # the folder with tokenizer.json
+    end_of_text: (
+        bool  # whether that token closes every text, even if tokenizer.json does not say so
+    )
+    dense: Path | None  # the folder of a Dense module, a linear map of the pooled vector
+    dimension: int  # coordinates of a full vector
+    config: Object  # what config.json states
+    released: str  # the name of its entry in released.json, or ""
+    sources: dict[str, str]  # for each setting, the file, the entry or the rule that decided
 
 
 def open_folder(path_or_hub_id: str | Path, **given: Any) -> Opened:
@@ -212,25 +143,23 @@ def open_folder(path_or_hub_id: str | Path, **given: Any) -> Opened:
     folder, words = (
         first if (first / file).is_file() else base for file in ("modules.json", "tokenizer.json")
     )
-    unknown: list[str] = []
+    unknown, sources = list[str](), dict[str, str]()
     config = read_config(base, unknown)
-    main = _read(folder / "config_sentence_transformers.json", _MAIN, unknown)
-    bert = _read(folder / "sentence_bert_config.json", _BERT, unknown)
-    tokens = _read(words / "tokenizer_config.json", _TOKENIZER, unknown)
-    changes = dict[str, Any]()  # what sentence-transformers would put over the two files
-    for kind, fields in (("tokenizer", _TOKENIZER), ("processor", _TOKENIZER), ("config", _MODES)):
-        for key in (f"{kind}_args", f"{kind}_kwargs"):
-            if problem := problem_with(bert.get(key, {}), fields):
-                raise ValueError(f"{folder / 'sentence_bert_config.json'}: {key}: {problem}")
-            changes |= bert.get(key, {})
-    tokens |= changes
-    pooled, dense, dimension = _read_modules(folder, config["hidden_size"], unknown)
-    if unknown:
-        warnings.warn(
-            f"{first}: the keys {', '.join(unknown)} are not known here and play no part",
-            stacklevel=3,
+    main, bert = (_read(folder / file, file, unknown) for file in (_MAIN, _BERT))
+    tokens = _read(words / _TOKENIZER, _TOKENIZER, unknown)
+    if "message" in bert.get("modality_config", {}):
+        raise ValueError(
+            f"{folder / _BERT}: modality_config: expected text alone, found message: each text would "
+            "be put into the chat template, which is not done here; to save the model for plain "
+            'text, keep only the entry "text" of model[0].modality_config in sentence-transformers'
         )
-    sources: dict[str, str] = {}
+    over: Object = {}  # what sentence-transformers puts over config.json and tokenizer_config.json
+    for key in FIELDS.keys() & bert:
+        if problem := problem_with(bert[key], FIELDS[key]):
+            raise ValueError(f"{folder / _BERT}: {key}: {problem}")
+        over |= bert[key]
+    tokens |= over
+    stated_pooling, dense, dimension = _read_modules(folder, config["hidden_size"], unknown)
 
     def choose(setting: str, *candidates: tuple[Any, str]) -> Any:
         """The first value that is not None."""
@@ -240,96 +169,93 @@ def open_folder(path_or_hub_id: str | Path, **given: Any) -> Opened:
 
     path, (code, owner) = base / "config.json", _remote_class(config, "AutoModel")
     facts = {"code": code, "tokenizer_code": _remote_class(tokens, "AutoTokenizer")[0]}
-    facts |= {"model_type": config["model_type"], "pooling": pooled}
-    row: Object = {"name": ""}
-    for one in reversed(_FACTS["models"]):  # so that the first one wins
-        if one.get("match") and one["match"].items() <= facts.items():
-            row = one
-    row = next((one for one in _FACTS["models"] if {name, owner} & {*one["ids"]}), row)
+    facts |= {"model_type": config["model_type"], "pooling": stated_pooling}
+    rows = [row for row in _FACTS["models"] if {name, owner} & {*row["ids"]}]
+    matches = [(row, row.get("match", {"code": "?"}).items()) for row in _FACTS["models"]]
+    rows += [row for row, stated in matches if stated <= facts.items()]
+    row: Object = rows[0] if rows else {"name": ""}
     here = f"released.json: {row['name']}"
-    is_explicit = {given.get("causal"), changes.get("is_causal")} != {None}
-    stated = None if is_explicit else _stated_attention(path, config)
+    is_known = given.get("causal") is not None or "is_causal" in over
     causal = choose(
         "causal",
-        (changes.get("is_causal"), "sentence_bert_config.json"),
-        (stated, "config.json"),
+        (over.get("is_causal"), _BERT),
+        (None if is_known else _stated_attention(path, config), "config.json"),
         (row.get("causal"), here),
-        (None if code else True, f"no file, so {config['model_type']}'s own mode"),
-        ("?", ""),
+        ("?" if code else True, f"{config['model_type']}'s own mode"),
     )
-    if causal == "?" or (code and not row["name"] and _advice(code)):
+    if causal == "?" or (code and not rows and _advice(code)):
         raise ValueError(
             f"{path}: expected to know what the remote code {code} does, which is never run"
-            + (_advice(code or "") or "; pass causal=True or causal=False, as its authors say")
+            + (_advice(str(code)) or "; pass causal=True or causal=False, as its authors say")
         )
-    if pooled is None and (folder / "modules.json").is_file() and not given.get("pooling"):
+    if (folder / "modules.json").is_file() and stated_pooling is given.get("pooling") is None:
         raise ValueError(f"{folder / 'modules.json'}: expected a Pooling module, found none")
-    is_chat = any(kind.endswith("ForCausalLM") for kind in config.get("architectures", [])[:1])
-    default = "lasttoken" if is_chat and causal else "mean"
-    rule = "no file, so the rule of sentence-transformers"
+    is_chat = any(one.endswith("ForCausalLM") for one in config.get("architectures", [])[:1])
+    usual, rule = "lasttoken" if is_chat and causal else "mean", "sentence-transformers' rule"
     pooling = choose(
-        "pooling", (pooled, "modules.json"), (row.get("pooling"), here), (default, rule)
+        "pooling", (stated_pooling, "modules.json"), (row.get("pooling"), here), (usual, rule)
+    )
+    notes = (
+        [f"the keys {', '.join(unknown)} are not known here and play no part"] if unknown else []
     )
     if sources["pooling"] == rule:
-        taken = "its last token" if pooling == "lasttoken" else "the mean of its tokens"
-        warnings.warn(
-            f"{folder}: no modules.json says what becomes a text's vector; {taken} does, as in "
-            'sentence-transformers (pooling="mean" or "lasttoken" chooses)',
-            stacklevel=3,
-        )
-    positions = config.get("max_position_embeddings", 32_768)
-    limits = [(bert.get("max_seq_length"), "sentence_bert_config.json")]
+        notes.append(f"no modules.json, so pooling is {usual!r}, by {rule} (pooling=... chooses)")
+    for note in notes:
+        warnings.warn(f"{first}: {note}", stacklevel=3)
+    limits = [(bert.get("max_seq_length"), _BERT)]
     if limits[0][0] is None:
-        limits = [(tokens.get("model_max_length"), "tokenizer_config.json")]
-        limits += [(positions, "config.json")]
-    limits = [limit for limit in [*limits, (row.get("max_length"), here)] if limit[0] is not None]
+        positions = config.get("max_position_embeddings", 32_768)
+        limits = [(tokens.get("model_max_length"), _TOKENIZER), (positions, "config.json")]
+    limits.append((row.get("max_length"), here))
     prompts = {key: text for key, text in main.get("prompts", {}).items() if text is not None}
     if "passage" in prompts:
         prompts.setdefault("document", prompts["passage"])
-    usual = main.get("default_prompt_name")
-    if usual is not None and usual not in prompts:
-        raise ValueError(f"{folder}: expected the prompt {usual!r} among prompts, found none")
+    default = main.get("default_prompt_name")
+    if default not in (None, *prompts):
+        raise ValueError(
+            f"{folder / _MAIN}: expected the prompt {default!r} among prompts, found none"
+        )
     shown = map(_PROMPT.fullmatch, [prompts.get("query", ""), *prompts.values()])
-    shown = (_PLACEHOLDER.join(match.groups()) for match in shown if match)
     template = choose(
         "instruction_template",
-        (main.get("instruction_template"), "config_sentence_transformers.json"),
-        (next(shown, None), "the prompts in config_sentence_transformers.json"),
+        (main.get("instruction_template"), _MAIN),
+        (
+            next((_PLACEHOLDER.join(one.groups()) for one in shown if one), None),
+            f"prompts in {_MAIN}",
+        ),
         (row.get("template"), here),
-        (KALM_TEMPLATE, "no file, so KaLM's"),
+        (KALM_TEMPLATE, "KaLM's"),
     )
-    sources |= {"prompts": "config_sentence_transformers.json"} if prompts else {}
+    sources |= {"prompts": _MAIN} if prompts else {}
     sources |= {"dense": "modules.json"} if dense else {}
     closes = row.get("end_of_text")
-    sources["end_of_text"] = "tokenizer_config.json" if closes is None else here
-    return Opened(
-        Settings(
-            causal=causal,
-            pooling=pooling,
-            max_length=choose("max_length", min(limits, key=lambda limit: limit[0])),
-            prompts=prompts,
-            instruction_template=check_template(template, f"{folder}: instruction_template"),
-            default_prompt_name=usual,
-            similarity_fn_name=main.get("similarity_fn_name", "cosine"),
-        ),
-        model=base,
-        adapter=first if rest else None,
-        tokenizer=words,
-        end_of_text=closes is not False and tokens.get("add_eos_token", bool(closes)),
-        dense=dense,
-        dimension=dimension,
-        config=config,
-        released=row["name"],
-        sources=sources,
+    sources["end_of_text"] = _TOKENIZER if closes is None else here
+    limit = min((pair for pair in limits if pair[0] is not None), key=lambda pair: pair[0])
+    found = Settings(
+        causal=causal,
+        pooling=pooling,
+        max_length=int(choose("max_length", limit)),
+        prompts=prompts,
+        instruction_template=check_template(template, f"{folder}: instruction_template"),
+        default_prompt_name=default,
+        similarity_fn_name=main.get("similarity_fn_name", "cosine"),
     )
+    ends = closes is not False and tokens.get("add_eos_token", bool(closes))
+    adapter = first if rest else None
+    facts = (dense, dimension, config, row["name"], sources)
+    return Opened(found, base, adapter, words, ends, *facts)
 
 
-def _read(path: Path, fields: dict[str, Field], unknown: list[str]) -> Object:
+def _read(path: Path, kind: str, unknown: list[str], *, needed: bool = False) -> Object:
     """A side file, checked; {} if there is none. Keys without a field are added to `unknown`."""
     if not path.is_file():
+        if needed:
+            what = "model" if kind == path.name else kind
+            raise ValueError(f"{path.parent}: expected a {what} folder with {path.name}, found none")
         return {}
-    found = read_object(path, fields, extra=True)
-    unknown += [f"{key} of {path.name}" for key in sorted(found.keys() - fields) if found[key]]
+    found = schema.read_object(path, FIELDS[kind], extra=True)
+    others = sorted(found.keys() - FIELDS[kind])
+    unknown += [f"{key} of {path.name}" for key in others if found[key]]
     return found
 
 
@@ -339,30 +265,26 @@ def read_config(folder: Path, unknown: list[str] | None = None) -> Object:
     Raises ValueError if it is missing, damaged or of a decoder that is not built.
     """
     path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder}: expected a model folder with config.json, found none")
-    raw = read_json(path)
-    raw = raw if isinstance(raw, dict) else {}
-    kind = raw.get("model_type")
+    raw = read_json(path) if path.is_file() else None
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
     if isinstance(kind, str) and kind not in {"qwen2", "qwen3"}:
         expected = f"model_type: expected qwen2 or qwen3, found {kind!r}"
         raise ValueError(f"{path}: {expected}{_advice(kind)}")
-    config = _read(path, _CONFIG, [] if unknown is None else unknown)
+    config = _read(path, "config.json", [] if unknown is None else unknown, needed=True)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # transformers 5, 4
-    if problem := problem_with(rope, _ROPE, extra=True):
+    if problem := problem_with(rope, FIELDS["rope_parameters"], extra=True):
         raise ValueError(f"{path}: {problem}")
-    config |= {key: rope[key] for key in _ROPE.keys() & rope}
+    config |= {key: rope[key] for key in FIELDS["rope_parameters"] & rope.keys()}
     for key in ("rope_theta", "rms_norm_eps"):
         if raw.get(key, 0) is None and key not in config:
-            raise ValueError(f"{path}: expected {key!r} to be {_ABOVE_0.expected}, found null")
+            raise ValueError(f"{path}: expected {key!r} to be a number above 0, found null")
     if kind == "qwen3" and config.get("attention_bias"):
         raise ValueError(f"{path}: Qwen3 with biases is not built")
-    window, layers = config.get("sliding_window"), config.get("layer_types", [])
-    if not layers and config.get("use_sliding_window") and window is not None:
+    window, layers = config.get("sliding_window") or 0, config.get("layer_types", [])
+    if not layers and config.get("use_sliding_window") and window:
         slides = config["num_hidden_layers"] > config.get("max_window_layers", 28)
         layers = ["sliding_attention"] if slides else []
-    longest = config.get("max_position_embeddings", 32_768)
-    if {*layers} - {"full_attention"} and (window or 0) < longest:
+    if {*layers} - {"full_attention"} and window < config.get("max_position_embeddings", 32_768):
         raise ValueError(f"{path}: sliding-window attention is in use and is not built")
     return config
 
@@ -401,7 +323,7 @@ def _advice(found: str) -> str:
 def _read_modules(
     folder: Path, size: int, unknown: list[str]
 ) -> tuple[Pooling | None, Path | None, int]:
-    """The pooling, the folder of a Dense module and the dimension, by modules.json, if there is one.
+    """Pooling, folder of a Dense module and dimension, by modules.json; hidden states have `size`.
 
     Raises ValueError for a module or an order of modules that is not built.
     """
@@ -410,52 +332,43 @@ def _read_modules(
         return None, None, size
     modules = read_json(path)
     if not isinstance(modules, list) or not modules:
-        raise ValueError(f"{path}: expected a list of modules, found {describe(modules)}")
+        raise ValueError(f"{path}: expected a list of modules, found {schema.describe(modules)}")
     places: dict[str, Path] = {}
     for number, module in enumerate(modules, 1):
         if not isinstance(module, dict):
             raise ValueError(f"{path}: module {number}: expected an object, found {module!r:.60}")
-        if problem := problem_with(module, _MODULE):
+        if problem := problem_with(module, FIELDS["modules.json"]):
             raise ValueError(f"{path}: module {number}: {problem}")
         package, _, kind = module["type"].rpartition(".")
-        if package.partition(".")[0] != "sentence_transformers" or kind in places:
-            kind = module["type"]
-        if [*places, kind] != [one for one in _KINDS if one in {*places, kind}]:
-            expected = f"expected {', '.join(_KINDS)} in this order"
+        ours = package.partition(".")[0] == "sentence_transformers" and kind not in places
+        places[kind if ours else module["type"]] = folder / (module.get("path") or "")
+        if [*places] != [one for one in _MODULES if one in places]:
+            expected = f"expected {', '.join(_MODULES)} in this order"
             raise ValueError(
-                f"{path}: the module {module['type']} is not built here{_advice(kind)}; {expected}"
+                f"{path}: the module {module['type']} is not built here{_advice(module['type'])}; "
+                + expected
             )
-        places[kind] = folder / module.get("path", "")
     if places.get("Transformer", folder) != folder:
-        raise ValueError(f"{path}: expected the Transformer at the folder itself")
-    pooling = None
+        raise ValueError(f"{path}: expected the Transformer in the folder itself, found a path")
+    pooling, dense = None, places.get("Dense")
     if "Pooling" in places:
         pooling = _read_pooling(places["Pooling"] / "config.json", unknown)
-    dense = places.get("Dense")
-    if dense is None:
-        return pooling, None, size
-    stated = _read(dense / "config.json", _DENSE, unknown)
-    if stated.get("in_features") != size or "activation_function" not in stated:
-        found = f"found {describe(stated.get('in_features'))}"
-        raise ValueError(
-            f"{dense / 'config.json'}: expected in_features {size} and the activation_function "
-            f"{IDENTITY}, {found}"
-        )
-    return pooling, dense, stated["out_features"]
+    if dense is not None:
+        size = _read(dense / "config.json", "Dense", unknown, needed=True)["out_features"]
+    return pooling, dense, size
 
 
 def _read_pooling(path: Path, unknown: list[str]) -> Pooling:
     """The mode in a new (`pooling_mode`) or old (six booleans) file."""
-    if not path.is_file():
-        raise ValueError(f"{path}: expected the settings of the Pooling module, found none")
-    stated = _read(path, _POOLING, unknown)
-    flags = [name for name in _FLAGS if stated.get(f"pooling_mode_{name}")]
-    modes = stated.get("pooling_mode") or [name.removesuffix("_tokens") for name in flags]
-    match [modes] if isinstance(modes, str) else modes or ["mean"]:
+    stated, prefix = _read(path, "Pooling", unknown, needed=True), "pooling_mode_"
+    flags = [key for key in FIELDS["Pooling"] if key.startswith(prefix) and stated.get(key)]
+    named = [key.removeprefix(prefix).removesuffix("_tokens") for key in flags]
+    modes = stated.get("pooling_mode") or named or "mean"
+    match [modes] if isinstance(modes, str) else modes:
         case ["mean" | "lasttoken" as mode]:
             return mode
-        case _:
-            found = ", ".join(map(str, [modes] if isinstance(modes, str) else modes))
+        case modes:
+            found = ", ".join(map(str, modes))
             raise ValueError(f"{path}: expected pooling mean or lasttoken, found {found}")
 
 
@@ -467,7 +380,7 @@ def write_settings(
     `size` is that of a hidden state; `adapter_base` names the base model if the folder holds only an
     adapter. The weights and settings of a Dense module are written with the decoder's.
     """
-    kinds = [kind for kind in _KINDS if dense or kind != "Dense"]
+    kinds = [kind for kind in _MODULES if dense or kind != "Dense"]
     places = ["", *(f"{i}_{kind}" for i, kind in enumerate(kinds) if i)]
     main: dict[str, object] = {
         "prompts": settings.prompts,

@@ -147,9 +147,8 @@ def test_any_value_anywhere_is_read_or_refused(tiny_model_dir, tmp_path_factory,
     place = stated if isinstance(stated, dict) else data.draw(st.sampled_from(stated))
     from kalm_min import settings
 
-    keys = {**settings._CONFIG, **settings._MAIN, **settings._BERT, **settings._TOKENIZER}
-    keys |= settings._POOLING | settings._MODULE
-    place[data.draw(st.sampled_from([*keys]) | st.sampled_from([*place]))] = value
+    keys = sorted({key for fields in settings.FIELDS.values() for key in fields})
+    place[data.draw(st.sampled_from(keys) | st.sampled_from([*place]))] = value
     path.write_text(json.dumps(stated if data.draw(st.integers(0, 9)) else value))
     sentence = ""
     try:

@@ -20,7 +20,7 @@ from torch import Tensor
 from kalm_min.files import write_json
 from kalm_min.model.qwen2 import ModelConfig, Qwen2
 from kalm_min.schema import Field, read_object
-from kalm_min.settings import DENSE, IDENTITY, SIZES, is_name, read_config
+from kalm_min.settings import DENSE, FIELDS, IDENTITY, SIZES, is_name, read_config
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARDS = {
@@ -73,12 +73,11 @@ def load_model(
             raise ValueError(f"{folder}: expected {_SINGLE} or {_INDEX}, found neither{hint}")
         files = sorted({*read_object(folder / _INDEX, _SHARDS, extra=True)["weight_map"].values()})
     tensors = _read_tensors(folder, files)
-    linear = _read_tensors(dense, [_SINGLE]) if dense else {}
-    if dense and {*linear} - {"linear.bias"} != {"linear.weight"}:
-        raise ValueError(f"{dense}: expected linear.weight, found {', '.join(linear)}")
-    for name, tensor in linear.items():
-        tensors[name.replace("linear", "dense")] = tensor
-        config = replace(config, dense=(len(tensor), "linear.bias" in linear))
+    if dense is not None:
+        stated = read_object(dense / "config.json", FIELDS["Dense"], extra=True)
+        config = replace(config, dense=(stated["out_features"], stated.get("bias", True)))
+        linear = _read_tensors(dense, [_SINGLE])
+        tensors |= {f"dense.{name.removeprefix('linear.')}": x for name, x in linear.items()}
     # A size that no tensor has would be refused below, but only after it has been built.
     longest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     for name in (*SIZES, "num_key_value_heads", "head_dim"):

@@ -231,7 +231,7 @@ def config_of(values, folder):
         ({"hidden_size": "32"}, "'hidden_size' to be a whole number of at least 1, found '32'"),
         ({"is_causal": "no"}, "'is_causal' to be true or false, found 'no'"),
         ({"vocab_size": None}, "'vocab_size' to be a whole number of at least 1, found nothing"),
-        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config' to be absent"),
         ({"model_type": "qwen3", "attention_bias": True}, "Qwen3 with biases"),
     ],
 )
