@@ -15,9 +15,9 @@ import json
 import os
 import re
 import reprlib
+import secrets
 import shutil
 import socket
-import tempfile
 import tomllib
 import zlib
 from collections import Counter
@@ -47,19 +47,16 @@ def atomic_write(path: AnyPath, mode: str = "wb") -> Generator[IO[Any]]:
 
     On an exception, a kill or a full disk `path` is what it was before.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name:.40}.", suffix=".tmp", dir=path.parent)
+    path, temporary = _sibling(path)
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
     try:
-        with os.fdopen(handle, mode, encoding=encoding, newline=newline) as file:
+        with temporary.open(mode.replace("w", "x"), encoding=encoding, newline=newline) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        Path(name).chmod(_permissions(0o666))
-        Path(name).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     _sync(path.parent)
 
@@ -71,12 +68,10 @@ def atomic_directory(path: AnyPath) -> Generator[Path]:
     A new `path` appears in one rename, complete or not at all. If `path` is an existing folder, the
     files are moved into it one by one, each complete; other files in it are left alone.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    path, folder = _sibling(path)
+    folder.mkdir()
     try:
         yield folder
-        folder.chmod(_permissions(0o777))
         for entry in [*folder.rglob("*"), folder]:
             _sync(entry)
         _move(folder, path)
@@ -124,11 +119,11 @@ def _move(source: Path, target: Path) -> None:
     source.rmdir()
 
 
-def _permissions(full: int) -> int:
-    """The bits of `full` that the user's umask allows (temporary files are created private)."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return full & ~mask
+def _sibling(path: AnyPath) -> tuple[Path, Path]:
+    """The path, its folder made if missing, and a new hidden name beside it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path, path.with_name(f".{path.name:.40}.{secrets.token_hex(8)}.tmp")
 
 
 def _sync(path: Path) -> None:

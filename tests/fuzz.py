@@ -44,7 +44,7 @@ import numpy as np
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
-SECONDS, BYTES = 20, 1 << 30
+SECONDS, BYTES = 20, 1 << 30  # of the processor, so that other work on the machine does not count
 
 
 @dataclass
@@ -495,14 +495,14 @@ def alarm(*_: object) -> None:
 
 def outcome(kind: Kind, folder: Path) -> tuple[object, str]:
     """The result, or the sentence of the error; anything else is raised."""
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    faulthandler.dump_traceback_later(3 * SECONDS, exit=True)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    faulthandler.dump_traceback_later(9 * SECONDS, exit=True)
     try:
         return kind.read(folder), ""
     except (ValueError, OSError) as error:
         return None, str(error) or type(error).__name__
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         faulthandler.cancel_dump_traceback_later()
 
 
@@ -548,15 +548,14 @@ def fuzz(name: str, inputs: int, seed: int, first: int, show: bool) -> int:
     """Try some inputs of one kind; return the number of faults."""
     kind, faults = KINDS[name], dict[str, list[int]]()
     inputs = -(-inputs // kind.share)
-    signal.signal(signal.SIGALRM, alarm)
+    signal.signal(signal.SIGPROF, alarm)
     warnings.simplefilter("ignore")
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as top:
         folder = Path(top) / "data"
         folder.mkdir()
         kind.make(folder)
-        good, sentence = outcome(kind, folder)
-        assert not sentence, f"{name}: the good files are refused: {sentence}"
+        good = kind.read(folder)  # without a limit, since this imports torch
         originals = {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
         edited = [p for p in sorted(folder.glob(kind.files)) if p in originals]
         with suppress(OSError, ValueError):

@@ -197,17 +197,13 @@ def write_cache(path: Path, arrays: Iterable[Ints], note: dict[str, object]) -> 
     """Write arrays, then what `note` holds after the last of them, its length and a checksum."""
     checksum = 0
     with atomic_write(path) as file:
-        for part in _bytes_of(arrays, note):
+        for array in arrays:
+            part = np.ascontiguousarray(array, np.int64).data
             checksum = zlib.crc32(part, checksum)
             file.write(part)
-        file.write(checksum.to_bytes(8, "little"))
-
-
-def _bytes_of(arrays: Iterable[Ints], note: dict[str, object]) -> Iterator[bytes | memoryview]:
-    for array in arrays:
-        yield np.ascontiguousarray(array, np.int64).data
-    text = json.dumps(note).encode()
-    yield text + len(text).to_bytes(8, "little")
+        text = json.dumps(note).encode()
+        end = text + len(text).to_bytes(8, "little")
+        file.write(end + zlib.crc32(end, checksum).to_bytes(8, "little"))
 
 
 def read_cache(path: Path) -> tuple[Ints, Object] | None:
