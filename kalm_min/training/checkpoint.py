@@ -126,13 +126,12 @@ def open_model(
 
 def change_of_attention(source: ModelSource) -> str | None:
     """A sentence, if the model is trained with another attention than its checkpoint states."""
-    if source.path is None or source.causal is None:
-        return None
-    with suppress(ValueError), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # opening the model warns
-        if open_folder(source.path).settings.causal != source.causal:
-            now, before = ("causal", "bidirectional")[:: 1 if source.causal else -1]
-            return f"{source.path} has {before} attention; it is trained with {now} attention"
+    if source.path is not None and source.causal is not None:
+        with suppress(ValueError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # opening the model warns
+            if open_folder(source.path).settings.causal != source.causal:
+                was, now = ("bidirectional", "causal")[:: 1 if source.causal else -1]
+                return f"{source.path} has {was} attention; it is trained with {now} attention"
     return None
 
 
@@ -251,10 +250,9 @@ def _remove(path: Path) -> None:
 
 
 def claim(output: Path, config_toml: str) -> tuple[Path | None, list[str]]:
-    """Check that `output` is free or of this configuration.
+    """The newest whole checkpoint of the run, and a sentence about each damaged one.
 
-    Returns the newest whole checkpoint, and a sentence about each damaged one. Raises ValueError
-    naming the settings that differ, or if all checkpoints are damaged.
+    Raises ValueError naming the settings that differ, or if all checkpoints are damaged.
     """
     path, (states, damaged) = output / "config.toml", whole(output / "checkpoints")
     # If nothing has been trained, there is nothing to protect.
@@ -269,11 +267,8 @@ def claim(output: Path, config_toml: str) -> tuple[Path | None, list[str]]:
                 "give another --output, or delete the folder"
             )
     if damaged and not states:
-        *_, error = damaged.values()
-        raise ValueError(
-            f"{output / 'checkpoints'}: expected a whole checkpoint, found none ({error}); delete "
-            "the folder to start over"
-        )
+        found = f"found none ({[*damaged.values()][-1]}); delete the folder to start over"
+        raise ValueError(f"{output / 'checkpoints'}: expected a whole checkpoint, {found}")
     remarks = [f"{error}; delete the folder {path}" for path, error in damaged.items()]
     return next(reversed(states), None), remarks
 
@@ -282,16 +277,12 @@ def write_description(output: Path, config_toml: str, device: torch.device) -> N
     """Write config.toml and environment.json; called on one process."""
     write_text(output / "config.toml", config_toml)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    environment = {
-        "python": platform.python_version(),
-        **{
-            name: metadata.version(name) for name in ("torch", "safetensors", "tokenizers", "numpy")
-        },
-        "platform": platform.platform(),
-        "device": f"{device.type} {name}".strip(),
-        "world_size": distributed.world_size(),
-        "threads": torch.get_num_threads(),  # sums depend on it, and with them the last bits
-    }
+    packages = ("torch", "safetensors", "tokenizers", "numpy")
+    environment: dict[str, object] = {name: metadata.version(name) for name in packages}
+    environment |= {"python": platform.python_version(), "platform": platform.platform()}
+    environment |= {"device": f"{device.type} {name}".strip()}
+    environment |= {"world_size": distributed.world_size()}
+    environment |= {"threads": torch.get_num_threads()}  # sums depend on it, to the last bits
     write_json(output / "environment.json", environment)
 
 
@@ -304,6 +295,6 @@ def cut_log(path: Path, last_step: int) -> list[Object]:
     if path.is_file():
         with suppress(ValueError, TypeError):
             for _, line in read_jsonl(path):
-                lines += [line] if line.get("step") <= last_step else []
+                lines += [line] if line.get("step", 0) <= last_step else []
         write_text(path, "".join(f"{json.dumps(line)}\n" for line in lines))
     return lines

@@ -13,30 +13,22 @@ LogLine = dict[str, Any]  # a line of log.jsonl: a step's, or {"step": ..., "val
 def open_tracker(
     kind: Literal["tensorboard", "wandb"], output: Path, step: int
 ) -> Callable[[LogLine], None]:
-    """A function that shows a line of the log; what was shown of later steps than `step` goes.
-
-    Raises ImportError without the package.
-    """
+    """A function that shows a line of the log; what was shown of steps after `step` goes."""
     if kind == "tensorboard":
         module = import_module("torch.utils.tensorboard")
-        writer = module.SummaryWriter(output / "tensorboard", purge_step=step + 1)
-
-        def add(values: dict[str, float], step: int) -> None:
-            for name, value in values.items():
-                writer.add_scalar(name, value, step)
-            writer.flush()
+        writer = module.SummaryWriter(output / kind, purge_step=step + 1)
+        add, flush = writer.add_scalar, writer.flush
     else:
-        wandb = import_module("wandb")
-        run_id = digest(str(output.resolve()))[:16]
+        wandb, run_id = import_module("wandb"), digest(str(output.resolve()))[:16]
         wandb.init(project="kalm_min", name=output.name, dir=output, id=run_id, resume="allow")
-
-        def add(values: dict[str, float], step: int) -> None:
-            wandb.log(values, step=step)
+        add, flush = lambda name, value, step: wandb.log({name: value}, step=step), int
 
     def show(line: LogLine) -> None:
-        scores = line.get("validation", {})
-        values = line | {f"validation/{name}": score for name, score in scores.items()}
-        add({k: v for k, v in values.items() if isinstance(v, int | float)}, line["step"])
+        scores = {f"validation/{k}": score for k, score in line.get("validation", {}).items()}
+        for name, value in (line | scores).items():
+            if isinstance(value, int | float):
+                add(name, value, line["step"])
+        flush()
 
     return show
 
@@ -53,10 +45,10 @@ def draw_curve(output: Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
     axis.set_xlabel("step")
-    for name, points, style in (("loss", losses, "C0-"), ("validation MRR", scores, "C1o-")):
+    for name, points, color in (("loss", losses, "C0"), ("validation MRR", scores, "C1")):
         if points:
-            axis.plot(*zip(*points, strict=True), style, linewidth=1, markersize=4)
-            axis.set_ylabel(name, color=style[:2])
+            axis.plot(*zip(*points, strict=True), f"{color}.-", linewidth=1, markersize=3)
+            axis.set_ylabel(name, color=color)
             axis = axis.twinx()
     axis.set_axis_off()
     with atomic_write(output / "curve.png") as file:

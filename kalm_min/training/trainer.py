@@ -87,6 +87,8 @@ class Trainer:
         """What was changed to fit the model and the data, a sentence each."""
         if self.recipe.loss.distillation_weight:
             data.require_scores()
+        if self.recipe.training.patience and self.validation is None:
+            raise ValueError("--training.patience: expected --data.validation, found none")
         draws = task_draws(
             data.task_sizes,
             weights=[task.weight for task in data.settings],

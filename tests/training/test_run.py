@@ -151,6 +151,8 @@ def test_torchrun_equals_one_process(arguments, unbroken, data, tmp_path):
             ["--loss.matryoshka-dims", "0", "--loss.matryoshka-weights", "1"],
             "matryoshka-dims: expected",
         ),
+        (["--training.patience", "2"], "patience: expected --data.validation, found none"),
+        (["--loss.temperature", "inf"], "temperature: expected 1e-06 to 1,000,000, found inf"),
         (["--model.path", "nowhere"], "nowhere"),
         (["--data.path", "nowhere"], "nowhere"),
         (["--model.tokenizer", "x"], "give either --model.path"),
