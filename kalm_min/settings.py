@@ -251,7 +251,9 @@ def _read(path: Path, kind: str, unknown: list[str], *, needed: bool = False) ->
     if not path.is_file():
         if needed:
             what = "model" if kind == path.name else kind
-            raise ValueError(f"{path.parent}: expected a {what} folder with {path.name}, found none")
+            raise ValueError(
+                f"{path.parent}: expected a {what} folder with {path.name}, found none"
+            )
         return {}
     found = schema.read_object(path, FIELDS[kind], extra=True)
     others = sorted(found.keys() - FIELDS[kind])

@@ -30,12 +30,13 @@ def command(arguments, output, *extra, processes=1):
 def flags(*words):
     """The words of a command line in which a flag replaces its earlier values."""
     found = {}
+    values = first = []  # a recipe
     for word in map(str, words):
         if word.startswith("--"):
             values = found[word] = []
         else:
             values.append(word)
-    return [word for name, values in found.items() for word in (name, *values)]
+    return [*first, *(word for name, values in found.items() for word in (name, *values))]
 
 
 def run(arguments, output, *extra, processes=1):
@@ -48,14 +49,14 @@ def run(arguments, output, *extra, processes=1):
 
 def start(arguments, output, *extra):
     """Run in this process, without the start of another; the exit code and what was said."""
-    import train
+    from kalm_min import train
 
     said = io.StringIO()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     train.say = lambda text: said.write(f"{text}\n")
     try:
         with redirect_stderr(said):
-            code = train.main([*map(str, [*arguments, "--output", output, *extra])])
+            code = train.main(command(arguments, output, *extra)[2:])
     except SystemExit as exit:
         code = exit.code
     for number, handler in before.items():

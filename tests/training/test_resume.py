@@ -146,7 +146,7 @@ def test_other_content_under_the_same_name_is_not_resumed(
 
 def test_a_folder_removed_in_mid_run_is_an_error(arguments, tmp_path, monkeypatch):
     """Never exit code 0 without log and settings."""
-    import train
+    from kalm_min import train
 
     output = tmp_path / "run"
     show = train.show
@@ -287,7 +287,7 @@ def test_the_log_is_shown_where_it_is_asked_for(arguments, tmp_path, monkeypatch
     board = ModuleType("torch.utils.tensorboard")
     board.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
-    monkeypatch.setattr("train.find_spec", lambda name: True)
+    monkeypatch.setattr("kalm_min.train.find_spec", lambda name: True)
     output = tmp_path / "run"
     finish(arguments, output, *extra)
     assert seen[0] == (output / "tensorboard", 1)
