@@ -143,14 +143,12 @@ class Embedder:
         return embedder
 
     def __repr__(self) -> str:
-        """What the model is, for people."""
         size = sum(x.numel() for x in self.model.parameters())
         mode = "causal" if self.causal else "bidirectional"
-        kind = str(self.dtype).removeprefix("torch.")
         return (
             f"Embedder({self.name!r}: {self.model.config.model_type}, {size:,} parameters, "
-            f"{self.dimension} dimensions, {mode} attention, {self.pooling} pooling, "
-            f"at most {self.max_length} tokens, {kind} on {self.device})"
+            f"{self.dimension} dimensions, {mode} attention, {self.pooling} pooling, at most "
+            f"{self.max_length} tokens, {str(self.dtype).removeprefix('torch.')} on {self.device})"
         )
 
     @property
@@ -183,17 +181,17 @@ class Embedder:
     ) -> Vectors:
         """Embed texts: (n, d) float32 in the order given; (d,) for a single text.
 
-        `texts` are any ordered collection or iterator of strings. Each is preceded by `prompt`,
-        else by the stored prompt `prompt_name`, else by the folder's default prompt, if it names
-        one. `truncate_dim` keeps that many leading coordinates (Matryoshka), which are then scaled
-        to unit length. `precision`: see `quantize`. `batch_size` bounds a forward pass to so many
-        texts of the maximum length; `tokens_per_batch` is the usual bound. `convert_to_tensor`
-        gives a tensor on the model's device. mteb may call this with its DataLoader.
+        `texts` are any ordered collection or iterator of strings. Before each comes `prompt`, else
+        the stored prompt `prompt_name`, else the folder's default prompt, if it names one.
+        `truncate_dim` keeps that many leading coordinates (Matryoshka), which are then scaled to
+        unit length. `precision`: see `quantize`. `batch_size` bounds a forward pass to so many
+        texts of the maximum length, `tokens_per_batch` always. `convert_to_tensor` gives a tensor
+        on the model's device. mteb calls this with a DataLoader.
 
-        In float32 a text's vector is the same alone and among other texts up to one unit in the
-        last place of a coordinate, in bfloat16 on a CPU that computes it natively to the bit; equal
-        texts are computed once. A text without tokens (empty, and no prompt) gives a zero vector,
-        as mean pooling over nothing does in sentence-transformers.
+        A text has the same vector alone and among others: up to one unit in the last place in
+        float32, to the bit in bfloat16 on a CPU that computes it natively. Equal texts are computed
+        once. A text without tokens (empty, and no prompt) gives a zero vector, as mean pooling over
+        nothing does in sentence-transformers.
         Raises ValueError naming a text that is not a string or not valid Unicode, or whose vector
         has NaN or infinity.
         """
@@ -206,9 +204,8 @@ class Embedder:
             }
         here = (None, self.device, str(self.device), self.device.type)
         same = {"convert_to_numpy": (True, not convert_to_tensor), "device": here}
-        same |= {"output_value": ("sentence_embedding",)}
         for word, value in others.items():
-            if value not in same.get(word, ()):
+            if value not in same.get(word, ("sentence_embedding",)):
                 hint = _OTHER_WORDS.get(word, "there is no such option")
                 raise ValueError(f"encode({word}={value!r}): {hint}")
         if batch_size is not None and batch_size < 1:
@@ -284,26 +281,25 @@ class Embedder:
         tensor = torch.atleast_2d(tensor.detach().to("cpu", torch.float32))
         return truncate(tensor, None, normalize=self.similarity_fn_name == "cosine")
 
-    def _mteb_prompt(self, task: object, kind: object) -> str | None:
+    def _mteb_prompt(self, task: object, prompt_type: object) -> str | None:
         """The name of the stored prompt that mteb would take with sentence-transformers, if any."""
-        name, task_type = attrgetter("name", "type")(task)
-        side = getattr(kind, "value", None)  # "query" or "document", of retrieval and reranking
-        names = (f"{name}-{side}", name, f"{task_type}-{side}", task_type, side)
+        name, kind = attrgetter("name", "type")(task)
+        side = getattr(
+            prompt_type, "value", None
+        )  # "query" or "document", of retrieval and reranking
+        names = (f"{name}-{side}", name, f"{kind}-{side}", kind, side)
         return next((name for name in names if name in self.prompts), None)
 
     @property
     def mteb_model_meta(self) -> object:
-        """What mteb names results by: the model's name, and a digest of what its vectors depend on.
-
-        So `mteb.evaluate(embedder, tasks)` takes the embedder as it is.
-        """
+        """The name by which mteb keeps results, and a digest of what the vectors depend on."""
         from mteb.models import ModelMeta
 
-        settings = json.dumps([self.prompts, self.default_prompt_name, self.max_length])
         vectors = self.encode(["", "a", "one dog ran far from its house"], prompt="")
-        known = {"name": f"kalm_min/{Path(self.name).name or 'embedder'}", "modalities": ["text"]}
-        revision = digest(settings, vectors.tobytes())[:16]
-        return ModelMeta.create_empty(overwrites=known | {"revision": revision})
+        settings = json.dumps([self.prompts, self.default_prompt_name, self.max_length])
+        known = {"revision": digest(settings, vectors.tobytes())[:16], "modalities": ["text"]}
+        known |= {"name": f"kalm_min/{Path(self.name).name or 'embedder'}"}
+        return ModelMeta.create_empty(overwrites=known)
 
     def _encode(
         self, texts: list[str], prompt: str, limit: int | None, bar: "tqdm[NoReturn]"
@@ -335,13 +331,9 @@ class Embedder:
                     is_finite = torch.linalg.vector_norm(found, dim=1).isfinite()
                     if not is_finite.all():
                         text = texts[rows[int(is_finite.int().argmin())]]
-                        kind = str(self.dtype).removeprefix("torch.")
-                        hint = (
-                            "try dtype float32" if kind != "float32" else "its weights are damaged"
-                        )
                         raise ValueError(
                             f"{text[:60]!r}: the model gives this text a vector with NaN or infinity "
-                            f"in {kind}; {hint}"
+                            f"in {self.dtype}; try dtype float32, or check the model's weights"
                         )
                     vectors[[*rows]] = found
                     bar.update(len(batch))

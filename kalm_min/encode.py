@@ -12,16 +12,13 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from kalm_min import program
 from kalm_min.config import run
 from kalm_min.files import check_first_line, parse_object, read_lines, read_text
 from kalm_min.schema import Field, is_string, problem_with
 from kalm_min.settings import Precision
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,31 +75,34 @@ def _read_table(path: Path, column: str, delimiter: str) -> list[str]:
     """The cells of a column of a table with a header."""
     csv.field_size_limit(sys.maxsize)
     rows = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
-    texts: list[str] = []
+    names = next(rows, [])
+    if column not in names:
+        raise ValueError(
+            f"{path}: expected the column {column!r}, found {', '.join(names)}; name the one to "
+            "encode with --column (kalm_min.convert makes training data of a table)"
+        )
     try:
-        names = next(rows, [])
-        if column not in names:
-            raise ValueError(
-                f"{path}: expected the column {column!r}, found {', '.join(names)}; name the one to "
-                "encode with --column (kalm_min.convert makes training data of a table)"
-            )
-        for row in filter(None, rows):
-            if len(row) != len(names):
-                where = f"{path}:{rows.line_num}"
-                raise ValueError(f"{where}: expected {len(names)} cells, found {len(row)}")
-            texts.append(row[names.index(column)])
+        cells = [(rows.line_num, row) for row in rows if row]
     except csv.Error as error:
         raise ValueError(f"{path}:{rows.line_num}: expected a table, found: {error}") from error
-    return texts
+    for line, row in cells:
+        if len(row) != len(names):
+            raise ValueError(f"{path}:{line}: expected {len(names)} cells, found {len(row)}")
+    return [row[names.index(column)] for _, row in cells]
 
 
 def encode(config: EncodeConfig) -> int:
     """Encode the texts and write their vectors."""
+    import numpy as np
+
     from kalm_min.embedder import Embedder, quantize
     from kalm_min.vectors import write_array
 
     texts = read_texts(config.input, config.column)
-    ranges = config.ranges and _read_ranges(config.ranges)
+    try:
+        ranges = None if config.ranges is None else np.load(config.ranges, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{config.ranges}: expected a .npy file, found: {error}") from error
     length = config.max_length
     model = Embedder.from_pretrained(config.model, config.device, config.dtype, max_length=length)
     vectors = model.encode(
@@ -120,15 +120,6 @@ def encode(config: EncodeConfig) -> int:
     shape = f"{len(texts):,} texts, {vectors.shape[1]} dimensions"
     sys.stderr.write(f"{shape}, {model.dtype} on {model.device} -> {config.output}{note}\n")
     return 0
-
-
-def _read_ranges(path: Path) -> "np.ndarray":
-    import numpy as np
-
-    try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path}: expected a .npy file of vectors, found: {error}") from error
 
 
 main = partial(

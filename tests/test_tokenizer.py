@@ -2,8 +2,13 @@
 
 import json
 import shutil
+from unittest.mock import Mock
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.processors import TemplateProcessing
 
 from kalm_min import Embedder
 from kalm_min.tokenizer import Tokenizer, check_texts, prefetch
@@ -55,10 +60,38 @@ def test_a_file_that_closes_texts_is_not_closed_twice(folder, tmp_path):
         Tokenizer.from_folder(folder)
 
 
-def test_what_is_missing_or_damaged_is_named(folder):
+@pytest.mark.parametrize("template", ["$A", "$A <e>", "<b> $A", "<b> $A <e> <e>"])
+@given(st.lists(st.text(max_size=9), max_size=4), st.integers(4, 12))
+def test_texts_are_cut_as_the_library_cuts(tiny_model_dir, template, texts, length):
+    """What opens and closes every text is kept; the tokenizer that was given keeps no length."""
+    fast = FastTokenizer.from_file(str(tiny_model_dir / "tokenizer.json"))
+    special = [("<b>", fast.token_to_id("a")), ("<e>", 0)]
+    fast.post_processor = TemplateProcessing(template, special_tokens=special)
+    ours = Tokenizer(FastTokenizer.from_str(fast.to_str()))
+    before = ours._fast.to_str()
+    found = ours.encode(texts, "the ", max_length=length)
+    fast.enable_truncation(length)
+    assert found == [one.ids for one in fast.encode_batch(["the " + text for text in texts])]
+    assert ours._fast.to_str() == before
+
+
+def test_what_is_missing_or_damaged_is_named(folder, monkeypatch):
     """No tokenizer.json; one that is not JSON; remote code is dropped, never run."""
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer\.json: expected a tokenizers file"):
+        Tokenizer.from_folder(folder)
+    for found in ("[]", "{}", "[" * 100_000, '{"model": ' + "9" * 5000 + "}"):
+        (folder / "tokenizer.json").write_text(found)
+        with pytest.raises(ValueError, match=r"tokenizer\.json: expected a tokenizers file"):
+            Tokenizer.from_folder(folder)
+
+    class PanicException(BaseException):
+        """What the library raises when its Rust code panics."""
+
+    monkeypatch.setattr(FastTokenizer, "from_file", Mock(side_effect=PanicException("index 9")))
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.json: expected a tokenizers file, .* index 9"
+    ):
         Tokenizer.from_folder(folder)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"expected tokenizer\.json, found none"):

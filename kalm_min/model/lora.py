@@ -192,15 +192,15 @@ def load_adapter(model: nn.Module, folder: Path) -> Adapter:
         if isinstance(names, str):
             found = [name for name, _ in model.named_modules() if re.fullmatch(names, start + name)]
             names = found or [names]
-        common = float(alpha if power == 1 else alpha * rank**power)
         names = [name.removeprefix(start) for name in names]
+        common = float(alpha * rank ** (1 - power))
         config = LoRAConfig(rank=rank, alpha=common, target_modules=tuple(names))
         layers = _targets(model, config)
         ranks, alphas = (
             {layer: _by_pattern(raw.get(key, {}), start + layer, default) for layer in layers}
             for key, default in (("rank_pattern", rank), ("alpha_pattern", alpha))
         )
-    except (ValueError, re.error) as error:
+    except (ValueError, re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from error
     _attach(model, config, {layer: int(number) for layer, number in ranks.items()})
     wanted = {name: x for name, x in model.state_dict().items() if name.endswith((_A, _B))}

@@ -289,6 +289,7 @@ def test_the_files_say_the_same(tiny_model_dir, tmp_path):
         ),
         ({"target_modules": ".*_proj"}, "missing tensors: layers.0.mlp.gate_proj.lora_A"),
         ({"target_modules": "(" * 9}, "adapter_config.json: missing"),
+        ({"target_modules": "(" * 9999}, "adapter_config.json: maximum recursion"),
         ({"target_modules": ["q_proj", 3]}, "expected 'target_modules' to be names"),
         ({"target_modules": ["c_attn"]}, "found 'c_attn'"),
         ({"r": 0}, "expected 'r' to be a whole number of at least 1"),
