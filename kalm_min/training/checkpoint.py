@@ -286,15 +286,17 @@ def write_description(output: Path, config_toml: str, device: torch.device) -> N
     write_json(output / "environment.json", environment)
 
 
-def cut_log(path: Path, last_step: int) -> list[Object]:
+def cut_log(path: Path, last_step: int) -> list[float]:
     """Drop what was logged after the step to resume from, and from a line that a kill tore on.
 
-    Returns what is left.
+    Returns the MRR of the validations that are left.
     """
-    lines: list[Object] = []
+    kept, scores = "", list[float]()
     if path.is_file():
-        with suppress(ValueError, TypeError):
+        with suppress(ValueError, TypeError, KeyError):
             for _, line in read_jsonl(path):
-                lines += [line] if line.get("step", 0) <= last_step else []
-        write_text(path, "".join(f"{json.dumps(line)}\n" for line in lines))
-    return lines
+                if line["step"] <= last_step:
+                    scores += [float(line["validation"]["mrr"])] if "validation" in line else []
+                    kept += f"{json.dumps(line)}\n"
+        write_text(path, kept)
+    return scores

@@ -190,17 +190,16 @@ class Trainer:
         scores: list[float] = []  # of all validations so far, on rank 0
         if is_main:
             checkpoint.prune(checkpoints, loop.keep_checkpoints)
-            lines = checkpoint.cut_log(log_path, self.step)
-            scores += [line["validation"]["mrr"] for line in lines if "validation" in line]
+            # Without a checkpoint a run starts over, even if an earlier start has logged steps.
+            scores += checkpoint.cut_log(log_path, self.step or -1)
             shown = [report]
             if loop.log_to:
                 shown.append(open_tracker(loop.log_to, self.output, self.step))
 
         def check_folder() -> None:
             """Raise OSError if the folder, or the log in it, was removed or replaced."""
-            if is_main and not (
-                log_path.exists() and os.path.samestat(log_path.stat(), os.fstat(log.fileno()))
-            ):
+            here = log_path.stat() if log_path.exists() else None
+            if is_main and not (here and os.path.samestat(here, os.fstat(log.fileno()))):
                 raise OSError(f"{log_path}: expected the log of this run, found it removed")
 
         def write(line: LogLine) -> None:
@@ -232,9 +231,7 @@ class Trainer:
             early = _EARLY if loop.patience and waited >= loop.patience else 0
             return distributed.max_over_ranks(max([*signals, early]), self.embedder.device)
 
-        # Without a checkpoint a run starts over, even if an earlier start has logged steps.
-        mode = "a" if self.step else "w"
-        with (log_path if is_main else Path(os.devnull)).open(mode, encoding="utf-8") as log:
+        with (log_path if is_main else Path(os.devnull)).open("a", encoding="utf-8") as log:
             if self.step == 0:
                 validated()
             clock = time.perf_counter()

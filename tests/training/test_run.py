@@ -90,7 +90,9 @@ def test_the_log_is_cut_where_a_run_resumes(tmp_path):
     assert path.read_text() == "".join(lines)
     cut_log(path, 1)
     assert path.read_text() == lines[0]
-    cut_log(tmp_path / "none.jsonl", 1)
+    path.write_text('{"step": 0, "validation": {"mrr": 0.5}}\n{"step": 1, "validation": []}\n')
+    assert cut_log(path, 1) == [0.5]
+    assert cut_log(tmp_path / "none.jsonl", 1) == []
     assert not (tmp_path / "none.jsonl").exists()
 
 
