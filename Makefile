@@ -7,7 +7,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-EXTRAS := mining,eval,report,data
+EXTRAS := mining,eval,report,data,synthesis
 
 # Two test processes; more threads than cores would only slow each other down.
 PYTEST := $(BIN)/python -m pytest -n 2

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "kalm_min"
 BUDGETS = {
     "config files console": 450, "vectors topk": 400, "tokenizer embedder": 320, "model": 800,
     "losses": 350, "sampling": 250, "data": 800, "training": 1150, "mining": 900,
-    "evaluation": 1400, "encode convert soup check": 350, "__init__": 25,
+    "evaluation": 1400, "synthesis synthesize": 800, "encode convert soup check": 350, "__init__": 25,
 }  # fmt: skip
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 

@@ -8,6 +8,7 @@ COMMANDS = {
     "train": "fine-tune or train an embedding model (under torchrun: torchrun -m kalm_min train)",
     "mine": "find hard negatives for training data, and drop inconsistent rows",
     "evaluate": "score models on MTEB and on your own data",
+    "synthesize": "training data written by a language model, from personas or your own passages",
     "encode": "a file of texts -> a file of vectors",
     "convert": "CSV, TSV, Parquet, JSON or JSONL -> training data, and held-out evaluation data",
     "soup": "the weighted mean of checkpoints",

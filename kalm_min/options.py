@@ -361,3 +361,63 @@ class MiningConfig(Rules):
     ] = "auto"
     cache_dir: Annotated[Path | None, "Folder for line indices; none: beside the data."] = None
     dry_run: Annotated[bool, "Print what would be done, and do nothing."] = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SynthesisConfig(Ranged):
+    """Write synthetic training data with a model behind an OpenAI-compatible server.
+
+    A key for the server is read from the environment variable OPENAI_API_KEY.
+    """
+
+    model: Annotated[str, "Name of the model, as the server calls it."]
+    output: Annotated[Path, "Folder of the training data."]
+    server: Annotated[str, "URL of the server, as in http://localhost:8000/v1."] = ""
+    examples: Annotated[int, "Samples to ask for; more of them later add to these.", COUNT] = 1000
+    languages: Annotated[tuple[str, ...], "Codes of languages: en, zh, ..."] = ("en", "zh")
+    tasks: Annotated[tuple[str, ...], "Types of tasks, which are names of prompt files."] = (
+        "short_long",
+        "long_short",
+        "short_short",
+        "long_long",
+        "sts",
+        "bitext",
+    )
+    personas: Annotated[
+        Path | None, "JSONL with the key persona, or lines of text; none: those of the package."
+    ] = None
+    prompts: Annotated[Path | None, "Folder of prompt files that replace the package's."] = None
+    passages: Annotated[
+        Path | None, "JSONL with the keys text and title: ask for queries to these passages."
+    ] = None
+    hold_out: Annotated[
+        int, "Passages kept apart, for a retrieval dataset in <output>_hold_out.", ANY_COUNT
+    ] = 0
+    instructions_per_persona: Annotated[int, "Instructions that a persona writes.", COUNT] = 5
+    samples_per_instruction: Annotated[
+        int, "Samples of an instruction, in each language.", COUNT
+    ] = 14
+    temperature: Annotated[float, "Sampling temperature of the model.", ANY_COUNT] = 1.0
+    max_tokens: Annotated[int, "Limit of an answer; a longer one is rejected.", COUNT] = 2048
+    seed: Annotated[int, "Seed of all draws, and of the seed in each request."] = 0
+    structured: Annotated[
+        Literal["auto", "json_schema", "json_object", "text"],
+        "How JSON is asked for; auto: the strictest way of the server, json_schema for batch files.",
+    ] = "auto"
+    concurrency: Annotated[int, "Requests under way at once.", COUNT] = 32
+    timeout: Annotated[float, "Seconds to wait for an answer.", POSITIVE] = 120.0
+    retries: Annotated[
+        int, "How often a failed request is sent again, after growing pauses.", ANY_COUNT
+    ] = 4
+    batch_files: Annotated[
+        Path | None, "Folder to write requests.jsonl to and to read results from; no server."
+    ] = None
+    dry_run: Annotated[bool, "Print a request of each type and the number of requests."] = False
+
+    def __post_init__(self) -> None:
+        Ranged.__post_init__(self)
+        if self.hold_out and not self.passages:
+            raise ValueError("hold_out: expected passages to keep some of, found none")
+        without = self.dry_run or self.batch_files
+        if not without and not self.server.startswith(("http://", "https://")):
+            raise ValueError(f"server: expected a URL (http://...), found {self.server!r}")

@@ -40,7 +40,7 @@ for name in sys.argv[1:]:
 
 EXTRAS = [
     "transformers", "sentence_transformers", "mteb", "faiss", "matplotlib", "pyarrow",
-    "sklearn", "scipy", "pandas", "polars", "datasets",
+    "openai", "sklearn", "scipy", "pandas", "polars", "datasets",
 ]  # fmt: skip
 
 

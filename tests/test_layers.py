@@ -13,10 +13,12 @@ ENTRY_POINTS = (
     "train",
     "mine",
     "evaluate",
+    "synthesize",
     "kalm_min.__main__",
     "kalm_min.train",
     "kalm_min.mine",
     "kalm_min.evaluate",
+    "kalm_min.synthesize",
     "kalm_min.encode",
     "kalm_min.check",
     "kalm_min.soup",
@@ -45,6 +47,7 @@ LAYERS = {
     "kalm_min.training": 2,
     "kalm_min.mining": 2,
     "kalm_min.evaluation": 2,
+    "kalm_min.synthesis": 2,
     "kalm_min.config": 3,
     **dict.fromkeys(ENTRY_POINTS, 4),
 }
@@ -83,8 +86,10 @@ CONFINED = {
         "kalm_min.mining.report",
         "kalm_min.evaluation.report",
         "kalm_min.training.tracking",
+        "kalm_min.synthesize",
     ),
     "pyarrow": ("kalm_min.convert",),
+    "openai": ("kalm_min.synthesis.server",),
     "transformers": (),
     "sentence_transformers": ("kalm_min.check",),
     "argparse": ("kalm_min.config",),
@@ -100,7 +105,7 @@ def name_of(path: Path) -> str:
 SOURCES = {
     name_of(path): path
     for path in sorted(
-        [*(ROOT / "kalm_min").rglob("*.py"), *(ROOT / f"{name}.py" for name in ENTRY_POINTS[:3])]
+        [*(ROOT / "kalm_min").rglob("*.py"), *(ROOT / f"{name}.py" for name in ENTRY_POINTS[:4])]
     )
     if path.exists()
 }

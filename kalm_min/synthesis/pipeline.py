@@ -1,0 +1,388 @@
+"""The run: samples are decided in the order of their indices, with answers on disk or asked for.
+
+The file of raw answers, which only grows, is the whole state. After a kill the same command decides
+everything again with the answers that are there, and asks for the others; so the output depends on
+the answers alone, and not on the order in which they came.
+"""
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from array import array
+from collections import Counter, deque
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import IO, TextIO, cast
+
+import numpy as np
+
+from kalm_min import files
+from kalm_min.console import Progress
+from kalm_min.data.records import problem_with_line
+from kalm_min.files import Object
+from kalm_min.options import SynthesisConfig
+from kalm_min.schema import Field, is_text, is_whole, read_object
+from kalm_min.synthesis import filters
+from kalm_min.synthesis.prompts import Plan, Prompt, Sample
+from kalm_min.synthesis.server import Server, read_completion, response_format
+
+BIN = 10  # words, in the histograms of lengths
+_ATTEMPTS = 3  # the first, and two with other seeds
+_PROVENANCE = "README.provenance"  # a folder; readers of training data skip the name
+_AHEAD = 8  # samples under way per request, so that one slow answer does not stop the others
+_KEY = re.compile(rb'\{"key": "([0-9a-f]{16})"')
+_FREE = {"output", "server", "examples", "concurrency", "timeout", "retries", "batch_files"}
+_FREE |= {"dry_run", "personas", "prompts", "passages"}  # the content of these is compared
+
+
+_SETTINGS = {
+    "settings": Field("an object", lambda value: isinstance(value, dict), required=True),
+    "structured": Field("a text", is_text, required=True),
+    "decided": Field("a number", is_whole, required=True),
+}
+
+
+class NoAnswerError(Exception):
+    """An answer is not on disk, and there is no server to ask."""
+
+
+class Answers:
+    """Raw answers in a JSONL file that only grows, found by the key of their request."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._synced = path, time.monotonic()
+        self._file, self._reader = path.open("ab", buffering=0), path.open("rb")
+        keys, starts, start = array("Q"), array("Q"), 0
+        for number, line in enumerate(self._reader, 1):
+            if not line.endswith(b"\n"):  # torn by a kill
+                os.truncate(path, start)
+            elif not (match := _KEY.match(line)):
+                raise ValueError(
+                    f"{path}:{number}: expected an answer, found none; delete the line"
+                )
+            else:
+                keys.append(int(match[1], 16))
+                starts.append(start)
+                start += len(line)
+        order = np.argsort(np.array(keys), kind="stable")
+        self._keys, self._starts = np.array(keys)[order], np.array(starts)[order]
+
+    def find(self, key: str) -> Object | None:
+        """An answer that was there when the file was opened."""
+        at = int(np.searchsorted(self._keys, np.uint64(int(key, 16))))
+        if at == len(self._keys) or self._keys[at] != int(key, 16):
+            return None
+        self._reader.seek(int(self._starts[at]))
+        return files.parse_object(self._reader.readline(), self._path)
+
+    def add(self, key: str, answer: Object) -> None:
+        """Append an answer: a kill does not lose it, a power cut loses at most a second of them."""
+        line = json.dumps({"key": key, **answer}).encode() + b"\n"
+        if self._file.write(line) < len(line):
+            raise OSError(f"{self._path}: no space left for an answer")
+        if time.monotonic() > self._synced + 1:
+            os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
+
+    def close(self) -> None:
+        """Sync and close the file."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._reader.close()
+
+
+@dataclass
+class _Found:
+    """What became of a sample: a line of training data, or None after the last attempt."""
+
+    line: Object | None = None
+    attempt: int = 0
+    request: str = ""  # its key
+    tokens: int = 0
+    reasons: list[str] = field(default_factory=list)  # of the rejected attempts
+
+
+class Synthesis:
+    """A run in the folder of its output, which the caller has locked.
+
+    `counts` has the number of samples by file and outcome: asked, accepted, or the reason of each
+    rejected answer; `lengths` those by file, key and length in bins. Raises ValueError if the
+    folder holds a run with other settings.
+    """
+
+    def __init__(self, config: SynthesisConfig, plan: Plan, stream: TextIO) -> None:
+        self.config, self.plan, self._server = config, plan, None
+        self._state, self._work = config.output / ".synthesis", config.output / ".synthesis/work"
+        self._state.mkdir(parents=True, exist_ok=True)
+        self._claim()
+        shutil.rmtree(self._work, ignore_errors=True)
+        self._answers, self._seen = Answers(self._state / "answers.jsonl"), filters.Seen()
+        self._failed, self._files = list[tuple[str, Object]](), dict[str, IO[str]]()
+        self._first: dict[str, asyncio.Task[tuple[list[str], _Found]]] = {}
+        self.counts, self.lengths = Counter[tuple[str, str]](), Counter[tuple[str, str, int]]()
+        self.missing = self.decided = self.tokens = self._signal = 0
+        self._progress = Progress(plan.total, "samples", stream, title="synthesize")
+
+    def _claim(self) -> None:
+        """Read the state of an earlier run, or begin one."""
+        plain = {key: one for key, one in asdict(self.config).items() if key not in _FREE}
+        current: Object = json.loads(json.dumps(plain | self.plan.sources))
+        self._settings = {"settings": current, "structured": self.config.structured, "decided": 0}
+        if (path := self._state / "settings.json").exists():
+            self._settings = read_object(path, _SETTINGS)
+            if changed := files.differences(self._settings["settings"], current):
+                expected = f"{self.config.output}: expected the settings of the run in this folder"
+                raise ValueError(f"{expected}, found others ({changed}); give another --output")
+
+    def run(self) -> None:
+        """Decide every sample. Raises ConnectionError if the server does not answer."""
+        if folder := self.config.batch_files:
+            self._read_results(folder)
+        else:
+            self._server = Server(self.config)
+        with self._progress:
+            try:
+                asyncio.run(self._run())
+            except asyncio.CancelledError as error:
+                raise KeyboardInterrupt(self._signal) from error
+
+    async def _run(self) -> None:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._stop, number, task)
+        ahead = _AHEAD * self.config.concurrency
+        window = deque[tuple[Sample, asyncio.Task[_Found]]]()
+        try:
+            if self._settings["structured"] == "auto":
+                mode = await self._server.find_mode() if self._server else "json_schema"
+                self._settings["structured"] = mode
+                self._progress.line(f"structured output: {mode}")
+            files.write_json(self._state / "settings.json", self._settings)
+            for index in range(self.plan.total):
+                sample = self.plan.sample(index)
+                window.append((sample, asyncio.create_task(self._find(sample))))
+                if len(window) >= ahead:
+                    await self._settle(*window.popleft())
+            while window:
+                await self._settle(*window.popleft())
+            self._record_failures()
+        finally:
+            for task in (tasks := [*self._first.values(), *(task for _, task in window)]):
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            if self._server:
+                await self._server.close()
+
+    def _stop(self, number: int, task: asyncio.Task[None]) -> None:
+        self._signal = number
+        task.cancel()
+
+    async def _settle(self, sample: Sample, task: asyncio.Task[_Found]) -> None:
+        """Compare a sample with all before it, and write it."""
+        try:
+            found = await task
+            keys = list[int]()
+            while found.line and self._seen.holds(keys := self._keys(sample, found.line)):
+                found.reasons.append("near duplicate")
+                found = await self._find(sample, found)
+        except NoAnswerError:
+            self.missing += 1
+            return
+        name, line = sample.name, found.line
+        self.counts.update((name, reason) for reason in ("asked", *found.reasons))
+        self.tokens += found.tokens
+        self.decided += 1
+        if line:
+            self.counts[name, "accepted"] += 1
+            self._seen.add(keys)
+            for key, text in (("query", line["query"]), ("positive", line["pos"][0])):
+                self.lengths[name, key, len(filters.words(text)) // BIN] += 1
+            self._write_sample(sample, found, line)
+        if sample.number < self.config.hold_out:  # also without a query, it is a document
+            row = {"_id": str(sample.passage), "text": sample.values["passage"]}
+            self._write("hold_out/corpus.jsonl", row)
+        share = sum(n for (_, what), n in self.counts.items() if what == "accepted") / self.decided
+        self._progress.update(1, f"{share:.0%} accepted, {self.tokens:,} tokens")
+
+    async def _find(self, sample: Sample, found: _Found | None = None) -> _Found:
+        """Ask for a sample until an attempt is kept, after those of `found`."""
+        start, instruction = found.attempt + 1 if found else 0, sample.prompt.instruction
+        found = found or _Found()
+        found.line = None
+        if sample.first:
+            instructions, first = await self._instructions(sample)
+            repeats = self.config.instructions_per_persona * self.config.samples_per_instruction
+            if not start and sample.row % repeats == 0:  # it is counted once
+                found.reasons, found.tokens = [*first.reasons], first.tokens
+            if not instructions:
+                found.reasons.append("no instruction")
+                return found
+            instruction = instructions[sample.row % len(instructions)]
+        values = sample.values | {"instruction": instruction}
+        for found.attempt in range(start, _ATTEMPTS):
+            label = str(sample.number)
+            answer = await self._ask(sample.prompt, values, label, found)
+            found.line, reason = self._read(sample, instruction, answer)
+            if found.line:
+                break
+            found.reasons.append(reason)
+        return found
+
+    async def _instructions(self, sample: Sample) -> tuple[list[str], _Found]:
+        """The instructions of a first-stage answer, which many samples share."""
+        task = self._first.pop(sample.first, None)
+        self._first[sample.first] = task or asyncio.create_task(self._invent(sample))
+        if len(self._first) > _AHEAD * self.config.concurrency + len(self.plan.pairs):
+            del self._first[next(iter(self._first))]  # no sample under way needs it
+        return await self._first[sample.first]
+
+    async def _invent(self, sample: Sample) -> tuple[list[str], _Found]:
+        prompt, found = self.plan.prompts[f"{sample.prompt.name}.instructions"], _Found()
+        values = sample.values | {"number": str(self.config.instructions_per_persona)}
+        for found.attempt in range(_ATTEMPTS):
+            answer = await self._ask(prompt, values, sample.first, found)
+            texts, reason = filters.parse(answer, prompt.lengths)
+            secrets, good = self._secrets(sample, prompt), list[str]()
+            for text in dict.fromkeys(texts.get("instructions", ())):
+                why = self._judge(text, prompt.lengths["instructions"], "en")
+                if not (why := why or filters.find_leak([text], secrets)):
+                    good.append(text.rstrip(" ."))
+                reason = reason or why
+            if good:
+                return good, found
+            found.reasons.append(f"instructions: {reason or 'empty text'}")
+        return [], found
+
+    async def _ask(
+        self, prompt: Prompt, values: Mapping[str, str], label: str, found: _Found
+    ) -> Object:
+        """The answer to a request, from the disk if it is there."""
+        body = self.plan.body(prompt, values, label, found.attempt)
+        body |= response_format(self._settings["structured"], prompt.schema())
+        found.request = files.digest(json.dumps(body, sort_keys=True))[:16]
+        if (answer := self._answers.find(found.request)) is None:
+            if self._server is None:
+                request = {"method": "POST", "url": "/v1/chat/completions", "body": body}
+                self._write("requests.jsonl", {"custom_id": found.request, **request})
+                raise NoAnswerError
+            answer = await self._server.ask(body)
+            self._failed.append((found.request, answer))
+            if "error" not in answer:  # the server works, so that its failures are answers, too
+                self._record_failures()
+        found.tokens += sum(answer.get("tokens", ()))
+        return answer
+
+    def _record_failures(self) -> None:
+        for key, answer in self._failed:
+            self._answers.add(key, answer)
+        self._failed.clear()
+
+    def _read(self, sample: Sample, instruction: str, answer: Object) -> tuple[Object | None, str]:
+        """A line of training data made of an answer, or the reason why there is none."""
+        prompt = sample.prompt
+        texts, reason = filters.parse(answer, prompt.lengths)
+        codes = {"query": sample.languages[0], "label": "en"}
+        for key, text in ((key, text) for key, some in texts.items() for text in some):
+            code = codes.get(key, sample.languages[1])
+            reason = reason or self._judge(text, prompt.lengths[key], code)
+        reason = reason or filters.find_leak(chain(*texts.values()), self._secrets(sample, prompt))
+        if reason:
+            return None, reason
+        query, positives = texts["query"][0], texts.get("positive") or [sample.values["passage"]]
+        line: Object = {"query": query, "pos": positives, "neg": texts.get("negatives") or []}
+        line["instruction"] = instruction
+        if "label" in texts:
+            line["group"] = f"{instruction}: {texts['label'][0].lower()}"
+        reason = filters.compare(query, positives[0], line["neg"], prompt.copied)
+        return (None, reason) if reason or problem_with_line(line) else (line, "")
+
+    def _judge(self, text: str, span: Sequence[int], code: str) -> str:
+        return filters.judge(text, span, self.plan.known[code][1:])
+
+    def _secrets(self, sample: Sample, prompt: Prompt) -> Collection[str]:
+        """What no text may repeat: of the personas and of the prompt."""
+        personas = (filters.runs(self.plan.personas[number]) for number in sample.personas)
+        return prompt.secrets.union(*personas)
+
+    def _keys(self, sample: Sample, line: Object) -> list[int]:
+        """What no later sample may share; a passage may have several queries."""
+        positive = [] if sample.passage is not None else self._seen.keys("positive", line["pos"][0])
+        return self._seen.keys("query", line["query"]) + positive
+
+    def _write_sample(self, sample: Sample, found: _Found, line: Object) -> None:
+        held_out = sample.number < self.config.hold_out
+        name = "hold_out" if held_out else sample.name
+        prompt = {"prompt": self.plan.sources[sample.prompt.name][:12], "model": self.config.model}
+        origin = {"index": sample.number, "seed": self.config.seed, "attempt": found.attempt}
+        origin |= {"personas": sample.personas, "passage": sample.passage}
+        self._write(f"{_PROVENANCE}/{name}.jsonl", origin | prompt | {"request": found.request})
+        if held_out:
+            query, document = str(sample.number), str(sample.passage)
+            self._write("hold_out/queries.jsonl", {"_id": query, "text": line["query"]})
+            self._write("hold_out/qrels/test.tsv", f"{query}\t{document}\t1\n")
+        else:
+            self._write(f"{name}.jsonl", line)
+
+    def _write(self, name: str, row: Object | str) -> None:
+        """Append to a file that `publish` puts in its place."""
+        if name not in self._files:
+            path = self._work / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._files[name] = path.open("w", encoding="utf-8", newline="")
+            if name.endswith(".tsv"):
+                self._files[name].write("query-id\tcorpus-id\tscore\n")
+        text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) + "\n"
+        self._files[name].write(text)
+
+    def publish(self) -> bool:
+        """Put what was decided in its place, each file complete, unless an earlier run got further.
+
+        With batch files, the requests without an answer take the place of the data.
+        """
+        output = self.config.output
+        self._answers.close()
+        for file in self._files.values():
+            with file:
+                file.flush()
+                os.fsync(file.fileno())
+        targets = {name: output / name for name in self._files}
+        held = Path(f"{output.resolve()}_hold_out")
+        targets |= {n: held / n.partition("/")[2] for n in targets if n.startswith("hold_out/")}
+        if self.config.batch_files:
+            requests = self.config.batch_files / "requests.jsonl"
+            requests.unlink(missing_ok=True)
+            targets = {"requests.jsonl": requests} if self.missing else targets
+        elif self.decided < min(self._settings["decided"], self.plan.total):
+            return False
+        for name, path in targets.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            (self._work / name).replace(path)
+        for task, code in self.plan.pairs:  # a setting without its data would be refused
+            for path in (
+                output.glob(f"{task}_{code}*.jsonl") if self.plan.prompts[task].symmetric else ()
+            ):
+                files.write_text(path.with_suffix(".toml"), "symmetric = true\n")
+        self._settings["decided"] = self.decided
+        files.write_json(self._state / "settings.json", self._settings)
+        return not self.missing
+
+    def _read_results(self, folder: Path) -> None:
+        """Take the answers of a batch server from every other JSONL file of the folder."""
+        for path in sorted({*folder.glob("*.jsonl")} - {folder / "requests.jsonl"}):
+            for number, row in files.read_jsonl(path):
+                key, response = str(row.get("custom_id")), row.get("response")
+                if not re.fullmatch("[0-9a-f]{16}", key):
+                    expected = "expected a custom_id of requests.jsonl"
+                    raise ValueError(f"{path}:{number}: {expected}, found another")
+                response = cast("Object", response if isinstance(response, dict) else {})
+                is_good = response.get("status_code") == 200  # others are requested again
+                if is_good and self._answers.find(key) is None:
+                    self._answers.add(key, read_completion(response.get("body")))
+        self._answers.close()
+        self._answers = Answers(self._state / "answers.jsonl")
