@@ -179,9 +179,10 @@ class Synthesis:
             if self._server:
                 await self._server.close()
 
-    def _stop(self, number: int, task: asyncio.Task[None]) -> None:
+    def _stop(self, number: int, task: "asyncio.Task[None] | None") -> None:
         self._signal = number
-        task.cancel()
+        if task:
+            task.cancel()
 
     async def _settle(self, sample: Sample, task: asyncio.Task[_Found]) -> None:
         """Compare a sample with all before it, and write it."""

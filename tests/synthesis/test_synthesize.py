@@ -36,10 +36,13 @@ def _no_pictures():
 
 
 def flags(server, output, *more, examples=24, concurrency=4):
+    """The command's flags; `more` take the place of those that are given here."""
     url = server if isinstance(server, str) else server.url
-    given = ["--model", "m", "--server", url, "--output", str(output), "--retries", "1"]
-    given += ["--examples", str(examples), "--concurrency", str(concurrency), "--timeout", "5"]
-    return [*given, "--languages", "en", "zh", "--samples-per-instruction", "2", *map(str, more)]
+    given = {"model": "m", "server": url, "output": output, "retries": 1, "timeout": 5}
+    given |= {"examples": examples, "concurrency": concurrency, "samples-per-instruction": 2}
+    more = [*map(str, more)]
+    pairs = [[f"--{name}", str(one)] for name, one in given.items() if f"--{name}" not in more]
+    return [*(word for pair in pairs for word in pair), *more]
 
 
 def contents(folder):
@@ -367,7 +370,7 @@ WRONG = [
     (["--languages", "en", "xx"], "xx"),
     (["--tasks", "short_lon"], "did you mean short_long?"),
     (["--languages", "en"], "two or more for bitext"),
-    (["--examples", "0"], "at least 1"),
+    (["--examples", "0"], "expected 1"),
     (["--hold-out", "5"], "passages"),
     (["--server", "localhost:8000"], "expected a URL"),
     (["--personas", "{folder}/empty.txt"], "at least one persona"),
@@ -393,8 +396,12 @@ def test_wrong_requests_are_one_sentence(more, sentence, tmp_path, capfd):
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "sts.txt").write_text(text)
-    given = ["--model", "m", "--output", str(tmp_path / "o"), "--server", "http://127.0.0.1:9/v1"]
-    given += [one.format(folder=tmp_path) for one in more]
+    more = [one.format(folder=tmp_path) for one in more]
+    given = flags(
+        "http://127.0.0.1:9/v1",
+        tmp_path / "o",
+        *more,
+    )
     with pytest.raises(SystemExit) as ended:
         sys.exit(main(given))
     assert ended.value.code == 2
