@@ -334,9 +334,10 @@ class Miner:
         folder = self.store / "model" / "neighbours" / key
         stored = sorted(int(entry.name) for entry in folder.glob("*") if entry.name.isdecimal())
         for longer in stored if config.index is None else ():
-            found = stored_neighbours(folder / str(longer), len(queries))
-            if longer >= depth and not found.missing():
-                return found, depth
+            if longer >= depth:
+                found = stored_neighbours(folder / str(longer), len(queries))
+                if not found.missing():
+                    return found, depth
         return stored_neighbours(folder / str(depth), len(queries)), depth
 
     def _select(self, number: int) -> Selection:

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from kalm_min import console
+from kalm_min.console import printable, table
 from kalm_min.data import TrainingData
 from kalm_min.files import atomic_write, escape_name, write_text
 from kalm_min.mining import rules
@@ -163,14 +163,9 @@ def examples(
     return "\n".join(lines)
 
 
-def printable(text: str) -> str:
-    """The text with control characters and terminal codes made visible."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def _code(text: str) -> str:
     """A text on one line, as code: nothing in it is read as Markdown, HTML or a terminal's codes."""
-    text = printable(" ".join(text.split()))
+    text = printable(" ".join(text.split()))  # with its control characters as codes
     text = text if len(text) <= _CUT else text[: _CUT - 1] + "…"
     ticks = "`" * max(2, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{ticks} {text} {ticks}"
@@ -178,7 +173,7 @@ def _code(text: str) -> str:
 
 def escaped(name: str) -> str:
     """A name in which nothing is read as Markdown, HTML or a terminal's codes."""
-    return re.sub(r"[\\`*\[\]<>&~]|\b_|_\b", r"\\\g<0>", printable(name))
+    return re.sub(r"[\\`*\[\]<>&~]|\b_|_\b", r"\\\g<0>", printable(" ".join(name.split())))
 
 
 def write(
@@ -238,7 +233,7 @@ def _table(tasks: Tasks, head: Sequence[str], rows: Iterable[Sequence[str]]) -> 
         else [escaped(task), *row]
         for (task, one), row in zip(tasks.items(), rows, strict=True)
     ]
-    return console.table(["task", *head], cells, right=range(1, len(head) + 1))
+    return table(["task", *head], cells, right=range(1, len(head) + 1))
 
 
 def _percentiles(histogram: Sequence[int]) -> str:
@@ -267,7 +262,9 @@ def _plot(folder: Path, tasks: Tasks) -> bool:
         axes.barh(places, share, left=left, color=colormaps["viridis"](i / 7), label=name)
         left += share
     # Names are no formulas ("$"), and the font may lack their characters.
-    axes.set_yticks(places, [printable(task)[:40] for task in tasks], parse_math=False)
+    axes.set_yticks(
+        places, [printable(" ".join(task.split()))[:40] for task in tasks], parse_math=False
+    )
     axes.invert_yaxis()
     axes.legend(ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1))
     with atomic_write(folder / "README.png") as file, warnings.catch_warnings(action="ignore"):

@@ -156,15 +156,10 @@ def _texts(record: Object) -> list[str]:
 
 def text_sets(data: TrainingData, index: TextIndex) -> list[TextSet]:
     """The queries and the documents of a task, with the plain instructions as prompts."""
-
-    @lru_cache(maxsize=1)  # the texts of a row are read together
-    def texts(row: int) -> list[str]:
-        return _texts(data.record(row))
-
+    # The texts of a row are read together.
+    texts = lru_cache(maxsize=1)(lambda row: _texts(data.record(row)))
     tables = (index.queries, index.documents)
-    return [
-        _text_set(one, index.instructions, lambda row, slot: texts(row)[slot]) for one in tables
-    ]
+    return [_text_set(one, index.instructions, lambda r, slot: texts(r)[slot]) for one in tables]
 
 
 def open_pool(path: Path, cache_dir: Path | None = None) -> tuple[TextSet, Ints]:
