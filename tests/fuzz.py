@@ -340,7 +340,7 @@ def make_results(folder: Path) -> None:
     tasks = [PlannedTask(n, "STS", "cosine_spearman", "1", 1000, Instruction()) for n in names]
     settings = {"dtype": "auto", "causal": None, "pooling": None, "max_length": None}
     results = folder / "results" / "a__model" / "cccc-5555"
-    plan = Plan("a/model", "c" * 64, (16, 8), settings, tuple(tasks), results)
+    plan = Plan("a/model", "c" * 64, ("16", "8"), settings, tuple(tasks), results)
     for task in tasks:
         dims = {str(dim): {"main_score": 0.5} for dim in plan.dims}
         used = {"dtype": "float32", "causal": True, "pooling": "mean", "max_length": 512}
@@ -436,7 +436,7 @@ def read_pipe(folder: Path) -> object:
     from kalm_min.evaluation.plan import Instruction, Plan, PlannedTask
 
     task = PlannedTask("STS12", "STS", "cosine_spearman", "1", 1000, Instruction())
-    plan = Plan("a/model", "c" * 64, (16,), {}, (task,), folder / "results")
+    plan = Plan("a/model", "c" * 64, ("16",), {}, (task,), folder / "results")
     for line in (folder / "pipe.jsonl").read_bytes().split(b"\n"):
         one = runner.Runner(
             plan, devices=["cpu"], environment={}, logs=folder, timeout=9, stream=io.StringIO()

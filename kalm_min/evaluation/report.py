@@ -322,7 +322,7 @@ def read_plans(
             texts = (key.get(f"{role}_{kind}", "") for role in ("query", "document"))
             task = PlannedTask(
                 name=name,
-                type=record.get("type", ""),
+                type=record.get("type") or "",
                 main_score=key["main_score"],
                 revision=key["revision"],
                 characters=0,
