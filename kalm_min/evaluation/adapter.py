@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kalm_min.embedder import Embedder
+from kalm_min.model import quantize
 from kalm_min.topk import Vectors, on_grid
 from kalm_min.topk import top_k as find_top_k
 from kalm_min.vectors import StoredVectors, TextSet, cut_dimension
@@ -140,15 +141,13 @@ class Adapter:
         if self.precision == "float32":
             return vectors
         if self.precision.endswith("binary"):
-            kept = np.where(vectors > 0, 1.0, -1.0)
+            bits = np.unpackbits(quantize(vectors, "ubinary"), axis=1, count=self.dim)
+            kept = 2.0 * bits - 1
         else:
             assert self._sample is not None
             sample = cut_dimension(self._sample, self.dim)
-            ranges = np.stack([sample.min(0), sample.max(0)])  # (2, dim)
-            step = np.maximum((ranges[1] - ranges[0]) / 255, 1e-12)
-            kept = (
-                ranges[0] + (np.clip(np.floor((vectors - ranges[0]) / step), 0, 255) + 0.5) * step
-            )
+            low, step = sample.min(0), np.ptp(sample, axis=0) / 255  # (dim,)
+            kept = low + (quantize(vectors, "uint8", sample) + 0.5) * step
         return on_grid(kept / np.linalg.norm(kept, axis=1, keepdims=True))
 
     def _stored(

@@ -27,7 +27,7 @@ from kalm_min.files import (
     read_json,
 )
 from kalm_min.schema import Field, is_number, is_string, problem_with
-from kalm_min.settings import KALM_TEMPLATE, Opened, Pooling, open_folder
+from kalm_min.settings import KALM_TEMPLATE, Opened, Pooling, Precision, open_folder
 
 if TYPE_CHECKING:
     from mteb import AbsTask
@@ -59,7 +59,7 @@ class EvaluationConfig:
     output: Annotated[Path, "Folder of results; the same command again resumes."] = Path("results")
     dims: Annotated[tuple[int, ...], "Matryoshka dimensions to score; if none, the full one."] = ()
     precision: Annotated[
-        tuple[Literal["float32", "int8", "uint8", "binary", "ubinary"], ...],
+        tuple[Precision, ...],
         "Also score the vectors as stored in these precisions; float32 is always scored.",
     ] = ()
     devices: Annotated[tuple[str, ...], "Devices, one worker each; all GPUs, or cpu, if none."] = ()
@@ -161,6 +161,11 @@ class Plan:
     elsewhere: frozenset[str] = frozenset()  # names of the tasks that other machines run
     per_query: bool = False
 
+    @property
+    def name(self) -> str:
+        """The hub id of the model, or local/ and the name of its run."""
+        return self.results.absolute().parent.name.replace("__", "/")
+
     def result_path(self, task: PlannedTask) -> Path:
         """The file of a task's result."""
         return self.results / f"{escape_name(task.name)}.json"
@@ -189,7 +194,9 @@ class Plan:
         found = result["kalm_min"]["dims"] if result else {}
         missing = [dim for dim in self.dims if dim not in found]
         queries = self.queries_path(task)
-        return missing or list(self.dims[: bool(queries and not queries.is_file())])
+        if not missing and queries and not queries.is_file():
+            missing = [self.dims[0]]
+        return missing
 
     def result(self, task: PlannedTask) -> dict[str, Any] | None:
         """The valid result of a task with every requested dimension, or None."""
@@ -526,7 +533,8 @@ def resolve_prompts(prompts: Mapping[str, str], task: PlannedTask) -> Instructio
     found = [next((key for key in keys if key in prompts), None) for keys in (queries, documents)]
     query, document = ("" if key is None else prompts[key] for key in found)
     used = dict.fromkeys(key or "default" for key in found if key is not None and prompts[key])
-    return Instruction(query, document, f"prompts {', '.join(used)}", "prompt")
+    origin = f"prompts {', '.join(used)}" if used else ""
+    return Instruction(query, document, origin, "prompt")
 
 
 def official_means(benchmark: str, results: Mapping[str, dict]) -> dict[str, float | None]:

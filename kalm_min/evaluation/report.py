@@ -173,7 +173,7 @@ def _means(types: Mapping[str, str], columns: Scores) -> list[tuple[str, str, di
     if len(types) > 1:
         over_tasks = {column: fmean(map(one.__getitem__, types)) for column, one in columns.items()}
         rows.append(("", f"mean of {len(types)} tasks", over_tasks))
-    if len(by_type) > 1:
+    if 1 < len(by_type) < len(types):
         over_types = {column: fmean(one[column] for one in by_type.values()) for column in columns}
         rows.append(("", f"mean of {len(by_type)} types", over_types))
     return rows
@@ -188,7 +188,7 @@ def markdown(plan: Plan, rows: Sequence[Row], failures: Mapping[str, "Failure"])
         seconds = "" if isnan(row.seconds) else format_duration(row.seconds)
         names = map(_text, (row.name, row.type, row.metric))
         lines.append([*names, *(_number(row.scores[dim]) for dim in dims), seconds])
-    parts = [f"# {_text(plan.model)}", f"{_text(describe(plan))} Scores are mteb's, times 100."]
+    parts = [f"# {_text(plan.name)}", f"{_text(describe(plan))} Scores are mteb's, times 100."]
     parts.append(table(head, lines, right=range(3, len(head))))
     types, columns = _done(rows)
     if len(dims) < len(plan.dims) and types:
@@ -339,9 +339,8 @@ def read_plans(
         common = ordered(map(str, dims) if dims else set.intersection(*found))
         if not common:
             raise ValueError(f"{results}: no dimension in common, choose with --dims")
-        model = results.absolute().parent.name.replace("__", "/")
         parts = tuple(tasks.values())
-        plans.append(Plan(model, checkpoint, common, settings, parts, results, benchmarks))
+        plans.append(Plan("", checkpoint, common, settings, parts, results, benchmarks))
     if not plans:
         raise ValueError(f"{folder}: expected a folder that evaluate.py wrote, found no result")
     return plans
@@ -359,9 +358,9 @@ def compare(found: Sequence[tuple[Path, Plan]]) -> tuple[str, Scores, dict[str, 
     for name in (  # the shortest way to tell them apart
         lambda folder, plan: folder.absolute().name,
         lambda folder, plan: str(folder),
-        lambda folder, plan: plan.model,
-        lambda folder, plan: f"{folder} {plan.model}",
-        lambda folder, plan: f"{folder} {plan.model} {plan.results.name}",
+        lambda folder, plan: plan.name,
+        lambda folder, plan: f"{folder} {plan.name}",
+        lambda folder, plan: f"{folder} {plan.name} {plan.results.name}",
     ):
         names = [f"{name(*pair)} ({pair[1].dims[0]})" for pair in found]
         if len(set(names)) == len(names):
@@ -382,7 +381,7 @@ def compare(found: Sequence[tuple[Path, Plan]]) -> tuple[str, Scores, dict[str, 
         for name, plan in plans.items()
     }
     first, *rest = plans
-    models = [f"- {name}: {plan.model}. {describe(plan)}" for name, plan in plans.items()]
+    models = [f"- {name}: {plan.name}. {describe(plan)}" for name, plan in plans.items()]
     parts = [
         "# Comparison",
         _text("\n".join(models)),

@@ -68,7 +68,7 @@ def test_what_was_published_stands_beside(finished):
     assert table[2][:6] == ["SciFact", "Retrieval", "72.89", "71.98", "74.38", "75.00"]
     assert table[2][6:] == ["+2.11", "+3.02", "+0.62"]
     assert table[3][0] == "STS12"
-    assert [row[0] for row in table[4:]] == ["mean of 2 tasks", "mean of 2 types"]
+    assert [row[0] for row in table[4:]] == ["mean of 2 tasks"]
     assert table[4][2:6] == ["76.53", "77.12", "78.14", "77.50"]
     assert "embeddings-benchmark/results" in text
     found = list(csv.DictReader(io.StringIO(comma_separated(plan, rows))))
@@ -119,7 +119,7 @@ def test_the_report_of_a_folder_is_that_of_the_run(finished, tmp_path):
     """Promise: the same tables, whatever the order in which tasks were run."""
     plan = finished("r", SCORES, {"b": "Retrieval"})
     (found,) = read_plans(tmp_path / "r")
-    assert (found.model, found.checkpoint, found.dims) == (plan.model, plan.checkpoint, plan.dims)
+    assert (found.name, found.checkpoint, found.dims) == (plan.name, plan.checkpoint, plan.dims)
     assert markdown(found, score_rows(found), {}) == markdown(plan, score_rows(plan), {})
     assert comma_separated(found, score_rows(found)) == comma_separated(plan, score_rows(plan))
     (same,) = read_plans(plan.results)
@@ -245,7 +245,6 @@ def test_differences_and_means_over_what_is_common(finished, tmp_path):
         ["only", "STS", "90.00", "—", "—"],
         ["x", "STS", "50.00", "60.00", "+10.00"],
         ["mean of 2 tasks", "", "60.00", "60.00", "+0.00"],
-        ["mean of 2 types", "", "60.00", "60.00", "+0.00"],
     ]
     assert "Means are over the tasks that all models have" in text
     assert "- a (32): a/model. Checkpoint cccccccccccc; dtype auto" in text
