@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from kalm_min.console import format_duration, table
+from kalm_min.console import count, format_duration, printable, table
 from kalm_min.evaluation.plan import (
     SETTINGS,
     Instruction,
@@ -99,11 +99,11 @@ def plan_table(plan: Plan, speed: float = nan) -> str:
         lines += textwrap.wrap(sentence, 80, subsequent_indent="  ", break_on_hyphens=False)
     done = sum(row[3] == "done" for row in rows)
     total = sum(task.characters for task in plan.tasks) / 1e6
-    count = f"{len(plan.tasks)} task{'s' * (len(plan.tasks) > 1)} ({done} done), {total:.2f} Mchar"
+    summary = f"{count(len(plan.tasks), 'task')} ({done} done), {total:.2f} Mchar"
     if not isnan(speed):
-        count += f"; {format_duration(left / speed)} of encoding at {speed:,.0f} characters/s,"
-        count += "\nas just measured, and the time of scoring"
-    return "\n".join([*lines, "", count, f"results in {plan.results}"])
+        summary += f"; {format_duration(left / speed)} of encoding at {speed:,.0f} characters/s,"
+        summary += "\nas just measured, and the time of scoring"
+    return printable("\n".join([*lines, "", summary, f"results in {plan.results}"]))
 
 
 def score_rows(plan: Plan) -> list[Row]:
@@ -128,8 +128,8 @@ def score_rows(plan: Plan) -> list[Row]:
         rows.append(Row("task", name, kind, parts[0].main_score, scores, seconds, published))
     missing = Counter(row.type for row in rows if isnan(row.seconds))
     for kind, name, scores in _means(*_done(rows)):
-        count = missing[kind] if kind else missing.total()
-        note = f" ({count} task{'s' * (count > 1)} missing)" if count else ""
+        absent = missing[kind] if kind else missing.total()
+        note = f" ({count(absent, 'task')} missing)" if absent else ""
         rows.append(Row("type" if kind else "mean", name + note, "", "", scores))
     for name in plan.benchmarks:
         try:
@@ -222,7 +222,7 @@ def markdown(plan: Plan, rows: Sequence[Row], failures: Mapping[str, "Failure"])
     for name, failure in failures.items():
         log = f"\n\n{textwrap.indent(failure.log, '    ')}" if failure.log else ""
         parts.append(f"**{_text(name)} failed**: {_text(failure.reason)}{log}")
-    return "\n\n".join(parts) + "\n"
+    return printable("\n\n".join(parts) + "\n")
 
 
 def _text(text: str) -> str:
@@ -293,7 +293,7 @@ def comma_separated(plan: Plan, rows: Sequence[Row]) -> str:
         # A spreadsheet takes what begins with one of these for a formula.
         names = ["'" * one.startswith(tuple("=+-@\t\r")) + one for one in (row.name, row.type)]
         writer.writerow([row.kind, *names, row.metric, *cells])
-    return stream.getvalue()
+    return printable(stream.getvalue())
 
 
 def read_plans(
@@ -389,7 +389,7 @@ def compare(found: Sequence[tuple[Path, Plan]]) -> tuple[str, Scores, dict[str, 
         side_by_side(columns, same, [(name, first) for name in rest]),
         "Means are over the tasks that all models have, not of a benchmark.",
     ]
-    return "\n\n".join(filter(None, parts)) + "\n", columns, same
+    return printable("\n\n".join(filter(None, parts)) + "\n"), columns, same
 
 
 def draw(folder: Path, rows: Sequence[Row]) -> list[str]:
@@ -430,11 +430,13 @@ def draw_types(path: Path, types: Mapping[str, str], columns: Scores) -> list[st
     for i, column in enumerate(columns):
         places = [place + (i - (len(columns) - 1) / 2) * height for place in range(len(means))]
         scores = [one[column] for one in means.values()]
-        bars = axes.barh(places, scores, height, alpha=0.6, label=column.replace("$", r"\$"))
+        bars = axes.barh(
+            places, scores, height, alpha=0.6, label=printable(column.replace("$", r"\$"))
+        )
         axes.bar_label(bars, fmt="%.1f", padding=3)
     lowest = min(score for one in means.values() for score in one.values())
     axes.set(xlim=(1.15 * min(0, lowest), 105), title="Mean score by type")
-    axes.set_yticks(range(len(means)), [name.replace("$", r"\$") for name in means])
+    axes.set_yticks(range(len(means)), map(printable, means), parse_math=False)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.invert_yaxis()
     axes.legend(frameon=False)

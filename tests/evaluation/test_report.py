@@ -184,7 +184,7 @@ def test_one_bad_result_file_stops_no_report(finished, tmp_path, change):
 
 def test_foreign_names_are_no_html_and_no_formulas(finished, tmp_path):
     """Bug to avoid: a results folder of another person that runs something where it is read."""
-    name = '=1+1 <img src=x onerror="alert(1)"> ![a](http://b)'
+    name = '=1+1 <img src=x onerror="alert(1)"> ![a](http://b) \x1b]0;x\x07'
     plan = finished("r", {name: {32: 0.5}, "-b": {32: 0.5}}, {name: "<b>"})
     rows = score_rows(plan)
     text = markdown(plan, rows, {name: Failure("<script>", "```\n<script>")})
@@ -193,6 +193,8 @@ def test_foreign_names_are_no_html_and_no_formulas(finished, tmp_path):
     assert "\\![a]" in text
     cells = [row[1] for row in csv.reader(io.StringIO(comma_separated(plan, rows)))]
     assert {cell[0] for cell in cells[1:3]} == {"'"}
+    for one in (text, comma_separated(plan, rows), plan_table(plan)):
+        assert one.replace("\n", "").isprintable()
 
 
 def test_the_plan_fits_a_terminal(finished):
