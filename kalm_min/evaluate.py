@@ -22,6 +22,7 @@ from typing import Any
 
 from kalm_min import program
 from kalm_min.config import run
+from kalm_min.console import printable
 from kalm_min.evaluation import report
 from kalm_min.evaluation.plan import (
     EvaluationConfig,
@@ -30,6 +31,7 @@ from kalm_min.evaluation.plan import (
     find_tasks,
     make_plans,
     prefetch,
+    read_result,
 )
 from kalm_min.evaluation.runner import Failure, Runner, worker_environment
 from kalm_min.files import write_text
@@ -72,6 +74,10 @@ def tabulate(config: EvaluationConfig) -> int:
             if plan.results not in found:
                 folders = ", ".join(map(str, found))
                 raise ValueError(f"expected results in {plan.results}, found only {folders}")
+    for path in (path for plan in plans for path in sorted(plan.results.glob("*.json"))):
+        if read_result(path) is None:
+            found = "no result (torn, edited or of another program); evaluate the task again"
+            sys.stderr.write(printable(f"{path}: passed over, it holds {found}\n"))
     write_reports(plans, {}, config.output)
     return 0
 
@@ -112,7 +118,7 @@ def find_devices(names: Sequence[str]) -> list[str]:
         return list(names)
     code = "import sys, json, torch; from kalm_min.embedder import pick_device as pick\n"
     code += "try: names = [str(pick(name)) for name in sys.argv[1:]]\n"
-    code += "except ValueError as error: sys.exit(str(error))\n"
+    code += "except ValueError as error: sys.exit(f'--devices: {error}'.replace('device: ', ''))\n"
     code += "print(json.dumps(names or [f'cuda:{i}' for i in range(torch.cuda.device_count())]))"
     return _child(code, names) or ["cpu"]
 

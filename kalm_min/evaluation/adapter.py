@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kalm_min.embedder import Embedder
 from kalm_min.model import quantize
-from kalm_min.topk import Vectors, on_grid
+from kalm_min.topk import Ints, Vectors, on_grid
 from kalm_min.topk import top_k as find_top_k
 from kalm_min.vectors import StoredVectors, TextSet, cut_dimension
 
@@ -180,5 +180,5 @@ class _View:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, key: Any) -> Vectors:
+    def __getitem__(self, key: slice | Ints) -> Vectors:
         return self.change(self.rows[key])

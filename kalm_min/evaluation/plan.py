@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, TypeVar
 
 from kalm_min.evaluation.local import KINDS, find_datasets
 from kalm_min.files import (
@@ -32,6 +32,8 @@ from kalm_min.settings import KALM_TEMPLATE, Opened, Pooling, Precision, open_fo
 if TYPE_CHECKING:
     from mteb import AbsTask
 
+One = TypeVar("One")
+
 _TABLES = Path(__file__).with_name("instructions.json")
 _OBJECT = Field("an object", lambda value: isinstance(value, dict), required=True)
 _TEXT = Field("a text", is_string, required=True)
@@ -40,7 +42,7 @@ _RECORD = dict.fromkeys(("key", "dims", "used"), _OBJECT) | {
     "seconds": Field("a number", is_number, required=True),
     "type": Field("a text", is_string),
 }
-_KEY = dict.fromkeys(("checkpoint", "revision", "main_score"), _TEXT)
+_KEY = {"checkpoint": _TEXT, "revision": _TEXT, "main_score": _TEXT}
 _KEY |= {"splits": _TEXTS, "subsets": _TEXTS}
 # The settings of a run that affect a score.
 SETTINGS = ("instructions", "max_length", "dtype", "causal", "pooling")
@@ -50,17 +52,14 @@ SETTINGS = ("instructions", "max_length", "dtype", "causal", "pooling")
 class EvaluationConfig:
     """The settings of evaluate.py."""
 
-    model: Annotated[
-        tuple[str, ...], "Model folders, LoRA adapter folders, or Hugging Face hub ids."
-    ] = ()
+    model: Annotated[tuple[str, ...], "Folders of models or LoRA adapters, or hub ids."] = ()
     benchmark: Annotated[tuple[str, ...], 'Benchmarks of mteb, e.g. "MTEB(eng, v1)".'] = ()
     tasks: Annotated[tuple[str, ...], "Single tasks of mteb, e.g. STS12 SciFact."] = ()
     data: Annotated[tuple[Path, ...], "Local dataset folders, or folders of dataset folders."] = ()
     output: Annotated[Path, "Folder of results; the same command again resumes."] = Path("results")
     dims: Annotated[tuple[int, ...], "Matryoshka dimensions to score; if none, the full one."] = ()
     precision: Annotated[
-        tuple[Precision, ...],
-        "Also score the vectors as stored in these precisions; float32 is always scored.",
+        tuple[Precision, ...], "Score the vectors as stored in these, too, beside float32."
     ] = ()
     devices: Annotated[tuple[str, ...], "Devices, one worker each; all GPUs, or cpu, if none."] = ()
     instructions: Annotated[
@@ -69,28 +68,21 @@ class EvaluationConfig:
         '{task or "type:STS": text or {query, document}}; if none is given, a KaLM release has '
         "its own, a model trained here without stored prompts has v2, any other has checkpoint.",
     ] = ""
-    max_length: Annotated[
-        int | None, "Maximum tokens per text, prompt included; the checkpoint's limit if none."
-    ] = None
+    max_length: Annotated[int | None, "Tokens per text, prompt included; the checkpoint's."] = None
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        "Dtype; auto: bfloat16 where native, else float32.",
+        Literal["auto", "float32", "bfloat16", "float16"], "auto: bfloat16 where native."
     ] = "auto"
     causal: Annotated[bool | None, "Causal attention; the checkpoint's mode if none."] = None
     pooling: Annotated[Pooling | None, "Pooling; the checkpoint's if none."] = None
     store: Annotated[Path | None, "Folder that keeps vectors for later runs."] = None
     shard: Annotated[str, "This machine's part of the plan, e.g. 2/4; all share one --output."] = ""
     timeout: Annotated[float, "Seconds without progress after which a worker is replaced."] = 1800.0
-    per_query: Annotated[
-        bool, "Write the worst queries of local retrieval data beside their result."
-    ] = False
+    per_query: Annotated[bool, "Write the worst queries of local retrieval data."] = False
     dry_run: Annotated[bool, "Print the plan, with the time it will take, and stop."] = False
     datasets: Annotated[Path | None, "Mirror of the hub's datasets, instead of the network."] = None
     prefetch: Annotated[bool, "Only copy the tasks' datasets from the hub to --datasets."] = False
     report_only: Annotated[bool, "Tabulate existing results; without --model, all of them."] = False
-    compare: Annotated[
-        tuple[Path, ...], "Run nothing; compare the models in these results folders."
-    ] = ()
+    compare: Annotated[tuple[Path, ...], "Compare the models in these results folders."] = ()
 
     def __post_init__(self) -> None:
         """Validate option combinations."""
@@ -253,10 +245,18 @@ def _make_plan(config: EvaluationConfig, model: str, tasks: Sequence[PlannedTask
     folders = checkpoint_folders(model)
     checkpoint, opened = hash_checkpoint(*folders), open_folder(model, causal=config.causal)
     style, stored = config.instructions or usual_style(opened), opened.settings
-    table = {} if style == "checkpoint" else instruction_table(style)
     # sentence-transformers puts the default prompt before texts for which none is named.
     prompts = stored.prompts | {"": stored.prompts.get(stored.default_prompt_name or "", "")}
-    tasks = [_instruct(task, style, table, prompts) for task in tasks]
+    if style == "checkpoint":
+        resolve = partial(resolve_prompts, prompts)
+    else:
+        resolve = partial(resolve_instruction, instruction_table(style))
+    tasks = [
+        task
+        if task.instruction.origin and style != "none"  # its own, of its task.toml
+        else replace(task, instruction=resolve(task))
+        for task in tasks
+    ]
     settings = {name: getattr(config, name) for name in SETTINGS}
     settings["instructions"] = Path(style).stem
     full = opened.dimension
@@ -296,28 +296,13 @@ def _name(folder: Path) -> str:
     return f"local/{folder.parent.name if is_part else folder.name}"
 
 
-def _instruct(
-    task: PlannedTask, style: str, table: Mapping[str, Instruction], prompts: Mapping[str, str]
-) -> PlannedTask:
-    """A task with its own instruction (of its task.toml), or that of the style."""
-    found = task.instruction
-    if style == "checkpoint" and not found.origin:
-        return replace(task, instruction=resolve_prompts(prompts, task))
-    if not found.origin or style == "none":
-        found = resolve_instruction(table, task)
-    if task.symmetric:
-        found = replace(found, document=found.query)
-    return replace(task, instruction=found)
-
-
 def usual_style(opened: Opened) -> str:
     """The style of a model for which none is given: KaLM's tables, or its stored prompts."""
-    settings, kalm = opened.settings, opened.released.startswith("KaLM-Embedding")
-    if kalm:
+    if opened.released.startswith("KaLM-Embedding"):
         return "official-v1" if " v1" in opened.released else "v2"
-    says = opened.sources["instruction_template"] == "config_sentence_transformers.json"
-    is_ours = says and settings.instruction_template == KALM_TEMPLATE
-    return "v2" if is_ours and not any(settings.prompts.values()) else "checkpoint"
+    is_ours = opened.sources["instruction_template"] == "config_sentence_transformers.json"
+    is_ours &= opened.settings.instruction_template == KALM_TEMPLATE
+    return "v2" if is_ours and not any(opened.settings.prompts.values()) else "checkpoint"
 
 
 def check_hub(plans: Iterable[Plan]) -> None:
@@ -376,13 +361,14 @@ def find_tasks(config: EvaluationConfig) -> list[PlannedTask]:
             raise ValueError(f"two tasks are called {dataset.name}; rename the folder of one")
         is_corpus = dataset.kind == "retrieval"  # nearly all of the texts are documents
         own = dataset.instruction
+        both = own if own is not None and dataset.symmetric else ""
         task = PlannedTask(
             name=dataset.name,
             type=KINDS[dataset.kind].type,
             main_score=dataset.main_score,
             revision=dataset.revision,
             characters=dataset.characters,
-            instruction=Instruction() if own is None else Instruction(own, origin="task.toml"),
+            instruction=Instruction() if own is None else Instruction(own, both, "task.toml"),
             symmetric=dataset.symmetric,
             folder=dataset.path,
             corpus_characters=dataset.characters * is_corpus,
@@ -392,12 +378,15 @@ def find_tasks(config: EvaluationConfig) -> list[PlannedTask]:
     return tasks
 
 
-def _named(flag: str, name: str, get: Callable[[str], Any], every: Callable[[], Any]) -> Any:
+def _named(
+    flag: str, name: str, get: Callable[[str], One], every: Callable[[], Iterable[object]]
+) -> One:
     """A task or benchmark of mteb. Raises ValueError with the nearest name if there is none."""
     try:
         return get(name)
     except KeyError as error:
-        near = did_you_mean(name, [getattr(one, "metadata", one).name for one in every()])
+        known = [getattr(getattr(one, "metadata", one), "name", "") for one in every()]
+        near = did_you_mean(name, known)
         raise ValueError(f"{flag}: mteb has no {name}{near}") from error
 
 
@@ -515,7 +504,8 @@ def resolve_instruction(table: Mapping[str, Instruction], task: PlannedTask) -> 
     A task `X.v2` is the data of X, sampled or cleaned.
     """
     keys = (task.name, re.sub(r"\.v\d+$", "", task.name), f"type:{task.type}")
-    return next((table[key] for key in keys if key in table), Instruction())
+    found = next((table[key] for key in keys if key in table), Instruction())
+    return replace(found, document=found.query) if task.symmetric else found
 
 
 def resolve_prompts(prompts: Mapping[str, str], task: PlannedTask) -> Instruction:
@@ -553,7 +543,10 @@ def official_means(benchmark: str, results: Mapping[str, dict]) -> dict[str, flo
         raise ValueError(f"{missing} of {len(names)} tasks missing")
     found: list[TaskResult] = []
     for task in full.tasks:
-        parts = [TaskResult.from_dict(results[leaf.metadata.name]) for leaf in _leaves(task)]
+        try:
+            parts = [TaskResult.from_dict(results[leaf.metadata.name]) for leaf in _leaves(task)]
+        except Exception as error:  # a file that was edited can fail in a dozen ways
+            raise ValueError(f"the result of {task.metadata.name} is damaged") from error
         is_aggregate = isinstance(task, AbsTaskAggregate)
         found.append(task.combine_task_results(parts) if is_aggregate else parts[0])
     model = ModelResult(model_name="a/model", model_revision="0", task_results=found)

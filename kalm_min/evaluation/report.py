@@ -192,25 +192,7 @@ def markdown(plan: Plan, rows: Sequence[Row], failures: Mapping[str, "Failure"])
     parts.append(table(head, lines, right=range(3, len(head))))
     types, columns = _done(rows)
     if len(dims) < len(plan.dims) and types:
-        kinds = [
-            "float32",
-            *dict.fromkeys(dim.partition(" ")[2] for dim in plan.dims if " " in dim),
-        ]
-        sizes = {"float32": 32, "int8": 8, "uint8": 8}  # bits of a coordinate
-        cells = [
-            [
-                dim,
-                *(
-                    f"{fmean(columns[name].values()):.2f} ({-(-int(dim) * sizes.get(kind, 1) // 8)} B)"
-                    for kind in kinds
-                    for name in [dim if kind == "float32" else f"{dim} {kind}"]
-                ),
-            ]
-            for dim in dims
-        ]
-        parts += ["## What a smaller vector costs"]
-        parts += [f"Mean score of {len(types)} tasks, and the bytes of a vector."]
-        parts += [table(["dimensions", *kinds], cells, right=range(len(kinds) + 1))]
+        parts += ["## What a smaller vector costs", _costs(columns)]
     ours = f"ours ({plan.dims[0]})"
     known = [row for row in rows if row.published and not isnan(row.seconds)]
     if known:
@@ -223,6 +205,22 @@ def markdown(plan: Plan, rows: Sequence[Row], failures: Mapping[str, "Failure"])
         log = f"\n\n{textwrap.indent(failure.log, '    ')}" if failure.log else ""
         parts.append(f"**{_text(name)} failed**: {_text(failure.reason)}{log}")
     return printable("\n\n".join(parts) + "\n")
+
+
+def _costs(columns: Scores) -> str:
+    """Mean scores by dimension and precision, and the bytes of a vector."""
+    names = dict.fromkeys(dim.partition(" ")[2] or "float32" for dim in columns)
+    rows: list[list[str]] = []
+    for dim in (dim for dim in columns if " " not in dim):
+        cells = [dim]
+        for name in names:
+            scores = columns[f"{dim} {name}".removesuffix(" float32")].values()
+            bits = int(dim) * {"float32": 32, "int8": 8, "uint8": 8}.get(name, 1)
+            cells.append(f"{fmean(scores):.2f} ({-(-bits // 8)} B)")
+        rows.append(cells)
+    count_of = count(len(columns[rows[0][0]]), "task")
+    head = f"Mean score of {count_of}, and the bytes of a vector."
+    return f"{head}\n\n{table(['dimensions', *names], rows, right=range(len(names) + 1))}"
 
 
 def _text(text: str) -> str:
@@ -352,20 +350,14 @@ def compare(found: Sequence[tuple[Path, Plan]]) -> tuple[str, Scores, dict[str, 
     Each is a folder and a plan of it, and its scores are those at the plan's main dimension. Also
     returns model -> task -> score, and task -> type. Raises ValueError if there is only one model.
     """
-    if len(found) < 2:
+    possible = [
+        (one.absolute().name, str(one), plan.name, f"{one} {plan.name}", str(plan.results))
+        for one, plan in found
+    ]
+    names = next((one for one in zip(*possible, strict=True) if len({*one}) == len(one)), ())
+    if len(names) < 2:
         raise ValueError("--compare: expected two folders or more, or one of several models")
-    names: list[str] = []
-    for name in (  # the shortest way to tell them apart
-        lambda folder, plan: folder.absolute().name,
-        lambda folder, plan: str(folder),
-        lambda folder, plan: plan.name,
-        lambda folder, plan: f"{folder} {plan.name}",
-        lambda folder, plan: f"{folder} {plan.name} {plan.results.name}",
-    ):
-        names = [f"{name(*pair)} ({pair[1].dims[0]})" for pair in found]
-        if len(set(names)) == len(names):
-            break
-    plans = dict(zip(names, [plan for _, plan in found], strict=True))
+    plans = {f"{name} ({plan.dims[0]})": plan for name, (_, plan) in zip(names, found, strict=True)}
     versions: dict[str, set[PlannedTask]] = {}
     for plan in plans.values():
         for task in plan.tasks:  # they differ in data or score, unless only in instructions

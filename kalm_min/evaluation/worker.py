@@ -136,16 +136,15 @@ def open_model(settings: Order) -> Embedder:
 
 
 def measure_speed() -> None:
-    """Print the characters per second of English text that the model on stdin's first line encodes."""
-    embedder, count, seconds = open_model(json.loads(sys.stdin.readline())), 8, 0.0
-    while seconds < 1:
-        texts = [
-            f"{number}: {'words of ordinary length as they stand in texts ' * 10}"
-            for number in range(count)
-        ]
+    """Write the characters per second of English text that a model encodes; its settings are read."""
+    embedder, count = open_model(json.loads(sys.stdin.readline())), 8
+    while True:
+        texts = [f"{number}: {'words of usual length in a row ' * 15}" for number in range(count)]
         start = time.monotonic()
-        embedder.encode(texts)
-        seconds, count = time.monotonic() - start, 2 * count
+        embedder.encode(texts, prompt="")
+        if (seconds := time.monotonic() - start) > 1:
+            break
+        count *= 2
     sys.stdout.write(f"{sum(map(len, texts)) / seconds}\n")
 
 
