@@ -397,14 +397,24 @@ def checkpoint_folders(path_or_hub_id: str | Path) -> list[Path]:
 def hash_checkpoint(*folders: Path) -> str:
     """A digest of the weights, tokenizer and settings in the folder of a model (adapter and base).
 
-    Reads only the folders and their module folders (1_Pooling): others may hold results.
+    Reads only the folders and those of their modules (1_Pooling): others may hold results.
     """
     return hash_files(
-        (path.relative_to(folder).as_posix(), path)
+        (os.path.relpath(path, folder), path)
         for folder in folders
-        for path in sorted([*folder.glob("*"), *folder.glob("[0-9]_*/*")])
+        for path in sorted({*folder.glob("*"), *folder.glob("[0-9]_*/*"), *_module_files(folder)})
         if path.suffix in _CHECKPOINT and path.is_file()
     )
+
+
+def _module_files(folder: Path) -> Iterator[Path]:
+    """The files of the modules that modules.json places in other folders than is usual."""
+    path = folder / "modules.json"
+    modules: object = read_json(path) if path.is_file() else []
+    for module in cast("list[object]", modules) if isinstance(modules, list) else ():
+        place = cast("Object", module).get("path") if isinstance(module, dict) else None
+        if isinstance(place, str):
+            yield from (folder / place).glob("*")
 
 
 def text_hash(text: str) -> int:

@@ -193,3 +193,18 @@ def test_a_folder_is_locked_by_one_at_a_time(tmp_path):
             (folder / ".lock").write_text(left)
             with pytest.raises(ValueError, match="found a process at work; wait"):
                 files.locked(folder).__enter__()
+
+
+def test_the_digest_of_a_checkpoint_covers_its_modules_wherever_they_are(tmp_path):
+    """Stored vectors and results are of other weights when a module's weights change, in any folder."""
+    (tmp_path / "modules.json").write_text('[{"path": ""}, {"path": "dense"}, 1]', encoding="utf-8")
+    for folder in ("dense", "1_Pooling", "results"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text("{}", encoding="utf-8")
+    found = {files.hash_checkpoint(tmp_path)}
+    for folder in ("dense", "1_Pooling"):
+        (tmp_path / folder / "config.json").write_text('{"a": 1}', encoding="utf-8")
+        found.add(files.hash_checkpoint(tmp_path))
+    assert len(found) == 3
+    (tmp_path / "results" / "config.json").write_text('{"a": 1}', encoding="utf-8")
+    assert files.hash_checkpoint(tmp_path) in found
