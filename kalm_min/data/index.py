@@ -5,13 +5,12 @@ a memory-mapped array of offsets. A .gz file is decompressed once. Both are kept
 `.kalm_min` beside the data or, where that cannot be written, in a cache folder. There is no locking:
 processes that build the same index at once do the work twice without harm.
 
-What is believed: a cache is used for a file of the same size, modification time and change time.
-The last one is set by the system at every write and cannot be set back, so an edit that restores
-the modification time is seen too; data that was copied with its caches is indexed again. A cache
-file carries a checksum of all its bytes, which is compared whenever it is opened (1 GB/s; the index
-of ten million lines is 80 MB). The uncompressed copy of a .gz, which may be as large as all data,
-is compared with its digest only if it was touched after its index was written. So a write by any
-program is found; bytes that a disk changes by itself are found in cache files, not in the data.
+A cache is used for a file of the same size, modification time and change time. The last one is set
+by the system at every write and cannot be set back, so an edit that restores the other is seen too;
+data that was copied with its caches is indexed again. A cache file ends with a checksum, which is
+compared at every opening (1 GB/s; the index of ten million lines is 80 MB). The uncompressed copy of
+a .gz, which may be large, is compared with its digest if it was touched after its index was written.
+So a write by any program is seen; what a disk changes by itself, in the cache files only.
 """
 
 import hashlib
@@ -20,6 +19,7 @@ import mmap
 import os
 import re
 import shutil
+import time
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -170,8 +170,12 @@ class JsonlFile:
         old, name = rf"{_LAYOUT}-{digest(self.path.name)[:_HASH]}-", f"{self.path.name:.40}."
         outdated = re.compile(re.escape(name) + rf"(v2-\d+-\d+\.|{old}).+")
         for entry in folder.iterdir():
-            if outdated.fullmatch(entry.name) and not entry.name.startswith(f"{self._name}."):
-                entry.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another process may be faster
+                is_old = outdated.fullmatch(entry.name) and not entry.name.startswith(self._name)
+                # A temporary file that nobody has written to for a day is of a killed process.
+                is_torn = entry.suffix == ".tmp" and time.time() - entry.stat().st_mtime > 86_400
+                if is_old or is_torn:
+                    entry.unlink()
         return folder
 
     def _index(self, data: mmap.mmap, note: dict[str, object]) -> Iterator[Ints]:
