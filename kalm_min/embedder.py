@@ -138,7 +138,10 @@ class Embedder:
         stored, rows = model.norm.weight.dtype, model.config.vocab_size
         model = model.to(device=device, dtype=kind)
         tokenizer = Tokenizer.from_folder(found.tokenizer, found.end_of_text, rows)
-        embedder = cls(model, tokenizer, **asdict(found.settings))
+        try:
+            embedder = cls(model, tokenizer, **asdict(found.settings))
+        except ValueError as error:
+            raise ValueError(f"{path_or_hub_id}: {error}") from error
         embedder.name, embedder._source = str(path_or_hub_id), (found, stored)
         return embedder
 

@@ -136,7 +136,7 @@ def edit(draw: random.Random, path: Path, data: bytes) -> bytes:
         if draw.random() < 0.05:  # a key twice
             lines[number] = re.sub(rb'^\{("\w+": )', rb'{\g<1>"x", \g<1>', lines[number])
         return b"\n".join(lines) + b"\n"
-    if path.suffix in (".json", ".jsonl", ".toml", ".txt", ".tsv") and draw.random() < 0.2:
+    if path.suffix in (".json", ".jsonl", ".toml", ".txt", ".tsv", ".csv") and draw.random() < 0.2:
         return edit_text(draw, data)
     for _ in range(draw.choice([1, 1, 1, 2, 9])):
         data = edit_bytes(draw, data)
@@ -186,9 +186,9 @@ def plain(path: Path, data: bytes) -> bytes | None:
         if path.suffix == ".toml":
             return dump_toml(tomllib.loads(text))
         if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.split("\n") if line.strip(" \t\r")]
-            return b"\n".join(map(dump, rows)) + b"\n"
-        return text.encode() if path.suffix in (".txt", ".tsv") else None
+            rows = [line.strip(" \t\r") for line in text.split("\n")]
+            return b"\n".join(dump(json.loads(row)) if row else b"" for row in rows)
+        return text.encode() if path.suffix in (".txt", ".tsv", ".csv") else None
     return None
 
 
@@ -241,13 +241,15 @@ def make_cache(folder: Path) -> None:
 
 def make_texts(folder: Path) -> None:
     (folder / "a.txt").write_text("one\ntwo é\n\nfour\r\n", newline="")
+    (folder / "c.csv").write_text('id,text\n1,"one, ""two""\nlines"\n2,é\n')
+    (folder / "d.tsv").write_text("id\ttext\n1\tone\n2\té\n")
     (folder / "b.jsonl").write_text('{"text": "one"}\n{"text": "", "id": 3}\n')
 
 
 def read_texts(folder: Path) -> object:
     from kalm_min.encode import read_texts
 
-    return [read_texts(folder / name) for name in ("a.txt", "b.jsonl")]
+    return [read_texts(folder / name) for name in ("a.txt", "b.jsonl", "c.csv", "d.tsv")]
 
 
 def make_config(folder: Path) -> None:
@@ -393,6 +395,32 @@ def make_vectors(folder: Path) -> None:
     write_array(folder / "0.npy", np.ones((4, 3), np.float32))
 
 
+def make_convert(folder: Path) -> None:
+    (folder / "in").mkdir()
+    rows = [{"question": f"q{i}", "answer": f"a{i}, or é"} for i in range(5)]
+    (folder / "in" / "a.jsonl").write_bytes(b"".join(dump(row) + b"\n" for row in rows))
+    (folder / "in" / "b.json").write_bytes(dump(rows))
+    for name, comma in (("c.csv", ","), ("d.tsv", "\t")):
+        lines = [
+            comma.join(f'"{cell}"' for cell in row) for row in [rows[0], *map(dict.values, rows)]
+        ]
+        (folder / "in" / name).write_text("\n".join(lines))
+
+
+def convert(folder: Path) -> object:
+    """The whole command, over files of each kind; the last line that it prints is the sentence."""
+    from kalm_min.convert import main
+
+    stream, output = io.StringIO(), folder / "out"
+    with redirect_stderr(stream):
+        code = main([str(folder / "in"), "--output", str(output)])
+    found = [path.read_bytes() for path in sorted(output.rglob("[!.]*.jsonl"))]
+    shutil.rmtree(output, ignore_errors=True)
+    if code:
+        raise ValueError(stream.getvalue().strip().splitlines()[-1])
+    return found
+
+
 def make_mining(folder: Path) -> None:
     from conftest import WORDS, build_model
 
@@ -472,6 +500,7 @@ KINDS = {
     "results": Kind(make_results, "results/*/*/*.json", read_results, never_fails=True),
     "manifest": Kind(make_manifest, "*.json", read_manifest),
     "vectors": Kind(make_vectors, "*.npy", read_vectors, exact=True),
+    "convert": Kind(make_convert, "in/*.*", convert),
     "mining": Kind(make_mining, "mined/.mining/**/*.*", mine, exact=True, share=20),
     "pipe": Kind(make_pipe, "*.jsonl", read_pipe, never_fails=True),
 }
