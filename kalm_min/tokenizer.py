@@ -92,7 +92,7 @@ class Tokenizer:
             settings["add_eos_token"] = end_of_text
         if rows is not None and max(fast.get_vocab().values(), default=0) >= rows:
             state = json.loads(fast.to_str())
-            dropped = {one["content"] for one in state["added_tokens"] if one["id"] >= rows}
+            dropped = [one["content"] for one in state["added_tokens"] if one["id"] >= rows]
             state["added_tokens"] = [one for one in state["added_tokens"] if one["id"] < rows]
             fast = FastTokenizer.from_str(json.dumps(state))
             # transformers would add again what is listed here; tokenizer.json is sufficient.

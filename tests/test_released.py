@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as FastTokenizer
 
 from kalm_min import Embedder
+from kalm_min.files import hash_checkpoint
 from kalm_min.settings import open_folder
 
 END = "<|endoftext|>"
@@ -110,6 +111,16 @@ LIKE_SENTENCE_TRANSFORMERS = {
     "Pooling in another folder": (pooled_elsewhere, {"pooling": "lasttoken"}),
     "no Normalize (KaLM v1.5)": (lambda f: modules(f, (f"{ST}Pooling", "1_Pooling")), {}),
 }
+
+
+def test_module_folders_of_any_name_count(make_model, tmp_path):
+    """A result or a store is of other weights when Pooling changes, wherever its folder is."""
+    folder = tmp_path / "model"
+    make_model(folder)
+    pooled_elsewhere(folder)
+    before = hash_checkpoint(folder)
+    change(folder / "pooling" / "config.json", pooling_mode_lasttoken=True)
+    assert hash_checkpoint(folder) != before
 
 
 def cosine(a, b):
