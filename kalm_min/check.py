@@ -6,11 +6,11 @@ cosines between float32 and the dtype that would serve here: with pretrained wei
 states reach 1,700, single short texts fall to .965 in bfloat16 (in transformers as well), while
 random weights show .9998. The fastest dtype is not always a safe one.
 
-Without a model: for every loss option, this compares the loss and every parameter gradient of one plain backward
-pass over the full batch with those of the same batch on several gloo processes and through gradient
-caching in several chunks. It runs in float64, with a small random decoder and made-up examples that
-contain every case that masking detects. The two must agree to 1e-10, since they are sums of the
-same numbers in different orders.
+Without a model: for every loss option, this compares the loss and every parameter gradient of one
+plain backward pass over the full batch with those of the same batch on several gloo processes and
+through gradient caching in several chunks. It runs in float64, with a small random decoder and
+made-up examples that contain every case that masking detects. The two must agree to 1e-10, since
+they are sums of the same numbers in different orders.
 """
 
 from __future__ import annotations

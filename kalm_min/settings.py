@@ -120,9 +120,7 @@ class Opened(NamedTuple):
     model: Path  # the folder with config.json and the weights: of the base, if there is an adapter
     adapter: Path | None  # the folder of a LoRA adapter
     tokenizer: Path  # the folder with tokenizer.json
-    end_of_text: (
-        bool  # whether that token closes every text, even if tokenizer.json does not say so
-    )
+    end_of_text: bool  # whether that token closes every text, even if tokenizer.json does not
     dense: Path | None  # the folder of a Dense module, a linear map of the pooled vector
     dimension: int  # coordinates of a full vector
     config: Object  # what config.json states
@@ -137,9 +135,7 @@ def open_folder(path_or_hub_id: str | Path, **given: Any) -> Opened:
     ValueError, one sentence, for what is missing, damaged, contradictory or not built.
     """
     first, *rest = checkpoint_folders(path_or_hub_id)
-    base, name = (rest or [first])[0], str(path_or_hub_id)
-    if rest:
-        name = str(read_json(first / "adapter_config.json")["base_model_name_or_path"])
+    base = (rest or [first])[0]
     folder, words = (
         first if (first / file).is_file() else base for file in ("modules.json", "tokenizer.json")
     )
@@ -170,7 +166,9 @@ def open_folder(path_or_hub_id: str | Path, **given: Any) -> Opened:
     path, (code, owner) = base / "config.json", _remote_class(config, "AutoModel")
     facts = {"code": code, "tokenizer_code": _remote_class(tokens, "AutoTokenizer")[0]}
     facts |= {"model_type": config["model_type"], "pooling": stated_pooling}
-    rows = [row for row in _FACTS["models"] if {name, owner} & {*row["ids"]}]
+    cached = re.search(r"models--(.+?)--(.+?)\Wsnapshots", str(base))  # a folder of the hub's cache
+    names = {str(path_or_hub_id), owner, "/".join(cached.groups()) if cached else ""}
+    rows = [row for row in _FACTS["models"] if names & {*row["ids"]}]
     matches = [(row, row.get("match", {"code": "?"}).items()) for row in _FACTS["models"]]
     rows += [row for row, stated in matches if stated <= facts.items()]
     row: Object = rows[0] if rows else {"name": ""}
@@ -188,25 +186,25 @@ def open_folder(path_or_hub_id: str | Path, **given: Any) -> Opened:
             f"{path}: expected to know what the remote code {code} does, which is never run"
             + (_advice(str(code)) or "; pass causal=True or causal=False, as its authors say")
         )
-    if (folder / "modules.json").is_file() and stated_pooling is given.get("pooling") is None:
+    stated = stated_pooling or given.get("pooling")
+    if stated is None and (folder / "modules.json").is_file():
         raise ValueError(f"{folder / 'modules.json'}: expected a Pooling module, found none")
     is_chat = any(one.endswith("ForCausalLM") for one in config.get("architectures", [])[:1])
     usual, rule = "lasttoken" if is_chat and causal else "mean", "sentence-transformers' rule"
     pooling = choose(
         "pooling", (stated_pooling, "modules.json"), (row.get("pooling"), here), (usual, rule)
     )
-    notes = (
-        [f"the keys {', '.join(unknown)} are not known here and play no part"] if unknown else []
-    )
+    if unknown:
+        keys = ", ".join(unknown)
+        warnings.warn(f"{first}: the keys {keys} are not known and play no part", stacklevel=3)
     if sources["pooling"] == rule:
-        notes.append(f"no modules.json, so pooling is {usual!r}, by {rule} (pooling=... chooses)")
-    for note in notes:
+        note = f"no modules.json, so pooling is {usual!r}, by {rule} (pooling=... chooses)"
         warnings.warn(f"{first}: {note}", stacklevel=3)
-    limits = [(bert.get("max_seq_length"), _BERT)]
-    if limits[0][0] is None:
-        positions = config.get("max_position_embeddings", 32_768)
-        limits = [(tokens.get("model_max_length"), _TOKENIZER), (positions, "config.json")]
-    limits.append((row.get("max_length"), here))
+    limits = {_BERT: bert.get("max_seq_length"), here: row.get("max_length")}
+    if limits[_BERT] is None:
+        limits[_TOKENIZER] = tokens.get("model_max_length")
+        limits["config.json"] = config.get("max_position_embeddings", 32_768)
+    lengths = [(int(limit), where) for where, limit in limits.items() if limit is not None]
     prompts = {key: text for key, text in main.get("prompts", {}).items() if text is not None}
     if "passage" in prompts:
         prompts.setdefault("document", prompts["passage"])
@@ -216,13 +214,11 @@ def open_folder(path_or_hub_id: str | Path, **given: Any) -> Opened:
             f"{folder / _MAIN}: expected the prompt {default!r} among prompts, found none"
         )
     shown = map(_PROMPT.fullmatch, [prompts.get("query", ""), *prompts.values()])
+    shown = next((_PLACEHOLDER.join(match.groups()) for match in shown if match), None)
     template = choose(
         "instruction_template",
         (main.get("instruction_template"), _MAIN),
-        (
-            next((_PLACEHOLDER.join(one.groups()) for one in shown if one), None),
-            f"prompts in {_MAIN}",
-        ),
+        (shown, f"prompts in {_MAIN}"),
         (row.get("template"), here),
         (KALM_TEMPLATE, "KaLM's"),
     )
@@ -230,11 +226,10 @@ def open_folder(path_or_hub_id: str | Path, **given: Any) -> Opened:
     sources |= {"dense": "modules.json"} if dense else {}
     closes = row.get("end_of_text")
     sources["end_of_text"] = _TOKENIZER if closes is None else here
-    limit = min((pair for pair in limits if pair[0] is not None), key=lambda pair: pair[0])
     found = Settings(
         causal=causal,
         pooling=pooling,
-        max_length=int(choose("max_length", limit)),
+        max_length=choose("max_length", min(lengths)),
         prompts=prompts,
         instruction_template=check_template(template, f"{folder}: instruction_template"),
         default_prompt_name=default,
@@ -267,7 +262,7 @@ def read_config(folder: Path, unknown: list[str] | None = None) -> Object:
     Raises ValueError if it is missing, damaged or of a decoder that is not built.
     """
     path = folder / "config.json"
-    raw = read_json(path) if path.is_file() else None
+    raw: Object = read_json(path) if path.is_file() else {}
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if isinstance(kind, str) and kind not in {"qwen2", "qwen3"}:
         expected = f"model_type: expected qwen2 or qwen3, found {kind!r}"

@@ -401,7 +401,21 @@ def test_contradictions_and_gaps_are_refused(make_model, tmp_path):
         opened(folder)
 
 
-def test_a_repository_is_known_by_its_name_or_its_code():
+def test_a_snapshot_in_the_cache_is_known_by_its_name(make_model, tmp_path):
+    """The hub's cache names the repository, whatever the class of its remote code is called."""
+    name = "models--HIT-TMG--KaLM-embedding-multilingual-mini-instruct-v2"
+    folder = tmp_path / name / "snapshots" / "5f1c"
+    make_model(folder)
+    remote(folder, "unheard.Of")
+    found = open_folder(folder)
+    assert found.settings.causal is False
+    assert found.released == "KaLM-Embedding v2 and v2.5"
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"remote code unheard\.Of"):
+        open_folder(moved)
+
+
+def test_the_table_is_complete():
     """Every entry of the table says where its facts are from and whether they were confirmed."""
     from kalm_min import settings
 

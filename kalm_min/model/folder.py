@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kalm_min.files import write_json
+from kalm_min.files import Object, write_json
 from kalm_min.model.qwen2 import ModelConfig, Qwen2
 from kalm_min.schema import Field, read_object
 from kalm_min.settings import DENSE, FIELDS, IDENTITY, SIZES, is_name, read_config
@@ -40,12 +40,13 @@ def load_config(folder: Path) -> ModelConfig:
     """Read `config.json`. Raises ValueError if it is missing, damaged or not supported."""
     stated = read_config(folder)
     # transformers' defaults for keys that the file omits.
-    defaults = {"num_key_value_heads": stated["num_attention_heads"], "rope_theta": 10_000.0}
-    defaults |= {"head_dim": 128 if stated["model_type"] == "qwen3" else 0}
-    defaults |= {"tie_word_embeddings": False}
-    stated = {f.name: stated[f.name] for f in fields(ModelConfig) if f.name in stated}
+    values: Object = {"num_key_value_heads": stated["num_attention_heads"], "rope_theta": 10_000.0}
+    values |= {"head_dim": 128 if stated["model_type"] == "qwen3" else 0}
+    values |= {"tie_word_embeddings": False}
+    values |= {f.name: stated[f.name] for f in fields(ModelConfig) if f.name in stated}
+    values["dense"] = None
     try:
-        return ModelConfig(**defaults | stated | {"dense": None})
+        return ModelConfig(**values)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
