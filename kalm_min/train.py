@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from kalm_min import program
 from kalm_min.config import run, to_toml
-from kalm_min.console import Progress, count
+from kalm_min.console import Progress, count, printable
 from kalm_min.options import DataConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 _NEGATIVES = ("hard", "in_batch", "cross_device", "query_query", "document_document", "mixed")
 
-say = partial(print, file=sys.stderr, flush=True)
+
+def say(text: str) -> None:
+    """Write a line for a person."""
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def main(argv: list[str]) -> int:

@@ -255,8 +255,7 @@ def claim(output: Path, config_toml: str) -> tuple[Path | None, list[str]]:
     Raises ValueError naming the settings that differ, or if all checkpoints are damaged.
     """
     path, (states, damaged) = output / "config.toml", whole(output / "checkpoints")
-    # If nothing has been trained, there is nothing to protect.
-    if states and path.is_file():
+    if states:  # if nothing has been trained, there is nothing to protect
         old, new = (
             {f"--{name.replace('_', '-')}": value for name, value in flatten(table)}
             for table in (read_toml(path), tomllib.loads(config_toml))

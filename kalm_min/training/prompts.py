@@ -44,7 +44,7 @@ def prompt_of(task: str, prompts: Mapping[str, str]) -> str:
 def describe(prompts: Mapping[str, str]) -> str:
     """Which prompt is put before what, in a sentence."""
     query, document = (repr(prompts[kind]) if prompts[kind] else "no prompt" for kind in _KINDS)
-    named = [name for name in prompts if name not in _KINDS]
+    named = [repr(name) for name in prompts if name not in _KINDS]
     others = (
         f"; by prompt_name: {', '.join(named[:5])}{', ...' * (len(named) > 5)}" if named else ""
     )

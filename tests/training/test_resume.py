@@ -106,6 +106,16 @@ def test_without_a_whole_checkpoint_a_run_does_not_start_over(arguments, tmp_pat
     assert said.endswith("delete the folder to start over\n")
 
 
+def test_without_its_settings_a_run_does_not_resume(arguments, tmp_path):
+    """Other ones could not be told from those it began with."""
+    output = tmp_path / "run"
+    finish(arguments, output)
+    (output / "config.toml").unlink()
+    code, said = start(arguments, output)
+    assert code == 2
+    assert f"{output / 'config.toml'}: " in said
+
+
 def swap_words(data):
     path = data / "b.jsonl"
     path.write_text(path.read_text().replace("a 1", "a 2"))
@@ -232,7 +242,7 @@ def test_several_instructions_are_stored_by_task(arguments, data, tmp_path):
     said = finish(arguments, output, *extra)
     expected = {"query": "find it: ", "document": "", "a": "sort: ", "b": "find it: "}
     assert prompts_of(output) == expected
-    assert "by prompt_name: a, b" in said
+    assert "by prompt_name: 'a', 'b'" in said
     shutil.rmtree(output / "checkpoints" / "step_00000006")
     trained = weights(output)
     finish(arguments, output, *extra)
