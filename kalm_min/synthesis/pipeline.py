@@ -124,9 +124,11 @@ class Synthesis:
         shutil.rmtree(self._work, ignore_errors=True)
         self._answers, self._seen = Answers(self._state / "answers.jsonl"), filters.Seen()
         self._failed, self._files = list[tuple[str, Object]](), dict[str, IO[str]]()
+        self._symmetric = set[str]()
         self._first: dict[str, asyncio.Task[tuple[list[str], _Found]]] = {}
         self.counts, self.lengths = Counter[tuple[str, str]](), Counter[tuple[str, str, int]]()
         self.missing = self.decided = self.tokens = self._signal = 0
+        self._start = time.monotonic()
         self._progress = Progress(plan.total, "samples", stream, title="synthesize")
 
     def _claim(self) -> None:
@@ -208,8 +210,9 @@ class Synthesis:
         if sample.number < self.config.hold_out:  # also without a query, it is a document
             row = {"_id": str(sample.passage), "text": sample.values["passage"]}
             self._write("hold_out/corpus.jsonl", row)
+        speed = self.decided / (time.monotonic() - self._start)
         share = sum(n for (_, what), n in self.counts.items() if what == "accepted") / self.decided
-        self._progress.update(1, f"{share:.0%} accepted, {self.tokens:,} tokens")
+        self._progress.update(1, f"{speed:.1f}/s, {share:.0%} accepted, {self.tokens:,} tokens")
 
     async def _find(self, sample: Sample, found: _Found | None = None) -> _Found:
         """Ask for a sample until an attempt is kept, after those of `found`."""
@@ -329,6 +332,7 @@ class Synthesis:
             self._write("hold_out/qrels/test.tsv", f"{query}\t{document}\t1\n")
         else:
             self._write(f"{name}.jsonl", line)
+            self._symmetric |= {name} if sample.prompt.symmetric else set()
 
     def _write(self, name: str, row: Object | str) -> None:
         """Append to a file that `publish` puts in its place."""
@@ -342,36 +346,35 @@ class Synthesis:
         self._files[name].write(text)
 
     def publish(self) -> bool:
-        """Put what was decided in its place, each file complete, unless an earlier run got further.
+        """Put what was decided in its place, each file complete, and return whether this was done.
 
-        With batch files, the requests without an answer take the place of the data.
+        Not if an earlier run got further, nor if batch files lack answers: then those are requested.
         """
-        output = self.config.output
+        output, batch = self.config.output, self.config.batch_files
         self._answers.close()
         for file in self._files.values():
             with file:
                 file.flush()
                 os.fsync(file.fileno())
-        targets = {name: output / name for name in self._files}
-        held = Path(f"{output.resolve()}_hold_out")
-        targets |= {n: held / n.partition("/")[2] for n in targets if n.startswith("hold_out/")}
-        if self.config.batch_files:
-            requests = self.config.batch_files / "requests.jsonl"
-            requests.unlink(missing_ok=True)
-            targets = {"requests.jsonl": requests} if self.missing else targets
-        elif self.decided < min(self._settings["decided"], self.plan.total):
+        if batch and self.missing:
+            found, wanted = self._work / "requests.jsonl", batch / "requests.jsonl"
+            with found.open("rb") as source, files.atomic_write(wanted) as target:
+                shutil.copyfileobj(source, target)
             return False
-        for name, path in targets.items():
+        if not self.decided or self.decided < min(self._settings["decided"], self.plan.total):
+            return False
+        for name in self._files:
+            held_out = Path(f"{output.resolve()}_hold_out") / name.removeprefix("hold_out/")
+            path = held_out if name.startswith("hold_out/") else output / name
             path.parent.mkdir(parents=True, exist_ok=True)
             (self._work / name).replace(path)
-        for task, code in self.plan.pairs:  # a setting without its data would be refused
-            for path in (
-                output.glob(f"{task}_{code}*.jsonl") if self.plan.prompts[task].symmetric else ()
-            ):
-                files.write_text(path.with_suffix(".toml"), "symmetric = true\n")
+        for name in self._symmetric:  # after the data, without which a setting would be refused
+            files.write_text(output / f"{name}.toml", "symmetric = true\n")
         self._settings["decided"] = self.decided
         files.write_json(self._state / "settings.json", self._settings)
-        return not self.missing
+        if batch and self.decided == self.plan.total:
+            (batch / "requests.jsonl").unlink(missing_ok=True)
+        return True
 
     def _read_results(self, folder: Path) -> None:
         """Take the answers of a batch server from every other JSONL file of the folder."""

@@ -1,7 +1,7 @@
 """Prompt files, personas and passages, and what is drawn from them by (seed, index) alone.
 
 A prompt file is a head in TOML (see Prompt), a line `---`, and the text for the model. `{name}` in
-the text is a field: a slot of the head, or one of FIELDS; any other brace is plain text. A type of
+the text is a field: a slot of the head, or a name below; any other brace is plain text. A type of
 task with a second file `<type>.instructions.txt` has two stages: that file asks a persona for
 training instructions, and `<type>.txt` asks for an example of one of them, without the persona.
 """
@@ -34,7 +34,7 @@ from kalm_min.schema import Field, is_string, is_text, problem_with
 from kalm_min.synthesis.filters import runs, words
 
 FOLDER = Path(__file__).parent
-FIELDS = {"persona", "number", "instruction", "language", "target", "passage", "personas"}
+_FIELDS = {"persona", "instruction", "language", "target"}
 _OFFERED, _POOL = 4, 200  # personas offered with a passage: the nearest of so many drawn
 _SHOWN = 6000  # characters of a passage, or of another text, that the model sees
 _FIELD = re.compile(r"\{(\w+)\}")
@@ -110,9 +110,11 @@ class Plan:
                 self.prompts[first] = _read_prompt(
                     files[first], {"persona", "number"}, ["instructions"]
                 )
-            hidden = "persona" if first in files else "instruction"
-            keys = ["query"] if config.passages else ["query", "positive"]
-            self.prompts[task] = _read_prompt(files[task], FIELDS - {hidden, "number"}, keys)
+            fields = _FIELDS - {"persona" if first in files else "instruction"}
+            keys = ["query", "positive"]
+            if config.passages:
+                fields, keys = {"language", "target", "passage", "personas"}, ["query"]
+            self.prompts[task] = _read_prompt(files[task], fields, keys)
         if len(self.languages) < 2 and any("{target}" in p.text for p in self.prompts.values()):
             raise ValueError("--languages: expected two or more for bitext in --tasks, found one")
         self.pairs = [(task, code) for task in tasks for code in self.languages]
@@ -213,13 +215,13 @@ def _read_prompt(path: Path, fields: set[str], keys: Iterable[str]) -> Prompt:
         prompt = Prompt(name=path.stem, text=text.strip(), secrets=secrets, **head)
         if not line or not all(0 < least <= most for least, most in prompt.lengths.values()):
             raise ValueError("no line --- after a table of lengths")
-        if missing := {*keys} - {*prompt.lengths}:
-            raise ValueError(f"no lengths of {min(missing)}")
         for name, shares in prompt.slots.items():
             if abs(sum(shares.values()) - 1) > 1e-6:
                 raise ValueError(f"probabilities of {name} that do not sum to 1")
         if unknown := {*_FIELD.findall(prompt.system + text)} - fields - {*prompt.slots}:
             raise ValueError(f"the unknown field {min(unknown)} in the text")
+        if missing := {*keys} - {*prompt.lengths}:
+            raise ValueError(f"no lengths of {min(missing)}")
     except (AttributeError, TypeError, ValueError) as error:
         expected = "expected a prompt file as docs/synthesis.md describes it"
         raise ValueError(f"{path}: {expected}, found {error}") from error

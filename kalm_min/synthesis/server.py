@@ -58,7 +58,8 @@ class Server:
             )
             raise ValueError(wanted) from error
         self._openai, self._config = openai, config
-        key = os.environ.get("OPENAI_API_KEY") or "none"  # local servers need none
+        # Local servers need no key. One with a line end would be shown in an error.
+        key = "".join(os.environ.get("OPENAI_API_KEY", "").split()) or "none"
         options = {"timeout": config.timeout, "max_retries": config.retries}
         # The transport looks at all its connections for each request, so one has few of them.
         self._clients = [
@@ -80,8 +81,10 @@ class Server:
         """The strictest of MODES that the server has and enforces."""
         message = {"role": "user", "content": 'Name a colour, as a JSON object: {"colour": "..."}'}
         body = {"model": self._config.model, "messages": [message], "seed": 0, "max_tokens": 50}
-        for mode in MODES[:2]:
+        for mode in MODES:
             answer = await self._ask(body | response_format(mode, _PROBE))
+            if "error" in answer and (mode == "text" or answer["error"].endswith(("429", "503"))):
+                raise self._end(answer["error"])  # it serves no one, at least not now
             try:
                 found = json.loads(answer.get("content", ""))
             except (ValueError, RecursionError):

@@ -189,12 +189,20 @@ def test_faults_end_in_one_sentence_and_lose_nothing(name, unbroken, tmp_path, c
     assert len(seeds(again)) == len(unbroken[1]) - len(kept)
 
 
-def test_no_server(tmp_path, capfd):
-    """A refused connection is one sentence."""
+def test_no_server(tmp_path, capfd, monkeypatch):
+    """A refused connection is one sentence, in which there is neither a key nor a password."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
     with FakeServer() as server:
-        pass
-    assert main(flags(server, tmp_path / "out", "--retries", "0")) == 1
-    assert "expected an answer" in capfd.readouterr().err
+        given = flags(server, tmp_path / "out", "--retries", "0")
+        assert main([*given, "--tasks", "sts"]) == 0
+    url = server.url.replace("//", "//user:sk-secret@")
+    assert main(flags(url, tmp_path / "other", "--retries", "0")) == 1
+    error = capfd.readouterr().err
+    assert "/v1: expected an answer, found" in error
+    assert "sk-secret" not in error
+    assert not (tmp_path / "other/README.md").exists()
+    for path in (path for path in tmp_path.rglob("*") if path.is_file()):
+        assert b"sk-secret" not in path.read_bytes()
 
 
 def test_a_fault_now_and_then_costs_nothing(unbroken, tmp_path):
@@ -324,7 +332,7 @@ def test_batch_files(unbroken, tmp_path, capfd):
     for number in range(20):
         assert main(given) == 0
         if not (tmp_path / "batch/requests.jsonl").exists():
-            break
+            break  # every answer was there
         assert "wait for answers" in capfd.readouterr().err
         assert not list((tmp_path / "out").glob("*.jsonl"))
         with (tmp_path / f"batch/results{number}.jsonl").open("w") as file:
@@ -377,6 +385,7 @@ WRONG = [
     (["--personas", "{folder}/bad.jsonl"], "bad.jsonl:2: expected 'persona'"),
     (["--personas", "{folder}/absent.txt"], "absent.txt"),
     (["--passages", "{folder}/bad.jsonl"], "bad.jsonl:1: expected 'text'"),
+    (["--tasks", "passage"], "unknown field passage"),
     (["--prompts", "{folder}/prompts"], "the unknown field instrction"),
     (["--prompts", "{folder}/heads"], "sum to 1"),
     (["--prompts", "{folder}/toml"], "sts.txt: expected a prompt file"),
@@ -455,7 +464,7 @@ def test_ctrl_c_keeps_what_is_there(tmp_path):
     """One sentence, exit code 130, the samples decided so far in their files."""
     with FakeServer(bad_share=0.2, delay=lambda: 0.05) as server:
         process = program(server, tmp_path / "out", examples=200)
-        while server.count < 60:
+        while server.count < 40:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         error = process.communicate(timeout=60)[1]
