@@ -31,6 +31,8 @@ from kalm_min.program import begin
 
 Config = TypeVar("Config")
 _List = list[object]
+_HERE = Path(__file__).parent
+_RECIPES = next(filter(Path.is_dir, (_HERE / "configs", _HERE.parent / "configs")), _HERE)
 # A path that the user gave is wrong, which the same command does not change.
 _WRONG_PATHS = (
     *(FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError),
@@ -138,6 +140,13 @@ def parse(
         )
     values = {name: one.default for name, one in options.items() if one.default is not MISSING}
     try:
+        if argv and not (positional or argv[0].startswith("-") or argv[0].endswith(".toml")):
+            recipes = {path.stem: str(path) for path in _RECIPES.glob("*.toml")}
+            if argv[0] not in recipes:
+                expected = "expected a .toml file, the name of a recipe or a flag"
+                near = did_you_mean(argv[0], recipes)
+                raise ValueError(f"{expected}, found {argv[0]!r}{near}")
+            argv = [recipes[argv[0]], *argv[1:]]
         if argv and argv[0].endswith(".toml"):
             path, *argv = argv
             for name, value in flatten(read_toml(path)):
@@ -146,8 +155,6 @@ def parse(
                     raise ValueError(f"{path}: {_unknown('key', _toml_key(name), keys)}")
                 values[name] = options[name].read(value, f"{path}: {options[name].key}")
         elif argv and not re.match("-.", argv[0]):  # "-" is standard input
-            if not positional:
-                raise ValueError(f"expected a .toml file or a flag, found {argv[0]!r}")
             argv = [options[positional].flag, *argv]
         # `--rank_range=x` is accepted for `--rank-range=x`.
         argv = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), one) for one in argv]
@@ -166,6 +173,28 @@ def parse(
         raise SystemExit(_report(program, str(error).removeprefix("argument "), 2)) from error
     except OSError as error:
         raise SystemExit(_report(program, f"{error.filename}: {error.strerror}", 2)) from error
+
+
+def check_output(output: Path, *inputs: object, marks: Iterable[str] = ()) -> None:
+    """Raise ValueError if a command cannot, or should not, write into the folder `output`.
+
+    It cannot be a file or lie below one, and must be writable. It must not be one of `inputs` nor
+    hold one, which would be overwritten. It is new or empty, or holds one of the names in `marks`,
+    by which an earlier run of the same command is known: other things are not mixed with.
+    """
+    there = next(one for one in (output, *output.absolute().parents) if one.exists())
+    if not there.is_dir():
+        raise ValueError(f"--output: {output}: expected a folder, but {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--output: {output}: expected to write there, but {there} is read-only")
+    place = output.resolve()
+    for path in map(Path, filter(None, map(str, filter(None, inputs)))):
+        if path.exists() and place in (path.resolve(), *path.resolve().parents):
+            raise ValueError(f"--output: {output}: expected another place than the input {path}")
+    found = [one.name for one in output.glob("[!.]*")]
+    if found and not any((output / mark).exists() for mark in marks):
+        expected = f"--output: {output}: expected a new or an empty folder"
+        raise ValueError(f"{expected}, found {', '.join(sorted(found)[:3])} in it")
 
 
 def to_toml(config: object) -> str:

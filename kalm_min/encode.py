@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated
 
 from kalm_min import program
-from kalm_min.config import run
+from kalm_min.config import check_output, run
 from kalm_min.files import check_first_line, parse_object, read_lines, read_text
 from kalm_min.schema import Field, is_string, problem_with
 from kalm_min.settings import Precision
@@ -98,6 +98,7 @@ def encode(config: EncodeConfig) -> int:
     from kalm_min.embedder import Embedder, quantize
     from kalm_min.vectors import write_array
 
+    check_output(config.output.parent, marks=["."])
     texts = read_texts(config.input, config.column)
     try:
         ranges = None if config.ranges is None else np.load(config.ranges, allow_pickle=False)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from kalm_min import program
-from kalm_min.config import run
+from kalm_min.config import check_output, run
 from kalm_min.console import printable
 from kalm_min.evaluation import report
 from kalm_min.evaluation.plan import (
@@ -47,6 +47,7 @@ def main(argv: list[str]) -> int:
 def evaluate(config: EvaluationConfig) -> int:
     """Do what the configuration requests; return the exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
+    check_output(config.output, marks=["."])
     if config.compare:
         if len(config.dims) > 1:
             raise ValueError(f"--compare: expected one of --dims, found {len(config.dims)}")

@@ -23,6 +23,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -34,6 +35,8 @@ BOM = b"\xef\xbb\xbf"  # a byte order mark, with which some programs begin UTF-8
 _FOREIGN = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "a .gz without that name"}
 _TABLES, _DEEPEST = (dict, list), 100  # what is nested in a JSON or TOML file, and how deep at most
 _LONGEST_NAME = 240  # bytes; file systems allow 255, with the suffix
+_MACHINE = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+_OWNER = f"{_MACHINE}-{os.getpid()}"
 _CHECKPOINT = {".safetensors", ".json", ".txt"}  # the files of a model that change its vectors
 
 
@@ -81,6 +84,25 @@ def atomic_directory(path: AnyPath) -> Generator[Path]:
     _sync(path.parent)
 
 
+@lru_cache
+def sweep(folder: Path) -> None:
+    """Delete what killed processes of this machine were writing in a folder.
+
+    Done once, before the first write of this process into the folder. The name of a temporary file
+    holds the machine and the process that writes it.
+    """
+    for path in folder.glob(f".*.{_MACHINE}-*.*.tmp"):
+        owner = re.fullmatch(rf".*\.{_MACHINE}-(\d+)\.\w+\.tmp", path.name)
+        try:
+            os.kill(int(owner[1]) if owner else os.getpid(), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(
+                missing_ok=True
+            )
+        except PermissionError:  # of another user, and alive
+            continue
+
+
 @contextmanager
 def locked(folder: AnyPath) -> Generator[None]:
     """Keep other processes out of `folder`, which is made if missing, while the block runs.
@@ -123,7 +145,8 @@ def _sibling(path: AnyPath) -> tuple[Path, Path]:
     """The path, its folder made if missing, and a new hidden name beside it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path, path.with_name(f".{path.name:.40}.{secrets.token_hex(8)}.tmp")
+    sweep(path.parent)
+    return path, path.with_name(f".{path.name:.40}.{_OWNER}.{secrets.token_hex(8)}.tmp")
 
 
 def _sync(path: Path) -> None:

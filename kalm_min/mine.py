@@ -9,7 +9,7 @@ import os
 import sys
 
 from kalm_min import program
-from kalm_min.config import run
+from kalm_min.config import check_output, run
 from kalm_min.console import printable
 from kalm_min.options import MiningConfig
 
@@ -27,6 +27,8 @@ def mine(config: MiningConfig) -> int:
     from kalm_min.mining.pipeline import Miner
     from kalm_min.training import distributed
 
+    inputs = (config.model, config.data, config.pool, config.scorer)
+    check_output(config.output, *inputs, marks=[".mining"])
     environment = dict(os.environ)
     device = pick_device(config.device or distributed.local_device(environment))
     distributed.start(environment, device)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from kalm_min import program
-from kalm_min.config import run
+from kalm_min.config import check_output, run
 
 if TYPE_CHECKING:
     from kalm_min.model import Qwen2
@@ -67,6 +67,7 @@ def soup(config: SoupConfig) -> int:
     """Read, compare, average and write. Raises ValueError for what cannot be averaged."""
     from kalm_min.embedder import Embedder
 
+    check_output(config.output, *config.checkpoints)
     embedders = [Embedder.from_pretrained(name, "cpu", "auto") for name in config.checkpoints]
     first, count = embedders[0], len(embedders)
     settings = [

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from kalm_min import program
-from kalm_min.config import run, to_toml
+from kalm_min.config import check_output, run, to_toml
 from kalm_min.console import Progress, count, printable
 from kalm_min.options import DataConfig, TrainConfig
 
@@ -45,6 +45,8 @@ def start(config: TrainConfig) -> int:
     """Train in the process group of the environment; return the exit code."""
     from kalm_min.training import distributed
 
+    inputs = (config.model.path, config.model.tokenizer, config.data.path, config.data.validation)
+    check_output(config.output, *inputs, marks=("config.toml", "log.jsonl", "checkpoints"))
     device = distributed.local_device(os.environ)
     distributed.start(os.environ, device)
     try:

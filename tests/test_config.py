@@ -131,7 +131,11 @@ def test_sequences_from_flags():
         (["--seed"], "--seed: expected one argument"),
         (["--seed", "1", "--seed=2"], "--seed: expected once, found it twice"),
         (["--seed", "1", "x.toml"], "expected a flag, found 'x.toml' (a TOML file comes first)"),
-        (["x.json"], "expected a .toml file or a flag, found 'x.json'"),
+        (["x"], "expected a .toml file, the name of a recipe or a flag, found 'x'"),
+        (
+            ["v2_finetun"],
+            "expected a .toml file, the name of a recipe or a flag, found 'v2_finetun' (did you mean v2_finetune?)",
+        ),
         (["no.toml"], "no.toml: No such file or directory"),
         (
             ["--data.path", "p", "--data.rank-range", "9", "3"],
