@@ -45,8 +45,8 @@ def start(config: TrainConfig) -> int:
     """Train in the process group of the environment; return the exit code."""
     from kalm_min.training import distributed
 
-    inputs = (config.model.path, config.model.tokenizer, config.data.path, config.data.validation)
-    check_output(config.output, *inputs, marks=("config.toml", "log.jsonl", "checkpoints"))
+    marks = ("config.toml", "log.jsonl", "checkpoints")
+    check_output(config.output, config.model.path, config.data.path, marks=marks)
     device = distributed.local_device(os.environ)
     distributed.start(os.environ, device)
     try:

@@ -259,7 +259,7 @@ def make_config(folder: Path) -> None:
 def read_config(folder: Path) -> object:
     """A recipe, as train.py reads it; the parser exits with its sentence."""
     from kalm_min.config import parse, to_toml
-    from train import TrainConfig
+    from kalm_min.options import TrainConfig
 
     stream = io.StringIO()
     try:

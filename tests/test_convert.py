@@ -1,18 +1,28 @@
 """The convert command: what arrives, what is refused, and what a second run does."""
 
+import csv
+import gzip
 import json
+import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-import kalm_min.convert
+from kalm_min import Embedder
 from kalm_min.convert import main
-from kalm_min.data import TrainingData
+from kalm_min.data import TrainingData, records
+from kalm_min.evaluation.local import find_datasets
+from kalm_min.files import sweep
+from tests.conftest import WORDS
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
+ROOT = Path(__file__).parents[1]
 
 
 def write(path: Path, rows: list, **options) -> Path:
@@ -46,7 +56,7 @@ def convert(hub, output, *flags) -> int:
 
 
 def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 @pytest.mark.parametrize("flags", [(), ("--gzip",)])
@@ -60,7 +70,7 @@ def test_a_folder_of_tasks(hub, tmp_path, flags, capsys):
     assert data.record(0) == {"query": "你好", "pos": ["p"], "relevance": 0.5}
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert "convert 5/5 rows" in shown.err
+    assert "convert 3/3 files" in shown.err
     assert "5 rows of 3 files" in shown.err
 
 
@@ -72,14 +82,14 @@ def test_a_file_alone_is_a_task(tmp_path):
 
 
 def test_a_second_run_skips_what_is_finished(hub, tmp_path, capsys):
-    """Finished files are left alone; a new or newer one is converted; other options are refused."""
+    """Finished files are left alone, a new one is converted; other options are refused."""
     out = tmp_path / "out"
     convert(hub, out)
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*.jsonl")}
     write(hub / "new" / "a.parquet", [row("new")])
     assert convert(hub, out) == 0
     assert {path: path.stat().st_mtime_ns for path in times} == times
-    assert "1 rows of 1 files" in capsys.readouterr().err
+    assert "1 row of 1 file " in capsys.readouterr().err
     assert convert(hub, out, "--split-instruction") == 2
     error = capsys.readouterr().err
     assert (
@@ -90,17 +100,17 @@ def test_a_second_run_skips_what_is_finished(hub, tmp_path, capsys):
 
 def test_an_interrupted_file_is_absent(hub, tmp_path, monkeypatch):
     """A kill in the middle of a file keeps the finished ones and leaves nothing of this one."""
-    check = kalm_min.convert.problem_with_line
+    check = records.problem_with_line
 
     def killed(record):
         if record["query"] == "1":
             raise KeyboardInterrupt
         return check(record)
 
-    monkeypatch.setattr(kalm_min.convert, "problem_with_line", killed)
+    monkeypatch.setattr(records, "problem_with_line", killed)
     assert convert(hub, tmp_path / "out") == 130
     names = [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert sorted(names) == [".convert.json", "train-00000-of-00001.jsonl"]
+    assert sorted(names) == [".convert.json", ".lock", "train-00000-of-00001.jsonl"]
     monkeypatch.undo()
     assert convert(hub, tmp_path / "out") == 0
     assert len(TrainingData(tmp_path / "out")) == 5
@@ -211,3 +221,219 @@ def test_without_pyarrow(hub, tmp_path):
     assert done.returncode == 2
     assert 'needs pyarrow: pip install "kalm-min[data]"' in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def table(path: Path, *rows: list[str], delimiter: str = ",") -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows(rows)
+    return path
+
+
+LAYOUTS = {
+    "question,answer": ("q", ["p"], []),
+    "anchor,positive,negative": ("q", ["p"], ["n"]),
+    "Anchor,Positive,Negative_1,Negative_2": ("q", ["p"], ["n", "m"]),
+    "query,positive,negative": ("q", ["p"], ["n"]),
+    "sentence1,sentence2": ("q", ["p"], []),
+    "id,question,answer": ("p", ["n"], []),
+}
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.tsv", "x.csv.gz", "x.jsonl", "x.json", "x.parquet"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_usual_columns_are_recognised(tmp_path, capsys, name, layout):
+    """From every kind of file, and said before anything is written."""
+    names = layout.split(",")
+    cells = ["q", "p", "n", "m"][: len(names)]
+    row = dict(zip(names, cells, strict=True))
+    source = tmp_path / name
+    if name == "x.parquet":
+        write(source, [row])
+    elif name == "x.jsonl":
+        source.write_text(json.dumps(row) + "\n")
+    elif name == "x.json":
+        source.write_text(json.dumps([row], indent=2))
+    else:
+        text = table(tmp_path / "t", names, cells, delimiter="\t" if name == "x.tsv" else ",")
+        source.write_bytes(
+            gzip.compress(text.read_bytes()) if name.endswith("gz") else text.read_bytes()
+        )
+    assert convert(source, tmp_path / "out") == 0
+    query, pos, neg = LAYOUTS[layout]
+    expected = {"query": query, "pos": pos} | ({"neg": neg} if neg else {})
+    assert lines(tmp_path / "out" / "x.jsonl") == [expected]
+    assert capsys.readouterr().err.startswith(f"{source}: query = ")
+
+
+def test_flagembeddings_lines(tmp_path):
+    """Lists stay lists, with their scores; its prompt is the line's instruction."""
+    row = {
+        "query": "q",
+        "pos": ["p"],
+        "neg": ["n", "m"],
+        "pos_scores": [0.9],
+        "neg_scores": [0.2, 0.1],
+    }
+    source = tmp_path / "x.jsonl"
+    source.write_text(json.dumps(row | {"prompt": "Find it.", "type": "normal"}) + "\n")
+    assert convert(source, tmp_path / "out") == 0
+    assert lines(tmp_path / "out" / "x.jsonl") == [row | {"instruction": "Find it."}]
+
+
+@pytest.mark.parametrize(
+    ("scores", "flags", "kept"),
+    [(["0", "1", "1"], (), ["b", "c"]), (["4", "5", "1.5"], (), ["a", "b"]),
+     (["0.4", "0.5", "0.9"], ("--min-score", "0.5"), ["b", "c"])],
+)  # fmt: skip
+def test_scored_pairs(tmp_path, capsys, scores, flags, kept):
+    """Pairs with a high score are examples; the bound is said."""
+    rows = [[name, f"{name}2", score] for name, score in zip("abc", scores, strict=True)]
+    source = table(tmp_path / "x.csv", ["sentence1", "sentence2", "score"], *rows)
+    assert convert(source, tmp_path / "out", *flags) == 0
+    assert [one["query"] for one in lines(tmp_path / "out" / "x.jsonl")] == kept
+    assert "pairs below" in capsys.readouterr().err
+
+
+def test_columns_named_by_flags(tmp_path, capsys):
+    """Any column, with the nearest name for one that is not there."""
+    source = table(tmp_path / "x.csv", ["Frage", "Antwort", "falsch"], ["q", "p", "n"])
+    assert convert(source, tmp_path / "out") == 2
+    assert "found Frage, Antwort, falsch; name the columns: --query" in capsys.readouterr().err
+    flags = ["--query", "Frage", "--pos", "Antwort", "--neg", "falsch"]
+    assert convert(source, tmp_path / "out", *flags[:-1], "fasch") == 2
+    assert (
+        "expected the column 'fasch', found none (did you mean falsch?)" in capsys.readouterr().err
+    )
+    assert convert(source, tmp_path / "out", *flags) == 0
+    assert lines(tmp_path / "out" / "x.jsonl") == [{"query": "q", "pos": ["p"], "neg": ["n"]}]
+
+
+CSV = [
+    ('question;answer\n"a;b";c\n', [("a;b", "c")]),
+    ('\ufeffquestion,answer\r\n"a\r\nb","say ""c"""\r\n\r\nd,e\r\n', [("a\r\nb", 'say "c"'), ("d", "e")]),
+    ("question|answer\nüb|你好\u2028x\n", [("üb", "你好\u2028x")]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "rows"), CSV)
+def test_tables_as_programs_write_them(tmp_path, text, rows):
+    """Delimiters, quotes, newlines in cells, a byte order mark, blank lines."""
+    source = tmp_path / "x.csv"
+    source.write_bytes(text.encode())
+    assert convert(source, tmp_path / "out") == 0
+    assert [(one["query"], one["pos"][0]) for one in lines(tmp_path / "out" / "x.jsonl")] == rows
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'question,answer\n"a\nb",c\nd\n', "x.csv:4: expected 2 cells, found 1"),
+        (
+            b'question,answer\na,b\n"c,d\n',
+            "x.csv:3: expected a row of a table, found: unexpected end",
+        ),
+        (b"question,question\na,b\n", "x.csv: expected each column once, found 'question' twice"),
+        (b"question,answer\na,\xff\n", "x.csv:2: expected UTF-8 text"),
+        (b"question,answer\na,\n", "x.csv:2: expected 'pos' to be a list of at least one"),
+        (b"", "x.csv: expected the columns 'query' and 'pos' (or 'group'), found"),
+    ],
+)
+def test_odd_tables_are_named_by_line(tmp_path, capsys, content, message):
+    """One sentence with file and line, and no output."""
+    source = tmp_path / "x.csv"
+    source.write_bytes(content)
+    assert convert(source, tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_size_and_content_decide(hub, tmp_path):
+    """A source replaced by an older file, and an output that was cut, are converted again."""
+    out = tmp_path / "out"
+    assert convert(hub, out) == 0
+    expected = lines(out / "paq" / "train-00001-of-00002.jsonl")
+    source = write(hub / "csl" / "train-00000-of-00001.parquet", [row("new")])
+    os.utime(source, (0, 0))
+    (out / "paq" / "train-00001-of-00002.jsonl").write_text("")
+    assert convert(hub, out) == 0
+    assert lines(out / "csl" / "train-00000-of-00001.jsonl")[0]["query"] == "new"
+    assert lines(out / "paq" / "train-00001-of-00002.jsonl") == expected
+
+
+def test_what_a_killed_run_left_is_removed(hub, tmp_path):
+    """Temporary files of a process that is gone; those of a living one stay."""
+    folder = tmp_path / "out" / "csl"
+    code = "import sys, os; from kalm_min.files import atomic_write as w\n"
+    code += "with w(sys.argv[1]): os._exit(0)"
+    subprocess.run([sys.executable, "-c", code, folder / "old.jsonl"], check=True, cwd=ROOT)
+    (torn,) = folder.glob(".old.jsonl.*.tmp")
+    alive = folder / torn.name.replace("old", "new").replace(
+        torn.name.split("-")[1].split(".")[0], "1"
+    )
+    alive.touch()
+    assert convert(hub, tmp_path / "out") == 2  # a folder with something else
+    (tmp_path / "out" / ".convert.json").write_text('{"options": {}, "files": {}}')
+    assert convert(hub, tmp_path / "new") == 0
+    assert torn.exists()
+    sweep(folder)
+    assert not torn.exists()
+    assert alive.exists()
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=10)
+def test_nothing_held_out_is_trained_on(tmp_path_factory, seed):
+    """Whatever texts are shared, also in other case and spacing: in no line of training."""
+    folder, draw = tmp_path_factory.mktemp("held"), random.Random(seed)
+    texts = [one for i in range(60) for one in (f"text {i}", f"TEXT  {i}", f"Text {i} ")]
+    rows = [draw.choices(texts, k=3) for _ in range(90)]
+    source = table(folder / "faq.csv", ["anchor", "positive", "negative"], *rows)
+    code = convert(source, folder / "out", "--hold-out", "8")
+    assert code == 0
+    out = folder / "out"
+
+    def normal(row):
+        return {
+            " ".join(t.casefold().split()) for t in (row["query"], *row["pos"], *row.get("neg", []))
+        }
+
+    held = lines(out / "validation" / "faq.jsonl")
+    assert len(held) == 8
+    trained = set().union(*map(normal, lines(out / "train" / "faq.jsonl")))
+    assert not trained & set().union(*map(normal, held))
+    (found,) = find_datasets(out / "eval")
+    assert (found.name, found.kind) == ("faq", "retrieval")
+    documents = {
+        " ".join(one["text"].casefold().split()) for one in lines(out / "eval/faq/corpus.jsonl")
+    }
+    assert documents <= set().union(*map(normal, held))
+
+
+@pytest.mark.slow
+def test_from_a_table_to_a_better_model(tmp_path, make_model):
+    """The newcomer's walk: a CSV of 500 pairs, four commands, a model that is loaded."""
+    draw = random.Random(0)
+    make_model(tmp_path / "base")
+    rows = [
+        [f"{' '.join(draw.choices(WORDS, k=4))} {i}", f"{i} {draw.choice(WORDS)}"]
+        for i in range(500)
+    ]
+    table(
+        tmp_path / "support.csv",
+        ["id", "question", "answer"],
+        *([str(i), *r] for i, r in enumerate(rows)),
+    )
+    small = "--sampling.batch-size 32 --training.max-steps 2 --training.precision float32"
+    for command in (
+        "convert support.csv --hold-out 100 --output data",
+        f"train --model.path base --data.path data/train --data.validation data/validation --output run {small}",
+        "evaluate --model run/final --data data/eval --devices cpu --dtype float32 --output results",
+    ):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "kalm_min", *command.split()],
+            cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert "ndcg_at_10" in done.stdout
+    assert Embedder.from_pretrained(tmp_path / "run" / "final").encode(["how?"]).shape == (1, 32)

@@ -267,8 +267,8 @@ def test_texts_without_an_instruction_get_the_prompts_of_the_checkpoint(
     finish(stored, tmp_path / "stored", "--data.validation", tmp_path / "valid.jsonl")
     written = ("--data.path", tmp_path / "written" / "train")
     written += ("--data.validation", tmp_path / "written" / "valid.jsonl")
-    finish(arguments, tmp_path / "written", *written)
-    assert log(tmp_path / "stored") == log(tmp_path / "written")
+    finish(arguments, tmp_path / "given", *written)
+    assert log(tmp_path / "stored") == log(tmp_path / "given")
     assert prompts_of(tmp_path / "stored") == {"query": "ask: ", "document": "say: "}
 
 
