@@ -12,10 +12,8 @@ absent; the same command resumes, and converts again what changed in size or con
 `pip install "kalm-min[data]"`. Does not download or write `<task>.toml`.
 """
 
-import csv
 import gzip
 import hashlib
-import io
 import json
 import random
 import re
@@ -41,14 +39,15 @@ from kalm_min.files import (
     open_bytes,
     read_json,
     read_jsonl,
-    read_text,
+    read_table,
     text_hash,
     write_json,
     write_text,
 )
 from kalm_min.options import ANY_COUNT, Ranged
-from kalm_min.schema import LISTED, list_problems
+from kalm_min.schema import LISTED, Field, list_problems, read_object
 
+_OBJECT = Field("an object", lambda value: isinstance(value, dict), required=True)
 _BATCH = 1000  # rows of a Parquet file in memory at a time
 _BUFFER = 1 << 20  # bytes of a column read at a time; the default is a full row group
 _LIKE = 0.8  # a pair is an example if its score is at least this share of the highest
@@ -121,12 +120,12 @@ class Source(NamedTuple):
             plain = config.split_instruction and "instruction" not in record
             if plain and (match := _PREFIX.fullmatch(str(record.get("query")))):
                 record["instruction"], record["query"] = match.groups()
-            try:
-                is_low = any(float(row[one]) < self.least for one in self.columns["score"])
-            except (TypeError, ValueError, KeyError):
+            scores = [_number(row.get(one)) for one in self.columns["score"]]
+            if None in scores:
                 yield where, f"expected a number as {self.columns['score'][0]!r}"
-                continue
-            yield where, None if is_low else problem_with_line(record) or record
+            else:
+                is_low = any(one is not None and not one >= self.least for one in scores)
+                yield where, None if is_low else problem_with_line(record) or record
 
 
 def main(argv: list[str]) -> int:
@@ -163,11 +162,11 @@ def convert(config: ConvertConfig) -> int:
 
 def _convert_all(config: ConvertConfig, sources: list[Source], failures: dict[Path, str]) -> None:
     """Write what is missing, with a record of what each output was made of."""
-    noted, before = config.output / ".convert.json", {"options": {}, "files": {}}
+    noted, before = config.output / ".convert.json", dict[str, Any]()
     names = [one.name for one in fields(ConvertConfig) if one.name not in ("input", "output")]
     options = json.loads(json.dumps({name: getattr(config, name) for name in names}))
     if noted.exists():
-        before |= read_json(noted)
+        before = read_object(noted, dict.fromkeys(("options", "files"), _OBJECT))
         if changed := differences(before["options"], options):
             raise ValueError(
                 f"{config.output}: converted before with other options ({changed}); "
@@ -180,10 +179,16 @@ def _convert_all(config: ConvertConfig, sources: list[Source], failures: dict[Pa
         one.path: [digests[one.path], one.target.stat().st_size if one.target.exists() else -1]
         for one in sources
     }
-    todo = [one for one in sources if made[one.path] != before["files"].get(str(one.target))]
-    record = {"options": options, "files": before["files"]}
+    record = {"options": options, "files": before.get("files", {})}
+    todo = [one for one in sources if made[one.path] != record["files"].get(str(one.target))]
+    if config.hold_out and (gone := record["files"].keys() - {str(one.target) for one in sources}):
+        raise ValueError(
+            f"{min(gone)}: made of a file that is gone, maybe with texts to hold out; delete it"
+        )
     write_json(noted, record)
     held = _hold_out(config, sources) if config.hold_out and todo else {}
+    for task, rows in held.items():
+        _write_held_out(config.output, task, rows)
     keys = {key for rows in held.values() for row in rows for key in _keys(row)}
     written, left_out = 0, 0
     with Progress(len(todo), "files", sys.stderr, title="convert") as progress:
@@ -202,7 +207,6 @@ def _convert_all(config: ConvertConfig, sources: list[Source], failures: dict[Pa
     if len(todo) < len(sources):
         report += f"; {count(len(sources) - len(todo), 'file')} had been converted before"
     for task, rows in held.items():
-        _write_held_out(config.output, task, rows)
         shared = f"; {count(left_out - len(rows), 'row')} left out that share a text with them"
         report += f"\n{task}: {count(len(rows), 'row')} held out{shared if len(held) == 1 else ''}"
     if held:
@@ -276,10 +280,9 @@ def _open(path: Path, target: Path, config: ConvertConfig) -> Source:
     used = [*dict.fromkeys(chain.from_iterable(columns.values()))]
     source = Source(path, target, task, lambda: rows(used), columns, config.min_score or 0.0)
     if columns["score"] and config.min_score is None:
-        (score,) = columns["score"]
-        scores = [row.get(score) for _, row in rows([score]) if not isinstance(row, str)]
-        numbers = [float(one) for one in scores if re.fullmatch(r"-?[\d.]+(e-?\d+)?", str(one))]
-        source = source._replace(least=_LIKE * max(numbers, default=0.0))
+        score = columns["score"][0]
+        found = (_number(row.get(score)) for _, row in rows([score]) if not isinstance(row, str))
+        source = source._replace(least=_LIKE * max(filter(None, found), default=0.0))
     return source
 
 
@@ -292,7 +295,7 @@ def _understand(path: Path, names: Sequence[str], config: ConvertConfig) -> dict
             near = did_you_mean(name, names) or f"; the columns are {', '.join(names)}"
             raise ValueError(f"{path}: expected the column {name!r}, found none{near}")
     columns = {key: given[key] or _usual(_USUAL[key], names) for key in _USUAL}
-    columns["query"] = columns["query"][:1]
+    columns |= {key: columns[key][:1] for key in ("query", "score")}
     if not columns["query"] or not (columns["pos"] or "group" in names):
         raise ValueError(
             f"{path}: expected the columns 'query' and 'pos' (or 'group'), found {', '.join(names)}; "
@@ -323,6 +326,13 @@ def _sentence(source: Source) -> str:
     if source.columns["score"]:
         parts.append(f"pairs below {source.least:g} are left out")
     return ", ".join(parts)
+
+
+def _number(value: object) -> float | None:
+    try:
+        return float(str(value)) if not isinstance(value, bool) else float(value)
+    except ValueError:
+        return None
 
 
 def _texts(row: Object, columns: Sequence[str]) -> list[object]:
@@ -434,35 +444,15 @@ def _write_held_out(output: Path, task: str, rows: list[Object]) -> None:
 
 
 def _read_table(path: Path) -> tuple[list[str], Callable[[Sequence[str]], Rows]]:
-    """The columns of a CSV or TSV file and its rows; a quoted cell may hold newlines."""
-    csv.field_size_limit(sys.maxsize)
-    text = read_text(path)
-    head = text.partition("\n")[0]
-    delimiter = "\t" if _kind(path) == ".tsv" else max(",;\t|", key=head.count)
-
-    def read() -> Iterator[tuple[str, list[str]]]:
-        reader, start = csv.reader(io.StringIO(text, ""), delimiter=delimiter, strict=True), 1
-        try:
-            for cells in reader:
-                if cells:
-                    yield f"{path}:{start}", cells
-                start = reader.line_num + 1
-        except csv.Error as error:
-            raise ValueError(
-                f"{path}:{start}: expected a row of a table, found: {error}"
-            ) from error
+    """The columns and the rows of a CSV or TSV file."""
+    _, names = next(read_table(path), (0, list[str]()))
 
     def rows(_: Sequence[str]) -> Rows:
-        for where, cells in islice(read(), 1, None):
+        for line, cells in islice(read_table(path), 1, None):
             wrong = f"expected {count(len(names), 'cell')}, found {len(cells)}"
-            yield (
-                where,
-                dict(zip(names, cells, strict=False)) if len(cells) == len(names) else wrong,
-            )
+            row = dict(zip(names, cells, strict=False))
+            yield f"{path}:{line}", row if len(cells) == len(names) else wrong
 
-    names = [name.strip() for name in next(read(), ("", []))[1]]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"{path}: expected each column once, found {twice[0]!r} twice")
     return names, rows
 
 

@@ -6,8 +6,6 @@ output belongs to line i, of a table to row i, also if it is blank. The output i
 (lines, dimensions), float32 or what `--precision` says, complete or absent.
 """
 
-import csv
-import io
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +14,7 @@ from typing import Annotated
 
 from kalm_min import program
 from kalm_min.config import check_output, run
-from kalm_min.files import check_first_line, parse_object, read_lines, read_text
+from kalm_min.files import check_first_line, parse_object, read_lines, read_table
 from kalm_min.schema import Field, is_string, problem_with
 from kalm_min.settings import Precision
 
@@ -55,7 +53,18 @@ def read_texts(path: Path, column: str = "text") -> list[str]:
     kind = Path(path.name.removesuffix(".gz")).suffix
     path = Path("/dev/stdin") if str(path) == "-" else path
     if kind in (".csv", ".tsv"):
-        texts = _read_table(path, column, "," if kind == ".csv" else "\t")
+        table = read_table(path)
+        _, names = next(table, (0, list[str]()))
+        if column not in names:
+            raise ValueError(
+                f"{path}: expected the column {column!r}, found {', '.join(names)}; name the one to "
+                "encode with --column (kalm-min convert makes training data of a table)"
+            )
+        rows = [*table]
+        for line, cells in rows:
+            if len(cells) != len(names):
+                raise ValueError(f"{path}:{line}: expected {len(names)} cells, found {len(cells)}")
+        texts = [cells[names.index(column)] for _, cells in rows]
     else:
         texts = read_lines(path)
     if kind == ".jsonl":
@@ -69,26 +78,6 @@ def read_texts(path: Path, column: str = "text") -> list[str]:
     if not texts:
         raise ValueError(f"{path}: expected at least one text, found none")
     return texts
-
-
-def _read_table(path: Path, column: str, delimiter: str) -> list[str]:
-    """The cells of a column of a table with a header."""
-    csv.field_size_limit(sys.maxsize)
-    rows = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
-    names = next(rows, [])
-    if column not in names:
-        raise ValueError(
-            f"{path}: expected the column {column!r}, found {', '.join(names)}; name the one to "
-            "encode with --column (kalm_min.convert makes training data of a table)"
-        )
-    try:
-        cells = [(rows.line_num, row) for row in rows if row]
-    except csv.Error as error:
-        raise ValueError(f"{path}:{rows.line_num}: expected a table, found: {error}") from error
-    for line, row in cells:
-        if len(row) != len(names):
-            raise ValueError(f"{path}:{line}: expected {len(names)} cells, found {len(row)}")
-    return [row[names.index(column)] for _, row in cells]
 
 
 def encode(config: EncodeConfig) -> int:

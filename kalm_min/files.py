@@ -6,11 +6,13 @@ writers of one path do not tear it, and the last rename wins; a folder that two 
 is `locked`.
 """
 
+import csv
 import difflib
 import errno
 import fcntl
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -300,6 +302,30 @@ def read_jsonl(path: AnyPath, problems: list[str] | None = None) -> Iterator[tup
                 problems.append(str(error))
 
 
+def read_table(path: AnyPath) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line number from 1, cells) of a CSV or TSV file: first the columns' names, then rows.
+
+    Cells are divided by the one of `,` `;` `|` and tab that the first line has most of, and may hold
+    newlines if quoted. Blank lines are skipped. Raises ValueError with file:line for what is no
+    table, and for columns of the same name.
+    """
+    csv.field_size_limit(2**31 - 1)
+    text = read_text(path)
+    head = text.partition("\n")[0]
+    delimiter = "\t" if ".tsv" in Path(path).suffixes else max(",;\t|", key=head.count)
+    rows, line = csv.reader(io.StringIO(text, ""), delimiter=delimiter, strict=True), 1
+    try:
+        for cells in rows:
+            if line == 1 and len({*cells}) < len(cells):
+                twice = next(one for one in cells if cells.count(one) > 1)
+                raise ValueError(f"{path}: expected each column once, found {twice!r} twice")
+            if cells:
+                yield line, cells
+            line = rows.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}:{line}: expected a table, found: {error}") from error
+
+
 def check_first_line(line: bytes, path: AnyPath) -> None:
     """Raise ValueError if the first line that is not blank shows that a file is no JSONL at all."""
     if found := _FOREIGN.get(line[:2]):
@@ -311,7 +337,8 @@ def check_first_line(line: bytes, path: AnyPath) -> None:
     else:
         return
     expected = f"{path}: expected a JSON object in each line, found {found}"
-    raise ValueError(f"{expected}; write one object per line")
+    convert = f"or convert it: kalm-min convert {path} --output FOLDER"
+    raise ValueError(f"{expected}; write one object per line, {convert}")
 
 
 def parse_object(line: bytes | str, where: AnyPath) -> Object:

@@ -5,7 +5,7 @@ import io
 import pytest
 
 from kalm_min import console
-from kalm_min.console import Progress, format_duration, table
+from kalm_min.console import Progress, count, format_duration, printable, table
 
 
 class Terminal(io.StringIO):
@@ -55,3 +55,39 @@ def test_tables():
         "| name    |     n |\n| ------- | ----: |\n| a\\|b\\nc |     1 |\n| d       | 1,000 |"
     )
     assert table(["name", "n"], []) == "| name | n   |\n| ---- | --- |"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("你好, naïve 🙂", "你好, naïve 🙂"),
+        ("a\x1b[2Jb\rc\x07", "a\\x1b[2Jb\\rc\\x07"),
+        ("evil\u202egnp.exe", "evil\\u202egnp.exe"),
+        ("\x9b31m\u2028\udcff", "\\x9b31m\\u2028\\udcff"),
+        ("two\nlines", "two\nlines"),
+    ],
+)
+def test_foreign_text_is_made_visible(text, shown):
+    """No escape sequence or direction mark reaches a terminal, from a table, a bar or a line."""
+    assert printable(text) == shown
+    stream = io.StringIO()
+    with Progress(1, "steps", stream, title=text) as progress:
+        progress.line(text)
+        progress.update(1, text)
+    assert stream.getvalue().count(shown) == 3
+    assert "\x1b" not in table(["name"], [[text]])
+
+
+def test_a_bar_of_eighty_columns():
+    """The bar keeps its ten columns; what does not fit is cut at the end."""
+    stream = Terminal()
+    with Progress(1000, "steps", stream, title="train") as progress:
+        progress.update(500, "loss 0.5432, 12,345 tokens/s and more that is said")
+    last = stream.getvalue().rstrip().rpartition("\r")[2]
+    assert len(last) <= 79
+    assert last.partition("|")[2].index("|") == 10
+
+
+def test_plurals():
+    assert [count(n, "task") for n in (0, 1, 2000)] == ["0 tasks", "1 task", "2,000 tasks"]
+    assert count(2, "process") == "2 processes"

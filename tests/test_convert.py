@@ -330,7 +330,7 @@ def test_tables_as_programs_write_them(tmp_path, text, rows):
         (b'question,answer\n"a\nb",c\nd\n', "x.csv:4: expected 2 cells, found 1"),
         (
             b'question,answer\na,b\n"c,d\n',
-            "x.csv:3: expected a row of a table, found: unexpected end",
+            "x.csv:3: expected a table, found: unexpected end",
         ),
         (b"question,question\na,b\n", "x.csv: expected each column once, found 'question' twice"),
         (b"question,answer\na,\xff\n", "x.csv:2: expected UTF-8 text"),

@@ -280,7 +280,10 @@ def _file_name(path: Path) -> str:
     if path.is_file() and suffix and more in ("", ".gz"):
         return name
     found = "a folder" if path.is_dir() else "another file" if path.exists() else "nothing there"
-    raise ValueError(f"{path}: expected a .jsonl or .jsonl.gz file, found {found}")
+    expected = f"{path}: expected a .jsonl or .jsonl.gz file, found {found}"
+    if path.name.removesuffix(".gz").endswith((".csv", ".tsv", ".parquet", ".json")):
+        expected += f"; convert it: kalm-min convert {path} --output FOLDER"
+    raise ValueError(expected)
 
 
 def _task_settings(path: Path, tasks: list[str]) -> list[TaskSettings]:
