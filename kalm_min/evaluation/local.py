@@ -44,8 +44,13 @@ _COLUMNS = {
     "negative": Field("a list of texts", is_string, items=0, required=True),
     "score": Field("a number", is_number, required=True),
     "relevance": Field("a list of numbers", is_number, items=1, required=True),
-    "binary": Field("0 or 1", lambda value: is_number(value) and value in (0, 1), required=True),
 }
+_BINARY = Field("0 or 1", lambda value: is_number(value) and value in (0, 1), required=True)
+_RANKED = r"(ndcg|map|recall|precision|mrr|hit_rate)_at_(1|3|5|10|20|100|1000)"
+_CLASSES = r"accuracy|(f1|precision|recall)(_weighted)?|ap(_weighted)?"
+_BEST = r"(max|similarity|cosine|dot|euclidean|manhattan)_(ap|accuracy|f1|precision|recall)"
+_CORRELATION = r"((cosine|euclidean|manhattan)_)?(spearman|pearson)"
+_SUMMARY = r"((cosine|dot)_)?(spearman|pearson)"
 
 
 class Kind(NamedTuple):
@@ -54,39 +59,28 @@ class Kind(NamedTuple):
     type: str
     main_score: str
     scores: str
-    names: str
-
-    @property
-    def columns(self) -> Mapping[str, Field]:
-        """The check of each column."""
-        binary = self.type == "PairClassification"
-        return {
-            name: _COLUMNS["binary" if binary and name == "label" else name]
-            for name in self.names.split()
-        }
+    columns: Mapping[str, Field]
 
 
-_RANKED = r"(ndcg|map|recall|precision|mrr|hit_rate)_at_(1|3|5|10|20|100|1000)"
-_CLASSES = r"accuracy|(f1|precision|recall)(_weighted)?|ap(_weighted)?"
-_BEST = r"(max|similarity|cosine|dot|euclidean|manhattan)_(ap|accuracy|f1|precision|recall)"
-_CORRELATION = r"((cosine|euclidean|manhattan)_)?(spearman|pearson)"
-_SUMMARY = r"((cosine|dot)_)?(spearman|pearson)"
-_PAIRED = r"f1|accuracy|precision|recall"
+def _columns(names: str, **others: Field) -> Mapping[str, Field]:
+    return {name: others.get(name) or _COLUMNS[name] for name in names.split()}
+
+
+_SCORED, _LABELLED = _columns("sentence1 sentence2 score"), _columns("text label")
+_PAIR = _columns("sentence1 sentence2 label", label=_BINARY)
+_SUMMARIES = _columns("text human_summaries machine_summaries relevance")
 # The order matters: classification before clustering, which has its columns; bitext last.
 KINDS = {
-    "retrieval": Kind("Retrieval", "ndcg_at_10", _RANKED, "_id title text"),
-    "reranking": Kind("Reranking", "map_at_1000", _RANKED, "query positive negative"),
-    "sts": Kind("STS", "cosine_spearman", _CORRELATION, "sentence1 sentence2 score"),
-    "pair": Kind("PairClassification", "max_ap", _BEST, "sentence1 sentence2 label"),
-    "classification": Kind("Classification", "accuracy", _CLASSES, "text label"),
-    "clustering": Kind("Clustering", "v_measure", "v_measure|ami", "text label"),
-    "summarization": Kind(
-        "Summarization",
-        "cosine_spearman",
-        _SUMMARY,
-        "text human_summaries machine_summaries relevance",
+    "retrieval": Kind("Retrieval", "ndcg_at_10", _RANKED, _columns("_id title text")),
+    "reranking": Kind("Reranking", "map_at_1000", _RANKED, _columns("query positive negative")),
+    "sts": Kind("STS", "cosine_spearman", _CORRELATION, _SCORED),
+    "pair": Kind("PairClassification", "max_ap", _BEST, _PAIR),
+    "classification": Kind("Classification", "accuracy", _CLASSES, _LABELLED),
+    "clustering": Kind("Clustering", "v_measure", "v_measure|ami", _LABELLED),
+    "summarization": Kind("Summarization", "cosine_spearman", _SUMMARY, _SUMMARIES),
+    "bitext": Kind(
+        "BitextMining", "f1", "f1|accuracy|precision|recall", _columns("sentence1 sentence2")
     ),
-    "bitext": Kind("BitextMining", "f1", _PAIRED, "sentence1 sentence2"),
 }
 _SETTINGS = {
     "type": Field("one of " + ", ".join(KINDS), lambda value: value in list(KINDS)),
@@ -102,7 +96,7 @@ _SETTINGS = {
 _LANGUAGES = re.compile(r"[a-z]{2,3}([-_][A-Z][a-z]{3})?[-_][a-z]{2,3}([-_][A-Z][a-z]{3})?")
 _EXPECTED = "expected corpus.jsonl, queries.jsonl and qrels/test.tsv, or test.jsonl with "
 _EXPECTED += ", or ".join(
-    f"{kind.names.replace(' ', ', ')} ({name})" for name, kind in list(KINDS.items())[1:-1]
+    f"{', '.join(kind.columns)} ({name})" for name, kind in list(KINDS.items())[1:-1]
 )
 _EXPECTED += (
     ', or deu-eng.jsonl with sentence1, sentence2 (bitext, or type = "bitext" in task.toml)'

@@ -74,12 +74,15 @@ def test_a_folder_is_tabulated_and_compared_without_running(mteb, evaluate, eigh
     folder = evaluate.folder / "tables"
     tables = {path: path.read_text() for path in folder.glob("summary.*")}
     assert len(tables) == 2
+    (results,) = folder.glob("results/*/*")
+    (results / "broken.json").write_text("[" * 100_000)
     for more in (("--report-only",), (*wanted, "--report-only")):
         for path in tables:
             path.unlink()
         output = ("--output", "tables") if len(more) == 1 else ()
         again = evaluate(*output, *more, has_model=len(more) > 1)
         assert again.returncode == 0, again.stderr
+        assert "broken.json: passed over, it holds no result" in again.stderr
         assert {path: path.read_text() for path in tables} == tables
     compared = evaluate("--compare", "tables", folder, has_model=False)
     assert compared.returncode == 0, compared.stderr
