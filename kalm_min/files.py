@@ -427,20 +427,20 @@ def checkpoint_folders(path_or_hub_id: str | Path) -> list[Path]:
 
     Raises ValueError if there is no such folder, or no config.json in the model's folder.
     """
-    folders = [_model_folder(path_or_hub_id)]
+    folders, where = [_model_folder(path_or_hub_id)], ""
     if (adapter := folders[0] / "adapter_config.json").is_file():
         base = str(parse_object(read_text(adapter), adapter).get("base_model_name_or_path"))
-        beside = folders[0] / base
+        beside, where = folders[0] / base, f"{adapter}: base_model_name_or_path: "
         try:
             is_beside = beside.is_dir() and not Path(base).is_dir()
             folders.append(_model_folder(beside if is_beside else base))
         except ValueError as error:
-            raise ValueError(f"{adapter}: base_model_name_or_path: {error}") from error
+            raise ValueError(f"{where}{error}") from error
     if not (folders[-1] / "config.json").is_file():
         inside = sorted(folders[-1].glob("final/*config.json"))
         hint = f" (did you mean {inside[0].parent}?)" if inside else ""
         expected = "expected a model folder with config.json, found none"
-        raise ValueError(f"{folders[-1]}: {expected}{hint}")
+        raise ValueError(f"{where}{folders[-1]}: {expected}{hint}")
     return folders
 
 
