@@ -254,7 +254,8 @@ def describe(name: str, texts: list[str], dtype: str | None) -> str:
         found, model = open_folder(name), Embedder.from_pretrained(name, "cpu", "float32")
         other = Embedder.from_pretrained(name, dtype=served) if texts else model
     stored = found.config.get("dtype") or found.config.get("torch_dtype")
-    values = asdict(found.settings) | {"end_of_text": found.end_of_text, "dense": found.dense}
+    ends = found.end_of_text or "as tokenizer.json says"
+    values = asdict(found.settings) | {"end_of_text": ends, "dense": found.dense}
     values |= {"dimension": found.dimension, "released": found.released}
     values |= {"dtype": f"{stored} in the file, {served} would serve here"}
     lines = [
