@@ -434,7 +434,7 @@ def checkpoint_folders(path_or_hub_id: str | Path) -> list[Path]:
         try:
             is_beside = beside.is_dir() and not Path(base).is_dir()
             folders.append(_model_folder(beside if is_beside else base))
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"{where}{error}") from error
     if not (folders[-1] / "config.json").is_file():
         inside = sorted(folders[-1].glob("final/*config.json"))

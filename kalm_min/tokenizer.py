@@ -90,11 +90,17 @@ class Tokenizer:
         settings = read_object(side, {}, extra=True) if side.is_file() else {}
         if end_of_text is not None:
             settings["add_eos_token"] = end_of_text
-        if rows is not None and max(fast.get_vocab().values(), default=0) >= rows:
+        words, everything = (max(fast.get_vocab(x).values(), default=0) for x in (False, True))
+        # Writing a vocabulary with an id of billions would take hours; the Embedder refuses it.
+        if rows is not None and words < rows <= everything:
             state = json.loads(fast.to_str())
             dropped = [one["content"] for one in state["added_tokens"] if one["id"] >= rows]
             state["added_tokens"] = [one for one in state["added_tokens"] if one["id"] < rows]
-            fast = FastTokenizer.from_str(json.dumps(state))
+            try:
+                fast = FastTokenizer.from_str(json.dumps(state))
+            except Exception as error:  # the library raises a bare Exception
+                expected = f"expected nothing to need the added tokens from id {rows} on"
+                raise ValueError(f"{path}: {expected}, found: {error}") from error
             # transformers would add again what is listed here; tokenizer.json is sufficient.
             settings.pop("added_tokens_decoder", None)
             for key, value in settings.items():

@@ -507,6 +507,18 @@ def test_weights_are_saved_as_exactly_as_they_are_known(tiny_model_dir, tmp_path
     wide.save_pretrained(tmp_path / "kept", dtype="float32")
 
 
+@pytest.mark.parametrize(("number", "message"), [(2**32 - 1, "4294967296 ids"), (400, "401 ids")])
+def test_ids_beyond_the_table_are_refused_at_once(folder, number, message):
+    """A vocabulary whose ids go beyond the table, however far: one sentence, within a moment."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["at"] = number
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(
+        ValueError, match=f"the tokenizer has {message} and the embedding table 320"
+    ):
+        load(folder)
+
+
 def test_names_of_dtypes(tiny_model_dir):
     """torch's names and the short ones; any other word is refused by name."""
     for name, dtype in (("fp16", torch.float16), ("half", torch.float16), ("bf16", torch.bfloat16)):

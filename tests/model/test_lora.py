@@ -306,6 +306,7 @@ def test_the_files_say_the_same(tiny_model_dir, tmp_path):
             {"base_model_name_or_path": None},
             "base_model_name_or_path: None: expected a model folder",
         ),
+        ({"base_model_name_or_path": "x" * 999}, "base_model_name_or_path: .*File name too long"),
         (
             {"base_model_name_or_path": "./gone"},
             r"base_model_name_or_path: ./gone: expected a model",
