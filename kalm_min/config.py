@@ -190,7 +190,7 @@ def check_output(output: Path, *inputs: object, marks: Iterable[str] = ()) -> No
     place = output.resolve()
     for path in map(Path, filter(None, map(str, filter(None, inputs)))):
         if path.exists() and place in (path.resolve(), *path.resolve().parents):
-            raise ValueError(f"--output: {output}: expected another place than the input {path}")
+            raise ValueError(f"--output: {output}: expected another folder than the input {path}")
     found = [one.name for one in output.glob("[!.]*")]
     if found and not any((output / mark).exists() for mark in marks):
         expected = f"--output: {output}: expected a new or an empty folder"

@@ -124,8 +124,8 @@ def test_where_a_command_may_write(tmp_path):
     for output, message in (
         (tmp_path / "file", "is a file"),
         (tmp_path / "file" / "below" / "it", "is a file"),
-        (tmp_path / "model", "expected another place than the input"),
-        (tmp_path, "expected another place than the input"),
+        (tmp_path / "model", "expected another folder than the input"),
+        (tmp_path, "expected another folder than the input"),
         (tmp_path / "other", "expected a new or an empty folder, found photos in it"),
     ):
         with pytest.raises(ValueError, match=message):
