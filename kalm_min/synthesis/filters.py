@@ -19,7 +19,7 @@ from kalm_min.schema import is_text
 
 Texts = dict[str, list[str]]  # by key of the answer; a single text is a list of one
 _LIMIT = 200_000  # characters of an answer
-_RUN = 5  # words
+RUN = 5  # words
 # Where words are not separated by spaces, each character is one.
 _CHARS = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 _MARKS = r"\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0900-\u0dff"  # which \w leaves out
@@ -39,7 +39,7 @@ def words(text: str) -> Sequence[str]:
     return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
 
 
-def runs(text: str, length: int = _RUN) -> set[str]:
+def runs(text: str, length: int = RUN) -> set[str]:
     """All runs of so many words, in spaces; the whole text if it is shorter."""
     found = words(text)
     starts = range(max(1, len(found) - length + 1)) if found else ()
@@ -97,7 +97,7 @@ def compare(query: str, positive: str, negatives: Sequence[str], copied: float) 
     plain, joined, *others = (" ".join(words(text)) for text in (query, positive, *negatives))
     if plain in (joined, *others) or joined in others:
         return "equal texts in a sample"
-    parts = [run for run in runs(query) if len(run.split()) == _RUN]
+    parts = [run for run in runs(query) if len(run.split()) == RUN]
     if sum(run in f" {joined} " for run in parts) > copied * len(parts):
         return "query copied in the positive"
     return ""

@@ -299,11 +299,12 @@ class Synthesis:
         if reason:
             return None, reason
         query, positives = texts["query"][0], texts.get("positive") or [sample.values["passage"]]
-        line: Object = {"query": query, "pos": positives, "neg": texts.get("negatives") or []}
+        negatives = [*dict.fromkeys(texts.get("negatives", ()))]
+        line: Object = {"query": query, "pos": positives, "neg": negatives}
         line["instruction"] = instruction
         if "label" in texts:
             line["group"] = f"{instruction}: {texts['label'][0].lower()}"
-        reason = filters.compare(query, positives[0], line["neg"], prompt.copied)
+        reason = filters.compare(query, positives[0], negatives, prompt.copied)
         return (None, reason) if reason or problem_with_line(line) else (line, "")
 
     def _judge(self, text: str, span: Sequence[int], code: str) -> str:

@@ -31,7 +31,7 @@ from kalm_min.files import (
 )
 from kalm_min.options import SynthesisConfig
 from kalm_min.schema import Field, is_string, is_text, problem_with
-from kalm_min.synthesis.filters import runs, words
+from kalm_min.synthesis.filters import RUN, runs, words
 
 FOLDER = Path(__file__).parent
 _FIELDS = {"persona", "instruction", "language", "target"}
@@ -55,7 +55,7 @@ class Prompt:
     instruction: str = ""  # for training, where no first stage writes one
     symmetric: bool = False  # a setting of the task: documents get the instruction, too
     copied: float = 0.5  # share of the query's runs of five words that the positive may repeat
-    secrets: frozenset[str] = frozenset()  # runs of eight words of the text: they leak from nowhere
+    secrets: frozenset[str] = frozenset()  # runs of words of the text and the slots
 
     def schema(self) -> Object:
         """The JSON schema of an answer; without lengths, which would cut texts in the middle."""
@@ -210,9 +210,11 @@ def _read_prompt(path: Path, fields: set[str], keys: Iterable[str]) -> Prompt:
     """Read a prompt file with these keys. Raises ValueError if it cannot be used."""
     head, line, text = read_text(path).replace("\r\n", "\n").partition("\n---\n")
     try:
-        secrets = frozenset(run for run in runs(text, 8) if len(run.split()) == 8)
-        head = tomllib.loads(head)
-        prompt = Prompt(name=path.stem, text=text.strip(), secrets=secrets, **head)
+        table = tomllib.loads(head)
+        secrets = {run for run in runs(text, 8) if len(run.split()) == 8}
+        for phrase in (phrase for one in table.get("slots", {}).values() for phrase in one):
+            secrets |= {run for run in runs(phrase) if len(run.split()) == RUN}
+        prompt = Prompt(name=path.stem, text=text.strip(), secrets=frozenset(secrets), **table)
         if not line or not all(0 < least <= most for least, most in prompt.lengths.values()):
             raise ValueError("no line --- after a table of lengths")
         for name, shares in prompt.slots.items():

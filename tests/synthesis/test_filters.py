@@ -1,12 +1,15 @@
 """Filters: what is rejected, and why."""
 
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kalm_min.options import SynthesisConfig
 from kalm_min.synthesis.filters import Seen, compare, find_leak, judge, parse, runs, words
+from kalm_min.synthesis.prompts import Plan
 
 LATIN = ["LATIN"]
 GOOD = "Beekeepers treat their colonies against mites once the honey has been taken off in summer."
@@ -113,3 +116,19 @@ def test_near_duplicates():
     seen.add(seen.keys("query", "what is the capital of France"))
     assert not seen.holds(seen.keys("query", "what is the capital of Spain"))
     assert seen.holds(seen.keys("query", "What is the capital of France?"))
+
+
+def test_phrases_of_slots_and_prompts_are_leaks():
+    """A weak model answers with the words that describe the answer."""
+    wanted = {"model": "m", "output": Path("o"), "dry_run": True, "tasks": ("sts", "short_long")}
+    prompts = Plan(SynthesisConfig(**wanted)).prompts
+    for name, text in (
+        ("short_long", "extremely long-tail: one very particular case, I think"),
+        (
+            "short_long",
+            "Every text can be understood alone. The positive does not repeat the words.",
+        ),
+        ("sts", "4.5 (nearly the same meaning)"),
+    ):
+        assert find_leak([GOOD, text], prompts[name].secrets)
+    assert not find_leak([GOOD], prompts["sts"].secrets)
