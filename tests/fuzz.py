@@ -434,7 +434,7 @@ def make_mining(folder: Path) -> None:
 
 def mine(folder: Path) -> object:
     """The whole command, which finds everything done; what is damaged is made again or refused."""
-    from mine import main
+    from kalm_min.mine import main
 
     stream = io.StringIO()
     flags = {"model": "model", "data": "data", "output": "mined"}
