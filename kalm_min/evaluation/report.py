@@ -427,7 +427,8 @@ def draw_types(path: Path, types: Mapping[str, str], columns: Scores) -> list[st
         )
         axes.bar_label(bars, fmt="%.1f", padding=3)
     lowest = min(score for one in means.values() for score in one.values())
-    axes.set(xlim=(1.15 * min(0, lowest), 105), title="Mean score by type")
+    left = lowest - 10 if lowest < 0 else 0  # with room for the number at a negative bar
+    axes.set(xlim=(left, 105), title="Mean score by type")
     axes.set_yticks(range(len(means)), map(printable, means), parse_math=False)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.invert_yaxis()
