@@ -4,8 +4,7 @@
 (PEP 562), so that `import kalm_min.sampling` plans an epoch without waiting for torch.
 """
 
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False  # typing's own takes longer to import than all else before Ctrl-C is in hand
 if TYPE_CHECKING:
     from kalm_min.embedder import Embedder
 

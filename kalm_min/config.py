@@ -188,7 +188,7 @@ def check_output(output: Path, *inputs: object, marks: Iterable[str] = ()) -> No
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"--output: {output}: expected to write there, but {there} is read-only")
     place = output.resolve()
-    for path in map(Path, filter(None, map(str, filter(None, inputs)))):
+    for path in [Path(str(one)) for one in inputs if one]:
         if path.exists() and place in (path.resolve(), *path.resolve().parents):
             raise ValueError(f"--output: {output}: expected another folder than the input {path}")
     found = [one.name for one in output.glob("[!.]*")]

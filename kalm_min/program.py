@@ -10,12 +10,12 @@ import io
 import os
 import signal
 import sys
-from contextlib import suppress
 from importlib import import_module
-from typing import TYPE_CHECKING, NoReturn
 
+TYPE_CHECKING = False  # see __init__.py
 if TYPE_CHECKING:
     from types import FrameType
+    from typing import NoReturn
 
 
 class _Output(io.FileIO):
@@ -23,12 +23,11 @@ class _Output(io.FileIO):
 
     def write(self, data: memoryview, /) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Write; a closed pipe (`| head`), a lost terminal or a full disk takes everything."""
-        with suppress(OSError):
-            if (
-                written := super().write(data)
-            ) is not None:  # None from a full pipe that may not wait
-                return written
-        return data.nbytes
+        try:
+            written = super().write(data)
+        except OSError:
+            written = None
+        return data.nbytes if written is None else written  # None, too, if a pipe may not wait
 
 
 def lasting(stream: io.TextIOWrapper) -> io.TextIOWrapper:
