@@ -1,12 +1,11 @@
 """From a training folder and a model to the same folder with mined negatives.
 
 A run indexes the texts of every task, encodes what the store lacks, searches, filters rows, chooses
-negatives, writes task by task, and reports. Beside the data, <output>/.mining/tasks/ holds a record
-per finished task; the store holds vectors (vectors.py) and neighbours (neighbours/<key>/<depth>/).
-
-Each phase leaves files that are complete or absent and skips what exists, so the same command
-resumes after a kill, and another choice of negatives encodes nothing. Work is distributed to the
-processes in pieces that do not depend on their number; they wait for one another between phases.
+negatives, writes task by task, and reports. Each phase leaves files that are complete or absent and
+skips what exists, so the same command resumes after a kill, and other rules encode nothing. Work is
+distributed to the processes in pieces that do not depend on their number; they wait for one another
+between phases. <output>/.mining/tasks/ holds a record of each finished task; the store holds vectors
+(vectors.py) and neighbours (neighbours/<key>/<depth>/).
 """
 
 import io
@@ -27,7 +26,7 @@ from kalm_min import files, topk, vectors
 from kalm_min.console import Progress, table
 from kalm_min.data import TrainingData
 from kalm_min.embedder import Embedder
-from kalm_min.files import atomic_write, digest, read_json, write_json, write_text
+from kalm_min.files import atomic_write, digest, read_json, write_json
 from kalm_min.mining import report
 from kalm_min.mining.rules import KEPT, Known, Labels, Scores, Selection, pair_scores, select
 from kalm_min.mining.texts import Bools, TextIndex, index_task, open_pool, text_sets
@@ -72,6 +71,11 @@ class _Task(NamedTuple):
     vectors: list[StoredVectors]  # the same texts, encoded or not
     corpus: Ints  # keys of the corpus
     known: Known
+    stored: StoredRows  # neighbours of the queries, found or not
+    depth: int  # how many of each the rules need
+
+    def neighbours(self, queries: slice | Ints) -> NDArray[np.void]:
+        return self.stored[queries][:, : self.depth]
 
 
 class Miner:
@@ -88,12 +92,6 @@ class Miner:
             topk.import_faiss()  # or fail now
         self.data, self.pool, self.pool_keys = distributed.rank_zero_first(self._open_data)
         self.names = [files.escape_name(task) for task in self.data.task_names]
-        self.made_with: dict[str, object] = {
-            "layout": _LAYOUT,
-            "rules": {field.name: getattr(config, field.name) for field in fields(Rules)},
-            "index": config.index,
-            "pool": self.pool and digest(self.pool.hashes.tobytes()),
-        }
         self.manifests: dict[str, dict[str, object]] = {}  # of "scorer" and "model"
         self._task = lru_cache(maxsize=1)(self._open_task)
         self._choose = lru_cache(maxsize=1)(self._select)
@@ -101,10 +99,6 @@ class Miner:
     def run(self) -> tuple[dict[str, int], list[str]]:
         """Mine every unfinished task; return totals over all rows, and remarks."""
         config, everything = self.config, range(len(self.names))
-        if self.rank == 0:  # temporary files of killed runs
-            for torn in config.output.rglob(".*.tmp"):
-                torn.unlink()
-        distributed.barrier()
 
         def read(number: int) -> None:
             self._read(number).save(self._path("index", number, "npz"))
@@ -132,8 +126,7 @@ class Miner:
 
             self._encode(todo, embedder, "score", to_score)
         self._each(self._write, unfinished, "write", "tasks")
-        records = [read_json(self._path("tasks", number, "json")) for number in everything]
-        summaries = (record["summary"] for record in records)
+        summaries = [read_json(self._path("tasks", n, "json"))["summary"] for n in everything]
         tasks = dict(zip(self.data.task_names, summaries, strict=True))
         if self.rank == 0:
             names = [*(field.name for field in fields(Rules)), "pool", "scorer", "index"]
@@ -154,33 +147,39 @@ class Miner:
             if self.data.settings[number].label_based:
                 rows.append([name, f"{self.data.task_sizes[number]:,}", *["copied"] * 6])
                 continue
-            task, kept = self._task(number), ""
+            task = self._task(number)
+            sizes = [f"{len(one):,}" for one in (task.text_index, *task.vectors)]
             characters = {
                 one.names[i]: int(one.texts.sizes[slice(*one.cuts[i : i + 2])].sum())
                 for one in task.vectors
                 for i in one.missing()
             }
-            blocks = len(self._neighbours(number)[0].missing())
-            if not characters and not blocks:
-                kept = f"{(self._choose(number).status == KEPT).sum():,}"
-            sizes = [f"{len(one):,}" for one in (task.text_index, *task.vectors)]
-            work = f"{sum(characters.values()) // 1000:,} kchar", f"{blocks} blocks"
+            work = (
+                f"{sum(characters.values()) // 1000:,} kchar",
+                f"{len(task.stored.missing())} blocks",
+            )
+            is_known = not characters and not task.stored.missing()
+            kept = f"{(self._choose(number).status == KEPT).sum():,}" if is_known else ""
             rows.append([name, *sizes, *work, kept])
         return table(head, rows, right=range(1, 8))
 
     def _open_data(self) -> tuple[TrainingData, TextSet | None, Ints]:
-        """Open and check the data, the pool and the output folder."""
-        config = self.config
+        """Open the data and the pool; refuse an output folder into which other data was mined."""
+        config, cache = self.config, self.config.cache_dir
         data = TrainingData(
-            config.data,
-            instruction=config.instruction,
-            cache_dir=config.cache_dir,
-            progress=self.stream,
+            config.data, instruction=config.instruction, cache_dir=cache, progress=self.stream
         )
-        _check_output(config.output, config.data, map(files.escape_name, data.task_names))
+        tasks = {files.escape_name(task) for task in data.task_names}
+        for entry in sorted(config.output.glob("[!.]*")):
+            is_task = entry.suffix in (".jsonl", ".toml") and entry.stem in tasks
+            if not is_task and not entry.name.startswith("README"):
+                raise ValueError(
+                    f"{config.output}: expected an empty folder or one that this data was mined "
+                    f"into, found {entry.name}"
+                )
         if config.pool is None:
             return data, None, np.empty(0, np.int64)
-        return data, *open_pool(config.pool, config.cache_dir)
+        return data, *open_pool(config.pool, cache)
 
     def _open_model(self, model: str, name: str) -> Embedder:
         """Open a model; keep its manifest and check it against the folder of its vectors."""
@@ -188,8 +187,9 @@ class Miner:
         dtype = None if config.dtype == "auto" else config.dtype
         load = partial(Embedder.from_pretrained, model, self.device, dtype)
         embedder = distributed.rank_zero_first(partial(load, max_length=config.max_length))
-        folders = files.checkpoint_folders(model)
-        checkpoint = files.hash_checkpoint(*folders) if self.rank == 0 else ""
+        checkpoint = ""
+        if self.rank == 0:
+            checkpoint = files.hash_checkpoint(*files.checkpoint_folders(model))
         manifest = vectors.describe(embedder, distributed.gather_objects(checkpoint)[0])
         check = partial(vectors.check_manifest, self.store / name, manifest)
         distributed.rank_zero_first(partial(check, begin=not config.dry_run))
@@ -219,72 +219,68 @@ class Miner:
 
     def _search(self, todo: Iterable[int]) -> None:
         """Find the neighbours of queries without stored ones; each process searches its span."""
-        work = {number: self._neighbours(number)[0].missing() for number in todo}
+        work = {number: self._task(number).stored.missing() for number in todo}
         distributed.barrier()
         total = sum(map(len, work.values()))
         with Progress(total, "blocks", self.stream, title="search") as progress:
             for number in filter(work.get, work):
-                queries, _, corpus = self._task(number).vectors
-                (stored, depth), n = self._neighbours(number), len(corpus)
+                task = self._task(number)
+                queries, _, corpus = task.vectors
+                n = len(corpus)
                 span = n * self.rank // self.world, n * (self.rank + 1) // self.world
-                find = partial(top_k, documents=corpus, k=depth, device=self.device)
                 index = None
                 if self.config.index is not None:
                     with suppress(ValueError):  # too few texts to train it: an exact search
                         index = topk.approximate_index(corpus, self.config.index, span)
+                find = partial(
+                    top_k, documents=corpus, k=task.depth, device=self.device,
+                    backend=self.config.search, span=span, index=index,
+                )  # fmt: skip
                 for block in work[number]:
-                    asked = queries[slice(*stored.cuts[block : block + 2])]
-                    part = find(asked, backend=self.config.search, span=span, index=index)
-                    found = topk.merge(distributed.gather_objects(part), depth)
+                    part = find(queries[slice(*task.stored.cuts[block : block + 2])])
+                    found = topk.merge(distributed.gather_objects(part), task.depth)
                     if self.rank == 0:
-                        stored.write(block, as_pairs(found))
+                        task.stored.write(block, as_pairs(found))
                     progress.update(1, self.data.task_names[number])
         distributed.barrier()
 
     def _write(self, number: int) -> None:
-        """Write all files of a task; its record, the mark of the end, is deleted first, written last."""
-        name, data, page = self.names[number], self.config.data, ""
+        """Write the files of a task, then the record whose seal they fit."""
+        name, data = self.names[number], self.config.data
+        source = (data if data.is_dir() else data.parent) / f"{name}.toml"
+        settings, page = [files.read_text(source)] if source.is_file() else [], []
         if self.data.settings[number].label_based:
             index = self._index(number)
-            rows = range(index.first, index.first + len(index))
-            lines = (json.dumps(self.data.record(row), ensure_ascii=False) + "\n" for row in rows)
+            records = map(self.data.record, range(index.first, index.first + len(index)))
             summary = report.copied(len(index))
         else:
-            index, (_, documents, corpus), (queries, _, found), *_ = self._task(number)
-            selection = self._choose(number)
-            summary = report.summarise(index, selection, len(corpus.hashes), self.config)
+            task, selection = self._task(number), self._choose(number)
+            described = self.data, task.text_index, selection, task.texts[2]
+            summary, examples = report.summarise(*described, self.config)
+            page = ["\n".join([f"# {report.escaped(name)}", "", *examples])]
             if self.config.index is not None:
-                (stored, depth), some = self._neighbours(number), slice(0, _RECALL_QUERIES)
-                exact = top_k(queries[some], found, depth, device=self.device).ids
-                summary["recall"] = topk.recall(stored[some][:, :depth]["id"], exact)
-            page = f"# {report.escaped(name)}\n\n"
-            page += report.examples(self.data, index, selection, corpus, summary)
+                some, (queries, _, searched) = slice(0, _RECALL_QUERIES), task.vectors
+                exact = top_k(queries[some], searched, task.depth, device=self.device).ids
+                summary["recall"] = topk.recall(task.neighbours(some)["id"], exact)
             for scores, mask, *sides in self._to_score(number) if self.config.scorer else ():
                 scores[mask] = pair_scores(*sides[0], *sides[1])
-            lines = _mined_lines(self.data, index, selection, documents, corpus)
-        source = (data if data.is_dir() else data.parent) / f"{name}.toml"
-        record, (path, *others) = self._path("tasks", number, "json"), self._outputs(number)
-        record.unlink(missing_ok=True)
-        if summary["kept"]:
-            with atomic_write(path, "w") as file:
-                file.writelines(lines)
-        else:
-            path.unlink(missing_ok=True)  # an empty file is not a task
-        settings = files.read_text(source) if summary["kept"] and source.is_file() else ""
-        for path, text in zip(others, (settings, page), strict=True):
-            if text:
-                write_text(path, text)
+            records = _mined(*described, task.texts[1])
+        lines: Iterable[str] = (json.dumps(one, ensure_ascii=False) + "\n" for one in records)
+        if not summary["kept"]:  # an empty file is not a task
+            lines = settings = []
+        for path, content in zip(self._outputs(number), (lines, settings, page), strict=True):
+            if content:
+                with atomic_write(path, "w") as file:
+                    file.writelines(content)
             else:
                 path.unlink(missing_ok=True)
-        made_with = self._made_with(number)
-        seal = self._seal(number, made_with, summary)
-        write_json(record, {"made_with": made_with, "summary": summary, "seal": seal})
+        record = {"summary": summary, "seal": self._seal(number, summary)}
+        write_json(self._path("tasks", number, "json"), record)
 
     def _outputs(self, number: int) -> list[Path]:
         """The files of a task: rows, settings and page."""
-        name = self.names[number]
-        names = f"{name}.jsonl", f"{name}.toml", f"{report.PAGES}/{name}.md"
-        return [self.config.output / one for one in names]
+        names = "{}.jsonl", "{}.toml", f"{report.PAGES}/{{}}.md"
+        return [self.config.output / name.format(self.names[number]) for name in names]
 
     def _read(self, number: int) -> TextIndex:
         as_corpus, keep = self.pool is None, self.config.keep_negatives
@@ -297,17 +293,27 @@ class Miner:
         return TextIndex.load(self._path("index", number, "npz"))
 
     def _open_task(self, number: int) -> _Task:
-        index = self._index(number)
+        config, index, settings = self.config, self._index(number), self.data.settings[number]
         queries, documents = text_sets(self.data, index)
-        corpus, keys, settings = documents, index.documents["key"], self.data.settings[number]
+        corpus, keys = documents, index.documents["key"]
         if self.pool is not None:
-            instruction = settings.instruction
-            if instruction is None:
-                instruction = self.config.instruction or ""
-            corpus = replace(self.pool, prompts=(instruction if settings.symmetric else "",))
-            keys = self.pool_keys
+            corpus, keys = self.pool, self.pool_keys
+            if settings.symmetric:
+                given = (settings.instruction, config.instruction, "")
+                prompt = next(text for text in given if text is not None)
+                corpus = replace(corpus, prompts=(prompt,))
         texts, known = [queries, documents, corpus], self.labels.of(index.queries["key"])
-        return _Task(index, texts, [self._vectors(one) for one in texts], keys, known)
+        stored = [self._vectors(one) for one in texts]
+        # Labelled answers take positions in the list; more than these (a class) may shorten it.
+        depth = min(config.depth + min(known.most + 1, config.depth + 100), len(keys))
+        key = digest(stored[0].key, stored[2].key, str(config.index))[:32]
+        folder = self.store / "model" / "neighbours" / key
+        widths = sorted(int(one.name) for one in folder.glob("*") if one.name.isdecimal())
+        # A longer list begins with the shorter one, if no approximate index was searched.
+        longer = [width for width in widths if width > depth and config.index is None]
+        lists = [stored_neighbours(folder / str(n), len(queries.hashes)) for n in (depth, *longer)]
+        found = next((one for one in lists if not one.missing()), lists[0])
+        return _Task(index, texts, stored, keys, known, found, depth)
 
     @cached_property
     def labels(self) -> Labels:
@@ -321,33 +327,11 @@ class Miner:
         prompts = tuple(fill_template(template, x) for x in texts.prompts)
         return StoredVectors(self.store / name, replace(texts, prompts=prompts), dimension)
 
-    def _neighbours(self, number: int) -> tuple[StoredRows, int]:
-        """The stored lists of a task, and how many neighbours of each the rules need.
-
-        A longer stored list is used, since it begins with the shorter one. (Those of an approximate
-        index may not.)
-        """
-        config, (_, _, (queries, _, corpus), _, known) = self.config, self._task(number)
-        # Labelled answers take positions in the list; more than these (a class) may shorten it.
-        depth = min(config.depth + min(known.most + 1, config.depth + 100), len(corpus))
-        key = digest(queries.key, corpus.key, str(config.index))[:32]
-        folder = self.store / "model" / "neighbours" / key
-        stored = sorted(int(entry.name) for entry in folder.glob("*") if entry.name.isdecimal())
-        for longer in stored if config.index is None else ():
-            if longer >= depth:
-                found = stored_neighbours(folder / str(longer), len(queries))
-                if not found.missing():
-                    return found, depth
-        return stored_neighbours(folder / str(depth), len(queries)), depth
-
     def _select(self, number: int) -> Selection:
-        index, _, (queries, documents, _), corpus, known = self._task(number)
-        stored, depth = self._neighbours(number)
-
-        def neighbours(numbers: Ints) -> NDArray[np.void]:
-            return stored[numbers][:, :depth]
-
-        return select(index, corpus, known, queries, documents, neighbours, self.config)
+        task = self._task(number)
+        queries, documents, _ = task.vectors
+        known = task.corpus, task.known
+        return select(task.text_index, *known, queries, documents, task.neighbours, self.config)
 
     def _to_score(self, number: int) -> list[_Scored]:
         """What the scorer scores: kept rows' queries with their own texts, and with negatives."""
@@ -370,27 +354,26 @@ class Miner:
         """Whether the output of a task is whole, made from these rows with these settings."""
         try:
             record = read_json(self._path("tasks", number, "json"))
-            seal = self._seal(number, self._made_with(number), record["summary"])
-            return record["seal"] == seal
+            return record["seal"] == self._seal(number, record["summary"])
         # Absent or damaged: the task is mined again.
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return False
 
-    def _seal(self, number: int, made_with: dict[str, object], summary: report.Summary) -> str:
-        """A digest of a record and of the files that it is about."""
-        paths = [(path.name, path) for path in self._outputs(number) if path.is_file()]
-        return digest(json.dumps([made_with, summary]), files.hash_files(paths))
-
-    def _made_with(self, number: int) -> dict[str, object]:
-        """Everything on which a task's output depends."""
-        index = self._index(number)
+    def _seal(self, number: int, summary: report.Summary) -> str:
+        """A digest of a task's summary and files, and of everything on which they depend."""
+        config, index = self.config, self._index(number)
         known = self.labels.of(index.queries["key"])
-        task: dict[str, object] = {
-            "data": index.fingerprint,
-            "settings": asdict(self.data.settings[number]),
-            "known": digest(known.codes.tobytes(), known.classes.tobytes()),
-        }
-        return self.made_with | self.manifests | task
+        depends_on = [
+            {"layout": _LAYOUT, "index": config.index, "data": index.fingerprint},
+            {field.name: getattr(config, field.name) for field in fields(Rules)},
+            self.manifests,
+            asdict(self.data.settings[number]),
+            digest(known.codes.tobytes(), known.classes.tobytes()),
+            # The default instruction is that of the pool in a symmetric task.
+            self.pool and digest(self.pool.hashes.tobytes(), config.instruction or ""),
+        ]
+        paths = [(path.name, path) for path in self._outputs(number) if path.is_file()]
+        return digest(json.dumps([depends_on, summary]), files.hash_files(paths))
 
     def _path(self, folder: str, number: int, suffix: str) -> Path:
         return self.work / folder / f"{self.names[number]}.{suffix}"
@@ -411,24 +394,9 @@ class Miner:
             raise found
 
 
-def _check_output(output: Path, data: Path, names: Iterable[str]) -> None:
-    """Raise ValueError for a folder with data that this run would not replace, or its own input."""
-    if output.resolve() in {data.resolve(), data.resolve().parent}:
-        raise ValueError(f"{output}: expected another folder than that of the data")
-    expected = {f"{name}{suffix}" for name in names for suffix in (".jsonl", ".toml")}
-    if not (output / ".mining").is_dir():
-        expected = set()
-    for entry in sorted(output.iterdir()) if output.exists() else ():
-        if not entry.name.startswith((".", "README")) and entry.name not in expected:
-            raise ValueError(
-                f"{output}: expected an empty folder or one that this data was mined into, "
-                f"found {entry.name}"
-            )
-
-
-def _mined_lines(
-    data: TrainingData, index: TextIndex, selection: Selection, documents: TextSet, corpus: TextSet
-) -> Iterator[str]:
+def _mined(
+    data: TrainingData, index: TextIndex, selection: Selection, corpus: TextSet, documents: TextSet
+) -> Iterator[files.Object]:
     """The kept rows with their negatives and scores, otherwise unchanged."""
 
     def rounded(scores: Scores) -> list[float]:  # to the digits that float32 vectors justify
@@ -453,5 +421,4 @@ def _mined_lines(
                 "neg": again + [texts[n] for n in selection.negatives[row, chosen].tolist()],
                 "neg_scores": rounded(np.concatenate(scores)),
             }
-            rest = {key: value for key, value in record.items() if key not in mined}
-            yield json.dumps(mined | rest, ensure_ascii=False) + "\n"
+            yield mined | {key: value for key, value in record.items() if key not in mined}

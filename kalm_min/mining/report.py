@@ -1,14 +1,13 @@
-"""The report of mining: README.md beside the data, with a plot in README.png.
+"""The report of mining: README.md beside the data, with a plot in README.png (if matplotlib is there).
 
 It covers all tasks: rows read, kept and dropped by reason; ranks of positives; scores of positives,
-chosen negatives and unlabelled candidates; and remarks. Each task has a page with dropped rows and
-what ranked above them, suspected false negatives, and kept rows. No time or path is included, so the
-same run gives the same bytes. The plot needs matplotlib (an extra).
+chosen negatives and unlabelled candidates; and remarks. Each task has a page of examples. No time or
+path is included, so the same run gives the same bytes.
 """
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,7 +19,7 @@ from kalm_min.data import TrainingData
 from kalm_min.files import atomic_write, escape_name, write_text
 from kalm_min.mining import rules
 from kalm_min.mining.rules import BINS, INCONSISTENT, KEPT, SHORT, Selection
-from kalm_min.mining.texts import Bools, TextIndex
+from kalm_min.mining.texts import TextIndex
 from kalm_min.options import Rules
 from kalm_min.vectors import TextSet
 
@@ -28,7 +27,7 @@ PAGES = "README.tasks"  # folder of the tasks' pages; reading the data skips the
 
 _RANKS = (1, 2, 6, 11, 21, 51, 101)  # the first ranks of the bins of the positive's rank
 _RANK_NAMES = ("1", "2-5", "6-10", "11-20", "21-50", "51-100", "101-", "below the list")
-_KINDS = {
+_KINDS = {  # of scores
     "kept": "positives of kept rows",
     "dropped": "positives of dropped rows",
     "negatives": "chosen negatives",
@@ -45,39 +44,72 @@ Summary = dict[str, Any]  # counts and histograms of a task, as stored in its re
 Tasks = Mapping[str, Summary]
 
 
-def summarise(index: TextIndex, selection: Selection, corpus: int, settings: Rules) -> Summary:
-    """Counts and histograms of a task and of the corpus it was mined from."""
-    kept, ranks = selection.status == KEPT, selection.rank
-    chosen = selection.negatives[kept] >= 0  # (kept, n)
+def summarise(
+    data: TrainingData, index: TextIndex, selection: Selection, corpus: TextSet, settings: Rules
+) -> tuple[Summary, list[str]]:
+    """Counts and histograms of a task, and the lines of its page: dropped, suspect and kept rows."""
+    kept, ranks, best = selection.status == KEPT, selection.rank, selection.best[:, None]
+    dropped, scores = selection.status == INCONSISTENT, selection.negative_scores
+    chosen = kept[:, None] & (selection.negatives >= 0)  # (R, n)
+    suspects = chosen & (best > 0) & (scores >= _SUSPECT * best)
     listed = np.histogram(ranks[ranks > 0], bins=[*_RANKS, np.iinfo(np.int64).max])[0]
     of_kept = np.repeat(kept, np.diff(index.starts))
-    scores = {
+    by_kind = {
         "kept": selection.scores[of_kept & index.is_positive],
         "dropped": selection.scores[~of_kept & index.is_positive],
-        "negatives": selection.negative_scores[kept][chosen],
+        "negatives": scores[chosen],
     }
-    histograms = {kind: rules.score_histogram(some).tolist() for kind, some in scores.items()}
+    histograms = {kind: rules.score_histogram(some).tolist() for kind, some in by_kind.items()}
     counts = {
         "rows": len(index),
         "kept": kept.sum(),
-        "inconsistent": (selection.status == INCONSISTENT).sum(),
+        "inconsistent": dropped.sum(),
         "short": (selection.status == SHORT).sum(),
-        "kept_with_fewer": (chosen.sum(1) < settings.num_negatives).sum(),
+        "kept_with_fewer": (chosen[kept].sum(1) < settings.num_negatives).sum(),
         "negatives": chosen.sum(),
-        "suspects": _suspects(selection).sum(),
+        "suspects": suspects.sum(),
         "own_negatives": index.labelled,
         "own_negatives_kept": (of_kept & selection.is_kept & ~index.is_positive).sum(),
-        "corpus": corpus,
+        "corpus": len(corpus.hashes),
     }
-    return {name: int(count) for name, count in counts.items()} | {
+    summary: Summary = {name: int(count) for name, count in counts.items()} | {
         "ranks": [*listed.tolist(), int((ranks < 0).sum())],
         "scores": histograms | {"unlabelled": selection.histogram.tolist()},
     }
+    top = "top unlabelled", selection.top[:, None], selection.top_scores[:, None]
+    some = "negative", np.where(suspects, selection.negatives, -1), scores
+    lines: list[str] = []
+    for key, is_part, title, (kind, numbers, their_scores), count in (
+        ("inconsistent", dropped, "rows failed the consistency filter", top, 20),
+        ("suspects", suspects.any(1), "suspected false negatives", some, 20),
+        ("kept", kept, "rows kept", ("negative", selection.negatives, scores), 5),
+    ):
+        rows = np.flatnonzero(is_part)
+        # A random but always identical sample, in order.
+        keys = rules.random_keys(index.queries["hash"][index.row_query[rows]], rows[:, None], 0)
+        sample = sorted(rows[np.argsort(keys[:, 0], kind="stable")[:count]].tolist())
+        shown = f" ({len(sample)} rows shown)" if len(sample) < len(rows) else ""
+        lines += [f"## {summary[key]:,} {title}{shown}", ""] if sample else []
+        for row in sample:
+            example, rank = data[index.first + row], ranks[row]
+            place = f"rank {rank}" if rank > 0 else f"below all {selection.ahead[row]} listed"
+            own = slice(*index.starts[row : row + 2])
+            first = np.where(index.is_positive[own], selection.scores[own], -np.inf).argmax()
+            texts = [(selection.best[row], f"positive, {place}", example.positives[first])]
+            texts += [
+                (their_scores[row, column], kind, corpus.read(number, number + 1)[0])
+                for column, number in enumerate(numbers[row].tolist())
+                if number >= 0
+            ]
+            lines.append(f"- {_code(example.query)}")
+            lines += [f"    - {score:.3f} {what}: {_code(text)}" for score, what, text in texts]
+        lines += [""] if sample else []
+    return summary, lines
 
 
 def copied(rows: int) -> Summary:
     """The summary of a task that is not mined."""
-    counts = dict.fromkeys(_COUNTS, 0) | {"rows": rows, "kept": rows, "corpus": 0}
+    counts = dict.fromkeys((*_COUNTS, "corpus"), 0) | {"rows": rows, "kept": rows}
     scores = {kind: [0] * BINS for kind in _KINDS}
     return counts | {"ranks": [0] * len(_RANK_NAMES), "scores": scores}
 
@@ -106,61 +138,13 @@ def remarks(tasks: Tasks) -> list[str]:
 
 def sentence(total: Mapping[str, int]) -> str:
     """One sentence that accounts for all rows, and one for the negatives that they had."""
-    rows = (
-        f"{total['rows']:,} rows = {total['kept']:,} kept + {total['inconsistent']:,} that failed "
-        f"the consistency filter + {total['short']:,} with too few negatives"
-    )
-    if not total["own_negatives"]:
-        return rows
-    return (
-        f"{rows}; of {total['own_negatives']:,} negatives that the rows had, "
-        f"{total['own_negatives_kept']:,} stay (--keep-negatives keeps those of kept rows)"
-    )
-
-
-def _suspects(selection: Selection) -> Bools:
-    """(R, n) negatives that score nearly as high as the row's best positive."""
-    best = selection.best[:, None]
-    chosen = (selection.status == KEPT)[:, None] & (selection.negatives >= 0) & (best > 0)
-    return chosen & (selection.negative_scores >= _SUSPECT * best)
-
-
-def examples(
-    data: TrainingData, index: TextIndex, selection: Selection, corpus: TextSet, summary: Summary
-) -> str:
-    """A task's page with example rows: dropped, with suspected false negatives, and kept."""
-    suspects, scores = _suspects(selection), selection.negative_scores
-    top = selection.top[:, None], selection.top_scores[:, None]
-    some = np.where(suspects, selection.negatives, -1)
-    parts = [
-        ("inconsistent", "rows failed the consistency filter", "top unlabelled", *top, 20),
-        ("suspects", "suspected false negatives", "negative", some, scores, 20),
-        ("kept", "rows kept", "negative", selection.negatives, scores, 5),
-    ]
-    which = selection.status == INCONSISTENT, suspects.any(1), selection.status == KEPT
-    lines: list[str] = []
-    for is_part, (key, title, kind, numbers, scores, count) in zip(which, parts, strict=True):
-        rows = np.flatnonzero(is_part)
-        # A random but always identical sample, in order.
-        keys = rules.random_keys(index.queries["hash"][index.row_query[rows]], rows[:, None], 0)
-        sample = sorted(rows[np.argsort(keys[:, 0], kind="stable")[:count]].tolist())
-        shown = f" ({len(sample)} rows shown)" if len(sample) < len(rows) else ""
-        lines += [f"## {summary[key]:,} {title}{shown}", ""] if sample else []
-        for row in sample:
-            example, rank = data[index.first + row], selection.rank[row]
-            place = f"rank {rank}" if rank > 0 else f"below all {selection.ahead[row]} listed"
-            own = slice(*index.starts[row : row + 2])
-            best = np.where(index.is_positive[own], selection.scores[own], -np.inf).argmax()
-            lines.append(f"- {_code(example.query)}")
-            texts = [(selection.best[row], f"positive, {place}", example.positives[best])]
-            texts += [
-                (scores[row, column], kind, corpus.read(number, number + 1)[0])
-                for column, number in enumerate(numbers[row].tolist())
-                if number >= 0
-            ]
-            lines += [f"    - {score:.3f} {what}: {_code(text)}" for score, what, text in texts]
-        lines += [""] if sample else []
-    return "\n".join(lines)
+    counts = {name: f"{count:,}" for name, count in total.items()}
+    rows = "{rows} rows = {kept} kept + {inconsistent} that failed the consistency filter + "
+    rows += "{short} with too few negatives"
+    if total["own_negatives"]:
+        rows += "; of {own_negatives} negatives that the rows had, {own_negatives_kept} stay "
+        rows += "(--keep-negatives keeps those of kept rows)"
+    return rows.format(**counts)
 
 
 def _code(text: str) -> str:
@@ -179,18 +163,17 @@ def escaped(name: str) -> str:
 def write(
     folder: Path, tasks: Tasks, model: Mapping[str, object], settings: Mapping[str, object]
 ) -> None:
-    """Write README.md and, if matplotlib is installed, README.png into `folder`.
-
-    `tasks` holds the summaries by name, `model` the manifest of its vectors.
-    """
-    total = totals(tasks)
+    """Write README.md and README.png; `model` is the manifest of its vectors."""
+    total, summaries = totals(tasks), tasks.values()
     columns = [name for name in _COUNTS if total["own_negatives"] or not name.startswith("own")]
-    counts = {name: [f"{one[name]:,}" for one in tasks.values()] for name in (*columns, "corpus")}
-    recalls = [one.get("recall") for one in tasks.values()]
-    if any(value is not None for value in recalls):
-        counts["recall"] = ["none" if value is None else f"{value:.4f}" for value in recalls]
-    ranks = [[f"{count:,}" for count in one["ranks"]] for one in tasks.values()]
-    percentiles = [[_percentiles(one["scores"][kind]) for kind in _KINDS] for one in tasks.values()]
+    columns.append("corpus")
+    counts = [[f"{one[name]:,}" for name in columns] for one in summaries]
+    if any("recall" in one for one in summaries):
+        columns.append("recall")
+        for row, one in zip(counts, summaries, strict=True):
+            row.append(f"{one['recall']:.4f}" if "recall" in one else "none")
+    ranks = [[f"{count:,}" for count in one["ranks"]] for one in summaries]
+    percentiles = [[_percentiles(one["scores"][kind]) for kind in _KINDS] for one in summaries]
     flags = " ".join(
         f"--{name.replace('_', '-')} {' '.join(map(str, one)) if isinstance(one, tuple) else one}"
         for name, one in settings.items()
@@ -214,9 +197,7 @@ def write(
         ),
         "![ranks, one bar per task](README.png)" if _plot(folder, tasks) else "",
         "\n".join(f"- Look at {escaped(remark)}." for remark in remarks(tasks)),
-        _table(
-            tasks, [name.replace("_", " ") for name in counts], zip(*counts.values(), strict=True)
-        ),
+        _table(tasks, [name.replace("_", " ") for name in columns], counts),
         "## Rank of the best positive among unlabelled candidates",
         _table(tasks, _RANK_NAMES, ranks),
         "## Scores: 10th, 50th and 90th percentile, to a hundredth",
@@ -225,7 +206,7 @@ def write(
     write_text(folder / "README.md", "\n\n".join(filter(None, parts)) + "\n")
 
 
-def _table(tasks: Tasks, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _table(tasks: Tasks, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """One line per task, whose name links to its page."""
     cells = [
         [f"[{escaped(task)}]({PAGES}/{quote(escape_name(task))}.md)", *row]
@@ -262,9 +243,8 @@ def _plot(folder: Path, tasks: Tasks) -> bool:
         axes.barh(places, share, left=left, color=colormaps["viridis"](i / 7), label=name)
         left += share
     # Names are no formulas ("$"), and the font may lack their characters.
-    axes.set_yticks(
-        places, [printable(" ".join(task.split()))[:40] for task in tasks], parse_math=False
-    )
+    names = [printable(" ".join(task.split()))[:40] for task in tasks]
+    axes.set_yticks(places, names, parse_math=False)
     axes.invert_yaxis()
     axes.legend(ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1))
     with atomic_write(folder / "README.png") as file, warnings.catch_warnings(action="ignore"):
