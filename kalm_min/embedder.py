@@ -193,8 +193,8 @@ class Embedder:
 
         A text has the same vector alone and among others: up to one unit in the last place in
         float32, to the bit in bfloat16 on a CPU that computes it natively. Equal texts are computed
-        once. A text without tokens (empty, and no prompt) gives a zero vector, as mean pooling over
-        nothing does in sentence-transformers.
+        once. A text without tokens (empty, and no prompt) gives a zero vector or the bias of a Dense
+        module, as in sentence-transformers.
         Raises ValueError naming a text that is not a string or not valid Unicode, or whose vector
         has NaN or infinity.
         """
@@ -308,7 +308,11 @@ class Embedder:
         self, texts: list[str], prompt: str, limit: int | None, bar: "tqdm[NoReturn]"
     ) -> Tensor:
         """(n, D) raw float32 vectors on the CPU, in forward passes of at most `limit` tokens."""
-        vectors = torch.zeros(len(texts), self.dimension)
+        # What no token is pooled to: zeros, to which a Dense module adds its bias.
+        bias: Tensor | None = getattr(self.model.dense, "bias", None)
+        bias = torch.zeros(self.dimension) if bias is None else bias.detach()
+        bias = getattr(bias, "full_tensor", bias.clone)()  # of sharded weights, together
+        vectors = bias.float().cpu().repeat(len(texts), 1)
         starts = range(0, len(texts), _WINDOW)
         windows = [texts[start : start + _WINDOW] for start in starts]
         tokenize = partial(self.tokenizer.encode, prompt=prompt, max_length=self.max_length)

@@ -87,7 +87,10 @@ def describe(embedder: Embedder, checkpoint: str) -> dict[str, object]:
     """Everything that vectors depend on besides their texts, for the manifest."""
     names = ("max_length", "causal", "pooling", "instruction_template", "dimension")
     dtype = str(embedder.dtype).removeprefix("torch.")
-    settings = {name: getattr(embedder, name) for name in names}
+    settings: dict[str, object] = {name: getattr(embedder, name) for name in names}
+    settings["end_of_text"] = embedder.tokenizer.encode([""], max_length=8)[
+        0
+    ]  # ids that close texts
     return {"layout": _LAYOUT, "checkpoint": checkpoint, "dtype": dtype, **settings}
 
 

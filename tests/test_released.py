@@ -16,6 +16,8 @@ from tokenizers import Tokenizer as FastTokenizer
 from kalm_min import Embedder
 from kalm_min.files import hash_checkpoint
 from kalm_min.settings import open_folder
+from kalm_min.tokenizer import Tokenizer
+from kalm_min.vectors import check_manifest, describe
 
 END = "<|endoftext|>"
 TEXTS = ["the cat sat on a mat", "a dog", "你好世界", "blue birds far from its house " * 200]
@@ -297,6 +299,26 @@ def test_a_dense_module_is_trained_and_kept(make_model, tmp_path):
     stored = load_file(tmp_path / "saved" / "2_Dense" / "model.safetensors")
     assert torch.equal(stored["linear.bias"], model.model.dense.bias)
     assert "dense.weight" not in load_file(tmp_path / "saved" / "model.safetensors")
+
+
+def test_an_empty_text_through_a_dense_module_is_its_bias(make_model, tmp_path):
+    """As in sentence-transformers, which maps the zeros that nothing is pooled to."""
+    make_model(tmp_path / "model")
+    add_dense(tmp_path / "model")
+    expected = theirs(tmp_path / "model", ["", "a dog"])
+    assert cosine(opened(tmp_path / "model").encode(["", "a dog"]), expected) >= SAME
+
+
+def test_vectors_with_another_end_of_text_are_of_another_model(make_model, tmp_path):
+    """The rule may come from outside the folder, whose digest does not know it."""
+    make_model(tmp_path / "model")
+    remote(tmp_path / "model", "modeling_qwen.Qwen2Model", is_causal=False)
+    model = opened(tmp_path / "model")
+    check_manifest(tmp_path / "store", describe(model, "checkpoint"))
+    check_manifest(tmp_path / "store", describe(opened(tmp_path / "model"), "checkpoint"))
+    model.tokenizer = Tokenizer.from_folder(tmp_path / "model", end_of_text=False)
+    with pytest.raises(ValueError, match=r"another model \(end_of_text was \[0\], is \[\]\)"):
+        check_manifest(tmp_path / "store", describe(model, "checkpoint"))
 
 
 def test_added_tokens_beyond_the_table_are_plain_text(make_model, tmp_path):
