@@ -14,8 +14,8 @@ from typing import Annotated
 
 from kalm_min import program
 from kalm_min.config import check_output, run
-from kalm_min.files import check_first_line, parse_object, read_lines, read_table
-from kalm_min.schema import Field, is_string, problem_with
+from kalm_min.files import read_lines, read_table
+from kalm_min.schema import Field, is_string, read_rows
 from kalm_min.settings import Precision
 
 
@@ -53,14 +53,12 @@ def read_texts(path: Path, column: str = "text") -> list[str]:
     kind = Path(path.name.removesuffix(".gz")).suffix
     path = Path("/dev/stdin") if str(path) == "-" else path
     if kind in (".csv", ".tsv"):
-        table = read_table(path)
-        _, names = next(table, (0, list[str]()))
+        (_, names), *rows = [*read_table(path)] or [(0, [])]
         if column not in names:
             raise ValueError(
                 f"{path}: expected the column {column!r}, found {', '.join(names)}; name the one to "
                 "encode with --column (kalm-min convert makes training data of a table)"
             )
-        rows = [*table]
         for line, cells in rows:
             if len(cells) != len(names):
                 raise ValueError(f"{path}:{line}: expected {len(names)} cells, found {len(cells)}")
@@ -68,13 +66,12 @@ def read_texts(path: Path, column: str = "text") -> list[str]:
     else:
         texts = read_lines(path)
     if kind == ".jsonl":
-        check_first_line("".join(texts[:1]).encode(), path)
-        field = {column: Field("a string", is_string, required=True)}
-        for row, line in enumerate(texts):
-            record = parse_object(line, f"{path}:{row + 1}") if line.strip() else {column: ""}
-            if problem := problem_with(record, field, extra=True):
-                raise ValueError(f"{path}:{row + 1}: {problem}")
-            texts[row] = record[column]
+        problems = list[str]()
+        fields = {column: Field("a string", is_string, required=True)}
+        found = {line: row[column] for line, row in read_rows(path, fields, problems)}
+        if problems:
+            raise ValueError(problems[0])
+        texts = [found.get(line, "") for line, _ in enumerate(texts, 1)]
     if not texts:
         raise ValueError(f"{path}: expected at least one text, found none")
     return texts
@@ -93,16 +90,10 @@ def encode(config: EncodeConfig) -> int:
         ranges = None if config.ranges is None else np.load(config.ranges, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{config.ranges}: expected a .npy file, found: {error}") from error
-    length = config.max_length
+    length, name = config.max_length, config.prompt_name
     model = Embedder.from_pretrained(config.model, config.device, config.dtype, max_length=length)
-    vectors = model.encode(
-        texts,
-        config.prompt,
-        config.truncate_dim,
-        config.normalize,
-        sys.stderr.isatty(),
-        prompt_name=config.prompt_name,
-    )
+    options = (config.prompt, config.truncate_dim, config.normalize, sys.stderr.isatty())
+    vectors = model.encode(texts, *options, prompt_name=name)
     blank = int((~vectors.any(1)).sum())
     vectors = quantize(vectors, config.precision, ranges)
     write_array(config.output, vectors)
