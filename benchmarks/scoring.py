@@ -174,7 +174,7 @@ def dimensions(options: Options, model: Path) -> None:
             times: list[float] = []
             for dims in (options.dims[:1], options.dims):
                 with tempfile.TemporaryDirectory() as store:
-                    order = {"name": dataset.name, "type": "", "folder": str(dataset.path)}
+                    order = {"name": dataset.name, "type": "", "folder": str(dataset.folder)}
                     order |= {"key": key, "store": store}
                     start = time.perf_counter()
                     worker.evaluate_task(embedder, order, list(dims))

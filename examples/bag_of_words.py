@@ -52,14 +52,15 @@ def scores(folder: Path) -> dict[str, float]:
     disable_progress_bars()
     found: dict[str, float] = {}
     for dataset in find_datasets(folder):
-        _, parts = read_dataset(dataset.path, [])
+        assert dataset.folder
+        _, parts = read_dataset(dataset.folder, [])
         rows = [row for part in parts.values() for row in part]
         columns = ("text", "sentence1", "sentence2")
         model: Any = BagOfWords(
             [row[column] for row in rows for column in columns if column in row]
         )
         results = mteb.evaluate(
-            model, build_task(dataset.path), cache=None, show_progress_bar=False
+            model, build_task(dataset.folder), cache=None, show_progress_bar=False
         )
         found[dataset.name] = 100 * results.task_results[0].get_score()
     return found

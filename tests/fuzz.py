@@ -277,11 +277,11 @@ def read_datasets(folder: Path) -> object:
 
     found = []
     for one in find_datasets(folder):
-        _, rows = read_dataset(one.path, [])
+        _, rows = read_dataset(one.folder, [])
         parts = [
             {k: v for k, v in row.items() if k != "line"} for part in rows.values() for row in part
         ]
-        found.append((one.name, one.kind, one.main_score, one.instruction, one.languages, parts))
+        found.append((one.name, one.type, one.main_score, one.instruction, one.languages, parts))
     return found
 
 

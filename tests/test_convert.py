@@ -402,7 +402,7 @@ def test_nothing_held_out_is_trained_on(tmp_path_factory, seed):
     trained = set().union(*map(normal, lines(out / "train" / "faq.jsonl")))
     assert not trained & set().union(*map(normal, held))
     (found,) = find_datasets(out / "eval")
-    assert (found.name, found.kind) == ("faq", "retrieval")
+    assert (found.name, found.type) == ("faq", "Retrieval")
     documents = {
         " ".join(one["text"].casefold().split()) for one in lines(out / "eval/faq/corpus.jsonl")
     }

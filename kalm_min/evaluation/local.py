@@ -1,51 +1,40 @@
 """Evaluation datasets in local folders, recognised, checked row by row, and given to mteb as tasks.
 
-    retrieval       corpus.jsonl (_id, title, text), queries.jsonl (_id, text), qrels/test.tsv
-    reranking       test.jsonl   query, positive [texts], negative [texts]
-    sts             test.jsonl   sentence1, sentence2, score
-    pair            test.jsonl   sentence1, sentence2, label (0 or 1)
-    classification  train.jsonl and test.jsonl   text, label
-    clustering      test.jsonl alone             text, label
-    summarization   test.jsonl   text, human_summaries, machine_summaries, relevance
-    bitext          one file per language pair (deu-eng.jsonl)   sentence1, sentence2
-
-The type follows from the files and the columns of the first row; a `task.toml` beside them may set
-`type`, `instruction`, `symmetric`, `languages`, `main_metric` (and must set the type of bitext in
-files with other names). `.jsonl.gz` is read too. Everything is checked while planning, before a
-model is loaded; mteb is imported only to build a task.
+The type follows from the files and the columns of the first row (`KINDS`); a `task.toml` beside them
+may set `type`, `instruction`, `symmetric`, `languages`, `main_metric` (and must set the type of
+bitext in files with other names). `.jsonl.gz` is read too. Everything is checked while planning,
+before a model is loaded; mteb is imported only to build a task.
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from kalm_min import schema
-from kalm_min.files import hash_files, read_jsonl, read_lines
+from kalm_min.files import Object, hash_files, read_jsonl, read_lines
 from kalm_min.schema import Field, is_number, is_string
 
 if TYPE_CHECKING:
     from mteb import AbsTask
 
-Rows = list[dict[str, Any]]
+Rows = list[Object]
 
+_TEXT = Field("a text", is_string, required=True)
 _TEXTS = Field("a list of at least one text", is_string, items=1, required=True)
+_SOME = Field("a list of texts", is_string, items=0, required=True)
 _LABEL = Field("a text or a whole number", schema.is_label, required=True)
-_COLUMNS = {
-    **dict.fromkeys(
-        ("text", "query", "sentence1", "sentence2"), Field("a text", is_string, required=True)
-    ),
-    **dict.fromkeys(("positive", "human_summaries", "machine_summaries"), _TEXTS),
-    **dict.fromkeys(("_id", "label"), _LABEL),
-    "title": Field("a text", is_string),
-    "negative": Field("a list of texts", is_string, items=0, required=True),
-    "score": Field("a number", is_number, required=True),
-    "relevance": Field("a list of numbers", is_number, items=1, required=True),
-}
 _BINARY = Field("0 or 1", lambda value: is_number(value) and value in (0, 1), required=True)
+_SCORE = Field("a number", is_number, required=True)
+_SCORES = Field("a list of numbers", is_number, items=1, required=True)
+_DOCUMENT = {"_id": _LABEL, "title": Field("a text", is_string), "text": _TEXT}
+_RERANKED = {"query": _TEXT, "positive": _TEXTS, "negative": _SOME}
+_PAIR, _LABELLED = {"sentence1": _TEXT, "sentence2": _TEXT}, {"text": _TEXT, "label": _LABEL}
+_JUDGED = ("query-id", "corpus-id", "score")
+_SUMMARIES = {"text": _TEXT, "human_summaries": _TEXTS, "machine_summaries": _TEXTS}
 _RANKED = r"(ndcg|map|recall|precision|mrr|hit_rate)_at_(1|3|5|10|20|100|1000)"
 _CLASSES = r"accuracy|(f1|precision|recall)(_weighted)?|ap(_weighted)?"
 _BEST = r"(max|similarity|cosine|dot|euclidean|manhattan)_(ap|accuracy|f1|precision|recall)"
@@ -62,25 +51,20 @@ class Kind(NamedTuple):
     columns: Mapping[str, Field]
 
 
-def _columns(names: str, **others: Field) -> Mapping[str, Field]:
-    return {name: others.get(name) or _COLUMNS[name] for name in names.split()}
-
-
-_SCORED, _LABELLED = _columns("sentence1 sentence2 score"), _columns("text label")
-_PAIR = _columns("sentence1 sentence2 label", label=_BINARY)
-_SUMMARIES = _columns("text human_summaries machine_summaries relevance")
-# The order matters: classification before clustering, which has its columns; bitext last.
+# In corpus.jsonl (retrieval, with queries.jsonl and qrels/test.tsv), test.jsonl (classification also
+# train.jsonl) or deu-eng.jsonl and so on (bitext). The order matters: classification before
+# clustering, which has its columns; bitext last.
 KINDS = {
-    "retrieval": Kind("Retrieval", "ndcg_at_10", _RANKED, _columns("_id title text")),
-    "reranking": Kind("Reranking", "map_at_1000", _RANKED, _columns("query positive negative")),
-    "sts": Kind("STS", "cosine_spearman", _CORRELATION, _SCORED),
-    "pair": Kind("PairClassification", "max_ap", _BEST, _PAIR),
+    "retrieval": Kind("Retrieval", "ndcg_at_10", _RANKED, _DOCUMENT),
+    "reranking": Kind("Reranking", "map_at_1000", _RANKED, _RERANKED),
+    "sts": Kind("STS", "cosine_spearman", _CORRELATION, _PAIR | {"score": _SCORE}),
+    "pair": Kind("PairClassification", "max_ap", _BEST, _PAIR | {"label": _BINARY}),
     "classification": Kind("Classification", "accuracy", _CLASSES, _LABELLED),
     "clustering": Kind("Clustering", "v_measure", "v_measure|ami", _LABELLED),
-    "summarization": Kind("Summarization", "cosine_spearman", _SUMMARY, _SUMMARIES),
-    "bitext": Kind(
-        "BitextMining", "f1", "f1|accuracy|precision|recall", _columns("sentence1 sentence2")
+    "summarization": Kind(
+        "Summarization", "cosine_spearman", _SUMMARY, _SUMMARIES | {"relevance": _SCORES}
     ),
+    "bitext": Kind("BitextMining", "f1", "f1|accuracy|precision|recall", _PAIR),
 }
 _SETTINGS = {
     "type": Field("one of " + ", ".join(KINDS), lambda value: value in list(KINDS)),
@@ -88,38 +72,52 @@ _SETTINGS = {
     "symmetric": Field("true or false", schema.is_flag),
     "languages": Field(
         'a list of codes like "eng-Latn"',
-        lambda code: bool(re.fullmatch(r"[a-z]{3}-[A-Z][a-z]{3}", str(code))),
+        lambda code: bool(re.fullmatch("[a-z]{3}-[A-Z][a-z]{3}", str(code))),
         items=1,
     ),
     "main_metric": Field("a text", is_string),
 }
 _LANGUAGES = re.compile(r"[a-z]{2,3}([-_][A-Z][a-z]{3})?[-_][a-z]{2,3}([-_][A-Z][a-z]{3})?")
-_EXPECTED = "expected corpus.jsonl, queries.jsonl and qrels/test.tsv, or test.jsonl with "
-_EXPECTED += ", or ".join(
-    f"{', '.join(kind.columns)} ({name})" for name, kind in list(KINDS.items())[1:-1]
-)
-_EXPECTED += (
-    ', or deu-eng.jsonl with sentence1, sentence2 (bitext, or type = "bitext" in task.toml)'
+_EXPECTED = (
+    "expected corpus.jsonl, queries.jsonl and qrels/test.tsv, or test.jsonl with "
+    + ", or ".join(f"{', '.join(KINDS[one].columns)} ({one})" for one in list(KINDS)[1:-1])
+    + ', or deu-eng.jsonl with sentence1, sentence2 (bitext, or type = "bitext" in task.toml)'
 )
 
 
 @dataclass(frozen=True, slots=True)
-class LocalDataset:
-    """A dataset folder in which every row was read and found valid."""
+class Instruction:
+    """The instructions of a task, or a checkpoint's prompts; an empty text adds no prompt."""
+
+    query: str = ""  # of every text if a task does not distinguish queries and documents
+    document: str = ""  # of retrieval and reranking
+    origin: str = ""  # the entry: "task" or "type" of a table, "task.toml", or "prompts" and a name
+    kind: Literal["instruction", "prompt"] = "instruction"  # a template makes one the other
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTask:
+    """One task (never an aggregate): what a worker needs to run it and to identify its result."""
 
     name: str
-    path: Path
-    kind: str
-    revision: str  # a hash of every relevant file
-    texts: int
-    characters: int
+    type: str
     main_score: str
-    instruction: str | None = None
-    symmetric: bool = False  # documents get the instruction too (retrieval, reranking)
-    languages: Sequence[str] = ("und-Zyyy",)  # ISO 639-3 and 15924: undetermined
+    revision: str  # of a local dataset, a hash of every relevant file
+    characters: int  # to encode, each text once; 0 if unknown; orders and divides the work
+    instruction: Instruction = Instruction()
+    symmetric: bool = False  # documents get the instruction too, whichever it is
+    folder: Path | None = None  # the folder of a local dataset
+    repository: str = ""  # the hub repository of a task of mteb
+    mirror: Path | None = None  # the copy of the repository, by revision, to read instead
+    splits: tuple[str, ...] = ("test",)
+    subsets: tuple[str, ...] = ()
+    corpus_characters: int = 0  # of documents to search, which several workers may encode
+    documents: int = 0
+    aggregate: str = ""  # the task of mteb whose score is the mean of this one and others
+    languages: tuple[str, ...] = ()  # of a local dataset, in codes of ISO 639-3 and 15924
 
 
-def find_datasets(path: Path) -> list[LocalDataset]:
+def find_datasets(path: Path) -> list[PlannedTask]:
     """Read and check a dataset folder, or every dataset in a folder of folders.
 
     Raises ValueError: one sentence for a folder that is not recognised; for malformed rows, their
@@ -133,35 +131,33 @@ def find_datasets(path: Path) -> list[LocalDataset]:
     if not folders:
         raise ValueError(f"{path}: {_EXPECTED}, or folders of these; found neither")
     problems: list[str] = []
-    datasets = [read_dataset(folder, problems)[0] for folder in folders]
+    tasks = [read_dataset(folder, problems)[0] for folder in folders]
     if problems:
         listed = schema.list_problems(len(problems), "malformed row", problems)
         raise ValueError(f"{path}: {listed}")
-    return datasets
+    return tasks
 
 
-def read_dataset(folder: Path, problems: list[str]) -> tuple[LocalDataset, dict[str, Rows]]:
+def read_dataset(folder: Path, problems: list[str]) -> tuple[PlannedTask, dict[str, Rows]]:
     """Read one dataset; errors in its rows are appended to `problems`.
 
-    Returns the dataset and its rows by part: corpus, queries, qrels, train, test or a language pair.
+    Returns the task and its rows by part: corpus, queries, qrels, train, test or a language pair.
     """
     toml = folder / "task.toml"
     settings = schema.read_settings(toml, _SETTINGS) if toml.is_file() else {}
-    kind, files = _find_files(folder, settings.pop("type", None))
-    main_score = settings.pop("main_metric", KINDS[kind].main_score)
-    if not re.fullmatch(KINDS[kind].scores, main_score):
-        usual = f"a score of {kind} such as {KINDS[kind].main_score}"
+    name, files = _find_files(folder, settings.get("type"))
+    kind = KINDS[name]
+    main_score = settings.get("main_metric", kind.main_score)
+    if not re.fullmatch(kind.scores, main_score):
+        usual = f"a score of {name} such as {kind.main_score}"
         raise ValueError(f"{toml}: main_metric: expected {usual}, found {main_score!r}")
-    before, columns = len(problems), KINDS[kind].columns
+    before = len(problems)
     rows: dict[str, Rows] = {}
     for part, path in files.items():
+        columns, read = kind.columns, schema.read_rows(path, kind.columns, problems)
         if part == "qrels":
-            rows[part] = _read_qrels(path, problems)
-        else:
-            rows[part] = [
-                {column: row.get(column) for column in columns} | {"line": number}
-                for number, row in schema.read_rows(path, columns, problems)
-            ]
+            columns, read = _JUDGED, _read_qrels(path, problems)
+        rows[part] = [{c: row.get(c) for c in columns} | {"line": line} for line, row in read]
         if not rows[part] and len(problems) == before:
             problems.append(f"{path}:1: expected at least one row, found none")
     if len(problems) == before:  # only then can rows be compared with one another
@@ -173,10 +169,23 @@ def read_dataset(folder: Path, problems: list[str]) -> tuple[LocalDataset, dict[
         for text in (value if isinstance(value, list) else [value])
         if isinstance(text, str) and not column.endswith(("id", "label"))
     ]
-    path, texts, characters = folder.resolve(), len(lengths), sum(lengths)
-    revision = hash_files((p.name, p) for p in [*files.values(), toml] if p.is_file())
-    required = (path.name, path, kind, revision, texts, characters, main_score)
-    return LocalDataset(*required, **settings), rows
+    is_corpus, is_symmetric = name == "retrieval", settings.get("symmetric", False)
+    own = settings.get("instruction")
+    instruction = Instruction(own or "", own if own and is_symmetric else "", "task.toml")
+    task = PlannedTask(
+        name=folder.resolve().name,
+        type=kind.type,
+        main_score=main_score,
+        revision=hash_files((p.name, p) for p in [*files.values(), toml] if p.is_file()),
+        characters=sum(lengths),
+        instruction=Instruction() if own is None else instruction,
+        symmetric=is_symmetric,
+        folder=folder.resolve(),
+        corpus_characters=sum(lengths) * is_corpus,  # nearly all of the texts are documents
+        documents=len(lengths) * is_corpus,
+        languages=tuple(settings.get("languages", ["und-Zyyy"])),
+    )
+    return task, rows
 
 
 def _jsonl_files(folder: Path) -> dict[str, Path]:
@@ -211,9 +220,8 @@ def _recognise(folder: Path, parts: dict[str, Path]) -> str:
         if fits and (name != "classification" or "train" in parts):
             return name
     # Pairs alone may also be a dataset whose scores or labels were forgotten.
-    pair, judged = KINDS["bitext"].columns.keys(), {"score", "label"}
     if parts and all(
-        _LANGUAGES.fullmatch(name) and pair <= row.keys() and not judged & row.keys()
+        _LANGUAGES.fullmatch(name) and _PAIR.keys() <= {*row} and not {"score", "label"} & {*row}
         for name, row in firsts.items()
     ):
         return "bitext"
@@ -221,21 +229,17 @@ def _recognise(folder: Path, parts: dict[str, Path]) -> str:
     raise ValueError(f"{folder}: {_EXPECTED}; found {found or 'no .jsonl file'}")
 
 
-def _read_qrels(path: Path, problems: list[str]) -> Rows:
+def _read_qrels(path: Path, problems: list[str]) -> Iterator[tuple[int, Object]]:
     """BEIR judgements: tab-separated query id, document id and score under a header."""
-    rows: Rows = []
     for number, line in enumerate(read_lines(path), start=1):
         cells = line.split("\t")
         is_row = len(cells) == 3 and re.fullmatch(r"-?[0-9]{1,9}", cells[2]) is not None
         if is_row and number > 1:
-            query, document, score = cells
-            row = {"query-id": query, "corpus-id": document, "score": int(score)}
-            rows.append(row | {"line": number})
+            yield number, dict(zip(_JUDGED, (*cells[:2], int(cells[2])), strict=True))
         elif is_row or (number > 1 and line.strip()):
             expected = "a header line" if is_row else "query id, document id, whole number"
             found = f"(tabs), found {line.strip()!r}"
             problems.append(f"{path}:{number}: expected {expected} {found}")
-    return rows
 
 
 def _check_rows(files: dict[str, Path], rows: dict[str, Rows]) -> Iterator[str]:
@@ -249,29 +253,26 @@ def _check_rows(files: dict[str, Path], rows: dict[str, Rows]) -> Iterator[str]:
                 yield f"{where}: _id: expected a new one, found {row['_id']!r} a second time"
             ids[part].add(str(row["_id"]))
         elif part == "qrels":
-            for column, target in (("query-id", "queries"), ("corpus-id", "corpus")):
-                if row[column] not in ids[target]:
-                    yield f"{where}: expected an _id of {target}.jsonl, found {row[column]!r}"
-            score = judged.setdefault((row["query-id"], row["corpus-id"]), row["score"])
-            if score != row["score"]:
-                pair = f"{row['query-id']!r} and {row['corpus-id']!r}"
-                yield f"{where}: expected one score of {pair}, found {row['score']} after {score}"
+            pair = row["query-id"], row["corpus-id"]
+            for one, target in zip(pair, ("queries", "corpus"), strict=True):
+                if one not in ids[target]:
+                    yield f"{where}: expected an _id of {target}.jsonl, found {one!r}"
+            if (score := judged.setdefault(pair, row["score"])) != row["score"]:
+                expected = f"expected one score of {pair[0]!r} and {pair[1]!r}"
+                yield f"{where}: {expected}, found {row['score']} after {score}"
         elif "relevance" in row and len(row["relevance"]) != len(row["machine_summaries"]):
             expected = f"one number for each of {len(row['machine_summaries'])} machine_summaries"
             yield f"{where}: relevance: expected {expected}, found {len(row['relevance'])}"
-    if "qrels" in rows and all(score <= 0 for score in judged.values()):
+    if "qrels" in rows and max(judged.values()) <= 0:
         yield f"{files['qrels']}: expected a score above 0, found none"
     if "train" in rows:
-        known = [
-            json.dumps(label) for label in dict.fromkeys(row["label"] for row in rows["train"])
-        ]
-        if len(known) < 2:
-            yield f"{files['train']}: expected at least two labels, found only {known[0]}"
-        listed = ", ".join(known[:5]) + (f" and {len(known) - 5} more" if len(known) > 5 else "")
-        first: dict[str, int] = {}
-        for row in rows["test"]:
-            first.setdefault(json.dumps(row["label"]), row["line"])
-        for label in first.keys() - set(known):  # a number and a text are different labels
+        # As JSON: a number and a text are different labels.
+        train = list(dict.fromkeys(json.dumps(row["label"]) for row in rows["train"]))
+        if len(train) < 2:
+            yield f"{files['train']}: expected at least two labels, found only {train[0]}"
+        listed = ", ".join(train[:5]) + (f" and {len(train) - 5} more" if len(train) > 5 else "")
+        first = {json.dumps(row["label"]): row["line"] for row in reversed(rows["test"])}
+        for label in first.keys() - set(train):
             where = f"{files['test']}:{first[label]}"
             yield f"{where}: expected a label of train.jsonl ({listed}), found {label}"
 
@@ -287,10 +288,10 @@ def build_task(folder: Path) -> "AbsTask":
     from mteb import TaskMetadata, abstasks
 
     problems: list[str] = []
-    dataset, rows = read_dataset(folder, problems)
+    plan, rows = read_dataset(folder, problems)
     if problems:
         raise ValueError(problems[0])
-    kind, languages = KINDS[dataset.kind], list(dataset.languages)
+    kind = next(one for one in KINDS.values() if one.type == plan.type)
     is_ranked = kind.scores == _RANKED
     if is_ranked:
         data = {"default": {"test": _search_data(rows)}}
@@ -298,11 +299,9 @@ def build_task(folder: Path) -> "AbsTask":
         labelled = [row for row in chain.from_iterable(rows.values()) if "label" in row]
         # Those of test first: of two classes, mteb calls the one with number 1 positive.
         tested = {row["label"] for row in rows.get("test", ()) if "label" in row}
-        labels = sorted(
-            {row["label"] for row in labelled},
-            key=lambda x: (x not in tested, isinstance(x, str), x),
-        )
-        numbers = {label: number for number, label in enumerate(labels)}
+        labels = {row["label"] for row in labelled}
+        ordered = sorted(labels, key=lambda x: (x not in tested, isinstance(x, str), x))
+        numbers = {label: number for number, label in enumerate(ordered)}
         for row in labelled:
             row["label"] = numbers[row["label"]]
         parts = {
@@ -312,6 +311,7 @@ def build_task(folder: Path) -> "AbsTask":
         data = {"default": parts}
         if "test" not in parts:  # bitext has one subset per language pair
             data = {part: {"test": pairs} for part, pairs in parts.items()}
+    languages = list(plan.languages)
     attributes = {
         "input_column_name": "text",
         "label_column_name": "label",
@@ -319,17 +319,17 @@ def build_task(folder: Path) -> "AbsTask":
         "min_score": 0,
         "max_score": 5,  # correlations do not depend on the scale
         "metadata": TaskMetadata(
-            name=dataset.name,
-            description=f"a {dataset.kind} dataset in a folder",
+            name=plan.name,
+            description="a dataset in a folder",
             type=kind.type,  # pyright: ignore[reportArgumentType] -- one of its literals
-            main_score=dataset.main_score,
-            dataset={"path": f"local/{dataset.name}", "revision": dataset.revision},
+            main_score=plan.main_score,
+            dataset={"path": f"local/{plan.name}", "revision": plan.revision},
             eval_splits=["test"],
             eval_langs=languages if "default" in data else dict.fromkeys(data, languages),
         ),
     }
     base = getattr(abstasks, f"AbsTask{'Retrieval' if is_ranked else kind.type}")
-    task = type(dataset.name, (base,), attributes)()
+    task = type(plan.name, (base,), attributes)()
     task.dataset, task.data_loaded = data, True
     return task
 
@@ -345,8 +345,7 @@ def _search_data(rows: dict[str, Rows]) -> dict[str, object]:
         relevant.setdefault(row["query-id"], {})[row["corpus-id"]] = row["score"]
     for number, row in enumerate(rows.get("test", ())):
         query = f"test_query{number}"
-        queries[query] = row["query"]
-        relevant[query] = {}
+        queries[query], relevant[query] = row["query"], {}
         for column, prefix in (("positive", "apositive"), ("negative", "negative")):
             for index, text in enumerate(row[column]):
                 document = f"{prefix}_{query}_{index:05}"

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, TypeVar
 
-from kalm_min.evaluation.local import KINDS, find_datasets
+from kalm_min.evaluation.local import Instruction, PlannedTask, find_datasets
 from kalm_min.files import (
     atomic_directory,
     checkpoint_folders,
@@ -106,37 +106,6 @@ class EvaluationConfig:
             raise ValueError(f"--timeout: expected seconds above 0, found {self.timeout}")
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"--max-length: expected at least 1 token, found {self.max_length}")
-
-
-@dataclass(frozen=True, slots=True)
-class Instruction:
-    """The instructions of a task, or a checkpoint's prompts; an empty text adds no prompt."""
-
-    query: str = ""  # of every text if a task does not distinguish queries and documents
-    document: str = ""  # of retrieval and reranking
-    origin: str = ""  # the entry: "task" or "type" of a table, "task.toml", or "prompts" and a name
-    kind: Literal["instruction", "prompt"] = "instruction"  # a template makes one the other
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedTask:
-    """One task (never an aggregate): what a worker needs to run it and to identify its result."""
-
-    name: str
-    type: str
-    main_score: str
-    revision: str
-    characters: int  # to encode, each text once; 0 if unknown; orders and divides the work
-    instruction: Instruction
-    symmetric: bool = False  # documents get the instruction too, whichever it is
-    folder: Path | None = None  # the folder of a local dataset
-    repository: str = ""  # the hub repository of a task of mteb
-    mirror: Path | None = None  # the copy of the repository, by revision, to read instead
-    splits: tuple[str, ...] = ("test",)
-    subsets: tuple[str, ...] = ()
-    corpus_characters: int = 0  # of documents to search, which several workers may encode
-    documents: int = 0
-    aggregate: str = ""  # the task of mteb whose score is the mean of this one and others
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,24 +325,9 @@ def find_tasks(config: EvaluationConfig) -> list[PlannedTask]:
     if find_spec("mteb") is None:
         raise ValueError('evaluation needs mteb: pip install "kalm-min[eval]"')
     tasks = _mteb_tasks(config) if config.benchmark or config.tasks else []
-    for dataset in (dataset for path in config.data for dataset in find_datasets(path)):
-        if dataset.name in [task.name for task in tasks]:
-            raise ValueError(f"two tasks are called {dataset.name}; rename the folder of one")
-        is_corpus = dataset.kind == "retrieval"  # nearly all of the texts are documents
-        own = dataset.instruction
-        both = own if own is not None and dataset.symmetric else ""
-        task = PlannedTask(
-            name=dataset.name,
-            type=KINDS[dataset.kind].type,
-            main_score=dataset.main_score,
-            revision=dataset.revision,
-            characters=dataset.characters,
-            instruction=Instruction() if own is None else Instruction(own, both, "task.toml"),
-            symmetric=dataset.symmetric,
-            folder=dataset.path,
-            corpus_characters=dataset.characters * is_corpus,
-            documents=dataset.texts * is_corpus,
-        )
+    for task in (task for path in config.data for task in find_datasets(path)):
+        if task.name in [one.name for one in tasks]:
+            raise ValueError(f"two tasks are called {task.name}; rename the folder of one")
         tasks.append(task)
     return tasks
 

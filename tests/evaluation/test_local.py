@@ -24,9 +24,9 @@ def append(path, line):
 def test_every_type_is_read_off_files_and_columns(eight):
     """Promise: the task type needs no configuration."""
     found = find_datasets(eight)
-    assert {dataset.name: dataset.kind for dataset in found} == {kind: kind for kind in KINDS}
-    assert all(dataset.texts and dataset.characters for dataset in found)
-    assert find_datasets(eight / "sts") == [dataset for dataset in found if dataset.kind == "sts"]
+    assert {task.name: task.type for task in found} == {k: one.type for k, one in KINDS.items()}
+    assert all(task.characters for task in found)
+    assert find_datasets(eight / "sts") == [task for task in found if task.name == "sts"]
 
 
 def test_gzipped_files_and_bitext_in_one_file(datasets):
@@ -35,7 +35,7 @@ def test_gzipped_files_and_bitext_in_one_file(datasets):
     (datasets / "one").mkdir()
     (datasets / "one" / "test.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
     (datasets / "one" / "task.toml").write_text('type = "bitext"')
-    assert find_datasets(datasets / "one")[0].kind == "bitext"
+    assert find_datasets(datasets / "one")[0].type == "BitextMining"
 
 
 @pytest.mark.parametrize("name", ["test", "dev", "validation", "part-1"])
@@ -50,7 +50,7 @@ def test_pairs_without_scores_are_not_taken_for_translations(datasets, name):
     assert f"found {name}.jsonl with sentence1, sentence2" in str(error.value)
     with_scores = datasets / "sts" / f"{name}.jsonl"
     with_scores.rename(datasets / "sts" / "deu-eng.jsonl")
-    assert find_datasets(datasets / "sts")[0].kind == "bitext"
+    assert find_datasets(datasets / "sts")[0].type == "BitextMining"
 
 
 LABELS = st.lists(st.sampled_from([0, 1, 2, "0", "1", "2", "cat"]), min_size=1, max_size=6)
@@ -65,7 +65,7 @@ def test_labels_that_cannot_be_learnt_are_told_while_planning(tmp_path, train, t
         (tmp_path / f"{part}.jsonl").write_text(rows)
     strange = dict.fromkeys(map(json.dumps, (label for label in test if label not in train)))
     if len(set(train)) > 1 and not strange:
-        assert find_datasets(tmp_path)[0].kind == "classification"
+        assert find_datasets(tmp_path)[0].type == "Classification"
         return
     with pytest.raises(ValueError, match="malformed row") as error:
         find_datasets(tmp_path)
@@ -177,13 +177,10 @@ def test_task_toml_overrides(datasets):
         'languages = ["eng-Latn"]\nmain_metric = "ami"\n'
     )
     (dataset,) = find_datasets(datasets / "classification")
-    assert (dataset.kind, dataset.main_score, dataset.instruction) == (
-        "clustering",
-        "ami",
-        "Group these",
-    )
+    assert (dataset.type, dataset.main_score) == ("Clustering", "ami")
+    assert dataset.instruction.query == dataset.instruction.document == "Group these"
     assert dataset.symmetric
-    assert dataset.languages == ["eng-Latn"]
+    assert dataset.languages == ("eng-Latn",)
 
 
 @pytest.mark.parametrize(

@@ -311,7 +311,7 @@ def test_passages_and_a_held_out_set(tmp_path):
         given = flags(server, tmp_path / "out", "--passages", tmp_path / "corpus.jsonl")
         assert main([*given, "--hold-out", "12"]) == 0
     (dataset,) = find_datasets(tmp_path / "out_hold_out")
-    assert dataset.kind == "retrieval"
+    assert dataset.type == "Retrieval"
     held = {row["text"].lower() for row in lines(tmp_path / "out_hold_out/corpus.jsonl")}
     queries = {row["text"] for row in lines(tmp_path / "out_hold_out/queries.jsonl")}
     data = TrainingData(tmp_path / "out")
