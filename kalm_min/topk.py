@@ -1,9 +1,8 @@
 """Exact nearest neighbours by inner product: equal ids for every device, backend and block size.
 
-A float32 product differs in its last bits with the blocking, so two libraries order near-ties
-differently. Here float32 products only select a shortlist. All vectors lie on a grid of 2^-26: the
-products of two unit vectors are then multiples of 2^-52 and every partial sum is below 2, which
-float64 holds exactly, so a float64 score does not depend on the order of summation.
+Two libraries order near-ties of float32 products differently, so here these only select a shortlist.
+All vectors lie on a grid of 2^-26: the products of two unit vectors are multiples of 2^-52 and every
+partial sum is below 2, which float64 holds exactly, in any order of summation.
 
 Q queries    N documents    D dimension    S length of a shortlist    q, n  those of a block
 """
@@ -70,8 +69,7 @@ def top_k(
         span: search documents span[0] to span[1] only; ids stay those of the full set.
         exact: False returns float32 products, with near-ties in any order, which is enough for
             evaluation and reads the documents once.
-        index: an `approximate_index` of the same span, which selects the shortlists and misses
-            some neighbours: measure how many with `recall`.
+        index: an `approximate_index` of the span, which selects the shortlists; see `recall`.
 
     Raises ValueError for vectors that are longer than 1 or not finite, for k < 1, and if torch is
     set to multiply less exactly than float32.
@@ -131,8 +129,9 @@ def _shortlist(queries: Tensor, documents: Rows, span: Span, size: int, backend:
     """(q, S) ids and float32 scores, highest first, by blocks of products."""
     if backend == "faiss":
         return _shortlist_of_faiss(queries, documents, span, size)
-    chunks = queries.split(_QUERIES.get(queries.device.type, 512))
-    step = max(size, _DOCUMENTS.get(queries.device.type, 8192))
+    kind = queries.device.type
+    chunks = queries.split(_QUERIES.get(kind, 512))
+    step = max(size, _DOCUMENTS.get(kind, 8192))
     best: list[_Pairs] = []
     # One buffer for all products: new memory of this size costs as much as a pass over it.
     scratch = queries.new_empty(len(chunks[0]) * min(step, span[1] - span[0]))
@@ -146,8 +145,7 @@ def _shortlist(queries: Tensor, documents: Rows, span: Span, size: int, backend:
                 best.append((columns + start, values))
             else:
                 best[i] = _join(best[i], scores, start)
-    ids, scores = (torch.cat(part) for part in zip(*best, strict=True))
-    return ids, scores
+    return torch.cat([ids for ids, _ in best]), torch.cat([scores for _, scores in best])
 
 
 def _join(best: _Pairs, scores: Tensor, start: int) -> _Pairs:
@@ -172,7 +170,7 @@ def _join(best: _Pairs, scores: Tensor, start: int) -> _Pairs:
 
 def _keep(best: _Pairs, new: _Pairs, size: int) -> _Pairs:
     """The `size` highest of two sets of ids and scores, each (q, any number)."""
-    ids, scores = (torch.cat(pair, 1) for pair in zip(best, new, strict=True))
+    ids, scores = torch.cat([best[0], new[0]], 1), torch.cat([best[1], new[1]], 1)
     scores, order = scores.topk(min(size, scores.shape[1]))
     return ids.gather(1, order), scores
 
@@ -225,9 +223,8 @@ def _exhaustive(queries: Tensor, documents: Rows, k: int, span: Span) -> _Pairs:
 def approximate_index(documents: Rows, factory: str, span: Span | None = None) -> Any:
     """A faiss index of all documents, or those of `span`, for corpora too large for products.
 
-    `factory` is for example "IVF4096,Flat;nprobe=64": after the semicolon, search parameters. Each
-    of several processes indexes its span, so their number affects which neighbours are missed.
-    Raises ValueError if faiss refuses the factory, which no documents suffice to find out.
+    `factory` is for example "IVF4096,Flat;nprobe=64": after the semicolon, search parameters.
+    Raises ValueError if faiss refuses it, which no documents suffice to find out.
     """
     faiss = import_faiss()
     name, _, parameters = factory.partition(";")

@@ -4,11 +4,10 @@
     <folder>/shards/<name>.npy   (n, D) float32, unit length, on the grid of topk.py
 
 A text set is cut into shards after texts that their own hash chooses, and a shard is named by the
-hashes of its texts and their prompts. So any task, run or process finds a shard again, a
-changed data set costs only the shards that changed, and a kill only those being encoded.
+hashes of its texts and prompts: any task or process finds it again, and a changed data set costs
+only the shards that changed, a kill only those being encoded.
 """
 
-import copy
 import hashlib
 import io
 import math
@@ -30,8 +29,8 @@ from kalm_min.topk import Ints, Vectors, on_grid
 
 _LAYOUT = 2  # rises when shards are cut, named or encoded differently
 
-# A shard ends after a text whose hash is divisible by _MEAN, so that an added or removed text
-# changes the bounds of only its own shard; and before it gets larger than what a kill may cost.
+# A shard ends before it gets larger than what a kill may cost, and after a text whose hash is
+# divisible by _MEAN, so that an added or removed text changes only its own shard.
 _MEAN = 1024
 _LONGEST = 4096  # texts
 _LARGEST = 1 << 20  # characters
@@ -99,15 +98,11 @@ def check_manifest(folder: Path, manifest: Mapping[str, object], *, begin: bool 
     path = folder / "manifest.json"
     if path.is_file():
         if changed := differences(read_object(path, {}, extra=True), manifest):
-            raise ValueError(
-                f"{folder} holds the vectors of another model ({changed}); "
-                "give another --store, or delete the folder"
-            )
+            expected = f"{folder} holds the vectors of another model ({changed})"
+            raise ValueError(f"{expected}; give another --store, or delete the folder")
     elif (folder / "shards").exists():  # which are written after it
-        raise ValueError(
-            f"{path}: expected to find there whose vectors these are, found nothing; "
-            "delete the folder"
-        )
+        expected = f"{path}: expected to find there whose vectors these are"
+        raise ValueError(f"{expected}, found nothing; delete the folder")
     elif begin:
         write_json(path, manifest)
 
@@ -133,9 +128,8 @@ def read_array(
     with path.open("rb") as file:
         is_whole = stat.st_size == size and file.read(len(header)) == header
     if not is_whole or (check and not _digest_holds(path, len(header), stat.st_mtime_ns)):
-        raise ValueError(
-            f"{path}: expected {shape} {dtype}, found other content; run again to replace it"
-        )
+        expected = f"{path}: expected {shape} {dtype}"
+        raise ValueError(f"{expected}, found other content; run again to replace it")
     return np.memmap(path, dtype, "r", len(header), shape)
 
 
@@ -149,8 +143,8 @@ def _digest_holds(path: Path, start: int, _: int) -> bool:
 def _header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
     """What an .npy file begins with; that of a foreign file is compared with it and not parsed."""
     file, descr = io.BytesIO(), np.lib.format.dtype_to_descr(dtype)
-    header = {"descr": descr, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
+    settings = {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, settings)
     return file.getvalue()
 
 
@@ -221,7 +215,7 @@ class StoredVectors(StoredRows):
 
     def __init__(self, folder: Path | None, texts: TextSet, dimension: int) -> None:
         """Find the shards of `texts` in a folder; without a folder, vectors are kept in memory."""
-        self.texts, self.dimension = texts, dimension
+        self.texts = texts
         bounds = cuts(texts.hashes, texts.sizes)
         codes = np.array([text_hash(prompt) for prompt in texts.prompts], np.int64)
         pairs = np.stack([codes[texts.prompt_ids], texts.hashes], axis=1)  # (n, 2)
@@ -229,12 +223,6 @@ class StoredVectors(StoredRows):
         names = [f"shards/{digest(part)[:32]}.npy" for part in parts]
         super().__init__(folder, names, bounds, dimension, np.dtype(np.float32))
         self.key = digest(*names)[:32]  # a digest of all texts and prompts, in order
-
-    def cut(self, dim: int) -> Self:
-        """The same vectors cut to their first `dim` coordinates, at unit length (Matryoshka)."""
-        view = copy.copy(self)
-        view.dimension = dim
-        return view
 
     def encode(self, shard: int, embedder: Embedder, *, needs_disk: bool = True) -> None:
         """Encode a shard and write it; its texts are always encoded together."""
@@ -247,13 +235,9 @@ class StoredVectors(StoredRows):
             vectors[rows] = embedder.encode(chosen, self.texts.prompts[number])
         self.write(shard, on_grid(vectors), needs_disk=needs_disk)
 
-    def __getitem__(self, key: slice | Ints) -> Vectors:
-        """The rows of a slice without a step, or those in an array of numbers in any order."""
-        return cut_dimension(super().__getitem__(key), self.dimension)
-
 
 def cut_dimension(vectors: Vectors, dim: int) -> Vectors:
-    """(n, dim) vectors cut to their first `dim` coordinates, at unit length and on the grid."""
+    """(n, dim) vectors cut to their first coordinates, at unit length, on the grid (Matryoshka)."""
     if dim == vectors.shape[1]:
         return vectors
     vectors = vectors[:, :dim]

@@ -107,13 +107,13 @@ def test_each_text_has_its_prompt(embedder, tmp_path):
 def test_cut_vectors_have_unit_length():
     """Matryoshka: leading coordinates of the same vectors, scaled; a zero vector stays zero."""
     full = encoded(["a", "b", "c"])
-    cut = full.cut(3)
+    cut = vectors.cut_dimension(full[:], 3)
     leading = full[:][:, :3]
     expected = leading / np.linalg.norm(leading, axis=1, keepdims=True)
-    np.testing.assert_allclose(cut[:], expected, atol=1e-7)
-    np.testing.assert_array_equal(cut[:], topk.on_grid(cut[:]))
+    np.testing.assert_allclose(cut, expected, atol=1e-7)
+    np.testing.assert_array_equal(cut, topk.on_grid(cut))
     assert full[:].shape == (3, 8)
-    assert (encoded(["a"], encoder=Encoder(0.0)).cut(3)[:] == 0).all()
+    assert (vectors.cut_dimension(encoded(["a"], encoder=Encoder(0.0))[:], 3) == 0).all()
 
 
 def test_damaged_shards_are_encoded_again(tmp_path):

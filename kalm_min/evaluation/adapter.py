@@ -67,7 +67,7 @@ class Adapter:
         vectors = self._stored(lambda start, stop: new[start:stop], len(new), kind)[:]
         encoded.update(zip(new, vectors, strict=True))
         full = np.stack([encoded[text] for text in texts]) if texts else vectors
-        return self._quantised(cut_dimension(full, self.dim))
+        return self._kept(full)
 
     def similarity(self, a: Any, b: Any) -> Tensor:
         """(n, m) cosine similarities of unit vectors."""
@@ -109,7 +109,7 @@ class Adapter:
         loader = create_dataloader(queries, task_metadata=task_metadata, prompt_type=query)
         vectors = self.encode(loader)  # (Q, dim)
         corpus, stored = self._corpora[self._corpus_id]
-        documents, names = _View(stored.cut(self.dim), self._quantised), corpus["id"][:]
+        documents, names = _View(stored, self._kept), corpus["id"][:]
         self.hits = hits = dict[str, dict[str, float]]()
         if not len(vectors) or not names:  # mteb drops queries without a relevant document
             return hits
@@ -132,12 +132,13 @@ class Adapter:
             self.report(0, 0, False)
         return hits
 
-    def _quantised(self, vectors: Vectors) -> Vectors:
-        """What remains of (n, dim) unit vectors once they are stored in `precision`.
+    def _kept(self, vectors: Vectors) -> Vectors:
+        """What remains of (n, D) unit vectors once they are cut to `dim` and stored in `precision`.
 
         int8 and uint8 take the middle of a step; their ranges are those of the first texts that the
         task encodes, which are documents where there are any. Bits are +1 and -1.
         """
+        vectors = cut_dimension(vectors, self.dim)
         if self.precision == "float32":
             return vectors
         if self.precision.endswith("binary"):

@@ -99,11 +99,7 @@ class Miner:
     def run(self) -> tuple[dict[str, int], list[str]]:
         """Mine every unfinished task; return totals over all rows, and remarks."""
         config, everything = self.config, range(len(self.names))
-
-        def read(number: int) -> None:
-            self._read(number).save(self._path("index", number, "npz"))
-
-        self._each(read, everything, "read", "tasks")
+        self._each(self._read, everything, "read", "tasks")
         if config.scorer is not None:  # first, so that only one model is in memory at a time
             self._open_model(config.scorer, "scorer")
         embedder = self._open_model(config.model, "model")
@@ -283,14 +279,16 @@ class Miner:
         return [self.config.output / name.format(self.names[number]) for name in names]
 
     def _read(self, number: int) -> TextIndex:
+        """Read a task; except in a dry run, which writes nothing, keep its index for the run."""
         as_corpus, keep = self.pool is None, self.config.keep_negatives
-        return index_task(self.data, number, as_corpus=as_corpus, keep=keep)
+        index = index_task(self.data, number, as_corpus=as_corpus, keep=keep)
+        if not self.config.dry_run:
+            index.save(self._path("index", number, "npz"))
+        return index
 
     def _index(self, number: int) -> TextIndex:
-        """The index read when the run began; a dry run, which writes nothing, reads it now."""
-        if self.config.dry_run:
-            return self._read(number)
-        return TextIndex.load(self._path("index", number, "npz"))
+        path = self._path("index", number, "npz")
+        return self._read(number) if self.config.dry_run else TextIndex.load(path)
 
     def _open_task(self, number: int) -> _Task:
         config, index, settings = self.config, self._index(number), self.data.settings[number]

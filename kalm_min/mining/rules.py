@@ -2,9 +2,8 @@
 
 KaLM V1 section 3 (ranking consistency filtering, k = 50; 7 hard negatives of ranks 50 to 100), with
 margins as in NV-Retriever. An unlabelled candidate is a document of the corpus that no line of any
-task labels as an answer to the query: not the query's text itself, not a positive of the query, not
-a text of its class, nor a duplicate of one (`text_key`). Ranks count unlabelled candidates, from 1;
-a positive's rank is one more than the unlabelled candidates with a higher score.
+task labels as an answer to the query: neither the query, nor a positive of it, nor a text of its
+class, nor a duplicate of one (`text_key`). Ranks count unlabelled candidates, from 1.
 
 B rows of a block    K stored neighbours    n negatives per row    R, P rows and their texts
 """
@@ -42,7 +41,7 @@ def choose(
     scores: Scores,  # (B, K) of the neighbours, the highest first
     is_unlabelled: Bools,  # (B, K) whether each neighbour is an unlabelled candidate
     is_listed: Bools,  # (B, K) whether each position holds a neighbour
-    best: Scores,  # (B,) score of each row's best positive
+    best: Scores,  # (B,) score of the best positive, whose rank is 1 + those that score higher
     keys: Codes,  # (B, K) random numbers; the lowest are chosen
     rules: Rules,
     is_own: Bools | None = None,  # (B, K) whether each is a negative that the row has already
@@ -70,24 +69,19 @@ def choose(
     if rules.relative_margin is not None:
         # A share of the magnitude, since a share of a negative score would be a limit above it.
         allowed &= scores <= (best - np.float32(rules.relative_margin) * np.abs(best))[:, None]
-    columns = _take(allowed, keys, rules)
-    status = np.full(len(best), KEPT)
-    if rules.short_rows == "drop":
-        status[(columns >= 0).sum(1) < rules.num_negatives] = SHORT
-    if rules.consistency_top_k is not None:
-        status[ahead >= rules.consistency_top_k + off] = INCONSISTENT
-    return Choice(status, ahead, columns)
-
-
-def _take(allowed: Bools, keys: Codes, rules: Rules) -> Ints:
-    """(B, n) columns of the chosen neighbours, in order; -1 if there are fewer."""
     count, (first, last) = allowed.shape[1], rules.rank_range
     n = min(rules.num_negatives, last - first + 1, count)  # before anything has this size
     positions = np.broadcast_to(np.arange(count, dtype=np.uint64), allowed.shape)
     priority = np.where(allowed, keys >> 1 if rules.choice == "random" else positions, _LAST)
     order = np.argsort(priority, axis=1, kind="stable")[:, :n]
     columns = np.sort(np.where(np.take_along_axis(allowed, order, 1), order, count), axis=1)
-    return np.where(columns < count, columns, -1)
+    columns = np.where(columns < count, columns, -1)
+    status = np.full(len(best), KEPT)
+    if rules.short_rows == "drop":
+        status[(columns >= 0).sum(1) < rules.num_negatives] = SHORT
+    if rules.consistency_top_k is not None:
+        status[ahead >= rules.consistency_top_k + off] = INCONSISTENT
+    return Choice(status, ahead, columns)
 
 
 def random_keys(queries: Ints, candidates: Ints, seed: int) -> Codes:

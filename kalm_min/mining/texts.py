@@ -5,7 +5,7 @@
          -> the query and the documents of each row, and what the rows say about texts
 
 A text is a 64-bit hash and the position (row, slot) where it can be read again, so a task of many
-millions of rows is never a list of strings. The numbers are a function of the data alone.
+millions of rows is never a list of strings.
 """
 
 import json
@@ -104,8 +104,7 @@ def index_task(data: TrainingData, task: int, *, as_corpus: bool, keep: bool) ->
     """Read task number `task` once.
 
     Its negatives are documents too if it is its own corpus (`as_corpus`), or if its rows `keep`
-    them. A document that occurs with several instructions in a symmetric task is encoded with the
-    first of them.
+    them. A document with several instructions (in a symmetric task) is encoded with the first.
     """
     first, symmetric = sum(data.task_sizes[:task]), data.settings[task].symmetric
     instructions: dict[str, int] = {}
@@ -131,8 +130,8 @@ def index_task(data: TrainingData, task: int, *, as_corpus: bool, keep: bool) ->
         is_positive.extend(number < count for number in range(len(own)))
         starts.append(len(texts))
         # With the task, since label "1" of one task is not label "1" of another.
-        group_code = 0 if group is None else text_hash(json.dumps([data.task_names[task], group]))
-        groups.append(group_code)
+        label = json.dumps([data.task_names[task], group])
+        groups.append(0 if group is None else text_hash(label))
     return TextIndex(
         first=first,
         instructions=tuple(instructions),
