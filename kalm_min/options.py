@@ -40,7 +40,7 @@ class Range(NamedTuple):
 # What cannot be a typing error: no count is beyond a billion.
 COUNT, ANY_COUNT, SIZE = Range(1, 10**9), Range(0, 10**9), Range(1, 2**17)
 POSITIVE, SHARE, TEMPERATURE = Range(0, is_open=True), Range(0, 1), Range(1e-6, 1e6)
-COSINE = Range(-1, 1)
+COSINE, MARGIN = Range(-1, 1), Range(-2, 2)
 
 
 class Ranged:
@@ -61,31 +61,19 @@ class ModelSource(Ranged):
 
     path: Annotated[str | None, "Checkpoint to start from: a folder or a hub id."] = None
     tokenizer: Annotated[Path | None, "Folder of the tokenizer of a fresh model."] = None
-    hidden_size: Annotated[int, "Dimension of a fresh model's hidden states and vectors.", SIZE] = (
-        256
-    )
-    intermediate_size: Annotated[int, "Dimension of a fresh model's feed-forward layers.", SIZE] = (
-        1024
-    )
+    hidden_size: Annotated[int, "Dimension of a fresh model's states and vectors.", SIZE] = 256
+    intermediate_size: Annotated[int, "Width of a fresh model's feed-forward layers.", SIZE] = 1024
     num_hidden_layers: Annotated[int, "Layers of a fresh model.", Range(1, 1000)] = 4
     num_attention_heads: Annotated[int, "Query heads of a fresh model.", Range(1, 1024)] = 4
     num_key_value_heads: Annotated[int, "Key/value heads of a fresh model.", Range(1, 1024)] = 2
-    initializer_range: Annotated[
-        float, "Standard deviation of a fresh model's weights.", Range(0, 10)
-    ] = 0.02
-    init_seed: Annotated[
-        int, "Seed of a fresh model's weights, or of a fresh adapter's.", ANY_COUNT
-    ] = 0
-    causal: Annotated[
-        bool | None, "Causal attention; none: the checkpoint's, or false for a fresh model."
-    ] = None
+    initializer_range: Annotated[float, "Standard deviation of fresh weights.", Range(0, 10)] = 0.02
+    init_seed: Annotated[int, "Seed of a fresh model's or adapter's weights.", ANY_COUNT] = 0
+    causal: Annotated[bool | None, "Causal attention; none: the checkpoint's, or false."] = None
     pooling: Annotated[
         Pooling | None,
         "Pooling; none: the checkpoint's (of a plain language model its last token), or mean.",
     ] = None
-    max_length: Annotated[
-        int, "Maximum number of tokens per text, instruction included.", COUNT
-    ] = 512
+    max_length: Annotated[int, "Most tokens kept per text, instruction included.", COUNT] = 512
     instruction_template: Annotated[
         str | None, "Template of a prompt, with {instruction}; none: the checkpoint's."
     ] = None
@@ -96,7 +84,6 @@ class ModelSource(Ranged):
     ] = None
 
     def __post_init__(self) -> None:
-        """Validate option combinations."""
         Ranged.__post_init__(self)
         if (self.path is None) == (self.tokenizer is None):
             raise ValueError(
@@ -129,9 +116,7 @@ class DataConfig:
 
     path: Annotated[Path, "JSONL(.gz) file, or a folder with one file or sub-folder per task."]
     validation: Annotated[Path | None, "Held-out pairs for validation, in the same format."] = None
-    instruction: Annotated[str | None, "Instruction for queries whose line and task have none."] = (
-        None
-    )
+    instruction: Annotated[str | None, "Instruction for queries that have none."] = None
     cache_dir: Annotated[Path | None, "Folder for line indices; none: beside the data."] = None
 
 
@@ -141,13 +126,9 @@ class SamplingConfig(Ranged):
 
     batch_size: Annotated[int, "Queries per optimizer step, over all processes.", Range(2)] = 512
     homogeneous_ratio: Annotated[float, "Share of a batch from one task; 0 mixes all.", SHARE] = 1.0
-    num_negatives: Annotated[
-        int, "Maximum number of hard negatives drawn per query.", ANY_COUNT
-    ] = 7
+    num_negatives: Annotated[int, "Most hard negatives drawn per query.", ANY_COUNT] = 7
     size_exponent: Annotated[float, "Tasks count as size^exponent; 0: equal shares.", SHARE] = 1.0
-    seed: Annotated[
-        int, "Seed of the order of examples and of the texts drawn from them.", ANY_COUNT
-    ] = 0
+    seed: Annotated[int, "Seed of the order of examples and of drawn texts.", ANY_COUNT] = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,20 +136,12 @@ class LossConfig(Ranged):
     """The loss of a step; the defaults are those of the public fine-tuning script."""
 
     temperature: Annotated[float, "Divides the cosine similarity.", TEMPERATURE] = 0.01
-    gamma: Annotated[
-        float, "Exponent of the focal weight (1 - p)^gamma; V2 uses 0.5.", Range(0, 100)
-    ] = 0.0
-    matryoshka_dims: Annotated[
-        tuple[int, ...], "Leading dimensions to train for use alone.", COUNT
-    ] = ()
+    gamma: Annotated[float, "Exponent of the focal (1 - p)^gamma; V2: 0.5.", Range(0, 100)] = 0.0
+    matryoshka_dims: Annotated[tuple[int, ...], "Leading dimensions usable alone.", COUNT] = ()
     matryoshka_weights: Annotated[tuple[float, ...], "One weight per dimension.", POSITIVE] = ()
     mixing: Annotated[bool, "Add two negatives per query, mixed from its own (V2)."] = False
-    distillation_weight: Annotated[
-        float, "Share of the KL term in the loss; V2.5 uses 0.7.", SHARE
-    ] = 0.0
-    distillation_temperature: Annotated[
-        float, "Divides both models' scores in the KL.", TEMPERATURE
-    ] = 0.05
+    distillation_weight: Annotated[float, "Share of the KL term; V2.5 uses 0.7.", SHARE] = 0.0
+    distillation_temperature: Annotated[float, "Divides all scores in the KL.", TEMPERATURE] = 0.05
     memory_gib: Annotated[
         float, "GiB for scores; beyond it, they are computed twice.", Range(1e-9, 1e6)
     ] = 1.0
@@ -178,13 +151,12 @@ class LossConfig(Ranged):
     false_negative_margin: Annotated[
         float | None,
         "Mask negatives with a cosine above the positive's plus this; Qwen3: 0.1.",
-        Range(-2, 2),
+        MARGIN,
     ] = None
     query_negatives: Annotated[bool, "Use the other queries of a batch as negatives."] = False
     document_negatives: Annotated[bool, "Use a query's negatives as its positive's too."] = False
 
     def __post_init__(self) -> None:
-        """Validate values and their combinations."""
         Ranged.__post_init__(self)
         dims, weights = self.matryoshka_dims, self.matryoshka_weights
         one_each = f"one for each of the {len(dims)} matryoshka_dims"
@@ -203,20 +175,14 @@ class OptimizerConfig(Ranged):
     """AdamW; the defaults are those of the public fine-tuning script."""
 
     learning_rate: Annotated[float, "Peak learning rate.", POSITIVE] = 1e-5
-    warmup_ratio: Annotated[float, "Share of all steps that warm up from 0 to the peak.", SHARE] = (
-        0.1
-    )
-    weight_decay: Annotated[
-        float, "Decay of weight matrices; biases and norms never decay.", Range(0)
-    ] = 0.0
-    betas: Annotated[tuple[float, float], "Decay rates of both moments.", Range(0, 0.999999)] = (
+    warmup_ratio: Annotated[float, "Share of steps that warm up from 0 to the peak.", SHARE] = 0.1
+    weight_decay: Annotated[float, "Decay of matrices; biases, norms never decay.", Range(0)] = 0.0
+    betas: Annotated[tuple[float, float], "Decay of both moments.", Range(0, 0.999999)] = (
         0.9,
         0.999,
     )
     eps: Annotated[float, "Added to the square root of the second moment.", POSITIVE] = 1e-8
-    max_grad_norm: Annotated[
-        float, "L2 norm to which all gradients together are clipped.", POSITIVE
-    ] = 1.0
+    max_grad_norm: Annotated[float, "L2 norm to which the gradient is clipped.", POSITIVE] = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,19 +190,13 @@ class LoopConfig(Ranged):
     """The length of training, its precision, checkpoints and validation."""
 
     epochs: Annotated[int, "Passes over the data.", COUNT] = 1
-    max_steps: Annotated[int | None, "Maximum number of steps; none: all of the epochs.", COUNT] = (
-        None
-    )
-    tokens_per_batch: Annotated[int, "Tokens per forward pass; affects memory only.", COUNT] = (
-        16_384
-    )
+    max_steps: Annotated[int | None, "Most steps; none: all of the epochs.", COUNT] = None
+    tokens_per_batch: Annotated[int, "Tokens per pass; affects memory only.", COUNT] = 16_384
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"], "Dtype of products; auto: bfloat16 where native."
     ] = "auto"
     save_every: Annotated[int, "Steps between checkpoints.", COUNT] = 500
-    keep_checkpoints: Annotated[
-        int, "Newest checkpoints to keep, besides the best validated.", COUNT
-    ] = 3
+    keep_checkpoints: Annotated[int, "Newest checkpoints to keep, besides the best.", COUNT] = 3
     non_finite: Annotated[
         Literal["stop", "skip"], "Stop at a step whose loss or gradient is not finite, or skip it."
     ] = "stop"
@@ -245,9 +205,7 @@ class LoopConfig(Ranged):
     patience: Annotated[
         int | None, "Stop after so many validations without a better MRR; none: never.", COUNT
     ] = None
-    log_to: Annotated[
-        Literal["tensorboard", "wandb"] | None, "Where the log is shown, besides log.jsonl."
-    ] = None
+    log_to: Annotated[Literal["tensorboard", "wandb"] | None, "Where else the log is shown."] = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -287,41 +245,28 @@ class TrainConfig(Recipe):
 class Rules(Ranged):
     """How rows are filtered and negatives chosen."""
 
-    rank_range: Annotated[
-        tuple[int, int], "First and last rank of a negative, from 1.", ANY_COUNT
-    ] = (50, 100)
-    num_negatives: Annotated[
-        int, "Negatives per row, if there are enough candidates.", ANY_COUNT
-    ] = 7
+    rank_range: Annotated[tuple[int, int], "First and last rank, from 1.", ANY_COUNT] = (50, 100)
+    num_negatives: Annotated[int, "Negatives per row, if there are so many.", ANY_COUNT] = 7
     consistency_top_k: Annotated[
-        int | None,
-        "Drop a row whose best positive ranks worse than this; none: keep every row.",
-        COUNT,
+        int | None, "Drop a row whose best positive ranks worse; none: keep all.", COUNT
     ] = 50
-    official_rank: Annotated[bool, "Rank like the official code: positives count, off by one."] = (
-        False
-    )
+    official_rank: Annotated[bool, "As the official code: positives count, off by one."] = False
     choice: Annotated[Literal["random", "top"], "Random or top-ranked candidates."] = "random"
     min_score: Annotated[float | None, "Lowest score (cosine) of a negative.", COSINE] = None
     max_score: Annotated[float | None, "Highest score (cosine) of a negative.", COSINE] = None
     absolute_margin: Annotated[
-        float | None,
-        "Minimum score difference of the row's best positive and a negative.",
-        Range(-2, 2),
+        float | None, "Minimum score difference of the row's best positive and a negative.", MARGIN
     ] = None
     relative_margin: Annotated[
         float | None,
         "The same as a share of the positive's score: 0.05 is NV-Retriever's 95 %.",
         COSINE,
     ] = None
-    keep_negatives: Annotated[
-        bool, "Keep a row's own negatives, before the mined ones; false: they are replaced."
-    ] = False
+    keep_negatives: Annotated[bool, "Keep a row's own negatives before the mined ones."] = False
     short_rows: Annotated[Literal["keep", "drop"], "Rows with too few mined negatives."] = "keep"
     seed: Annotated[int, "Seed of the random choice.", ANY_COUNT] = 0
 
     def __post_init__(self) -> None:
-        """Validate the ranks, too."""
         Ranged.__post_init__(self)
         first, last = self.rank_range
         if last < max(first, 1):
@@ -376,12 +321,7 @@ class SynthesisConfig(Ranged):
     examples: Annotated[int, "Samples to ask for; more of them later add to these.", COUNT] = 1000
     languages: Annotated[tuple[str, ...], "Codes of languages: en, zh, ..."] = ("en", "zh")
     tasks: Annotated[tuple[str, ...], "Types of tasks, which are names of prompt files."] = (
-        "short_long",
-        "long_short",
-        "short_short",
-        "long_long",
-        "sts",
-        "bitext",
+        *("short_long", "long_short", "short_short", "long_long", "sts", "bitext"),
     )
     personas: Annotated[
         Path | None, "JSONL with the key persona, or lines of text; none: those of the package."
@@ -390,13 +330,9 @@ class SynthesisConfig(Ranged):
     passages: Annotated[
         Path | None, "JSONL with the keys text and title: ask for queries to these passages."
     ] = None
-    hold_out: Annotated[
-        int, "Passages kept apart, for a retrieval dataset in <output>_hold_out.", ANY_COUNT
-    ] = 0
+    hold_out: Annotated[int, "Passages kept apart, as a dataset <output>_hold_out.", ANY_COUNT] = 0
     instructions_per_persona: Annotated[int, "Instructions that a persona writes.", COUNT] = 5
-    samples_per_instruction: Annotated[
-        int, "Samples of an instruction, in each language.", COUNT
-    ] = 14
+    samples_per_instruction: Annotated[int, "Samples of an instruction, per language.", COUNT] = 14
     temperature: Annotated[float, "Sampling temperature of the model.", ANY_COUNT] = 1.0
     max_tokens: Annotated[int, "Limit of an answer; a longer one is rejected.", COUNT] = 2048
     seed: Annotated[int, "Seed of all draws, and of the seed in each request."] = 0
@@ -406,9 +342,7 @@ class SynthesisConfig(Ranged):
     ] = "auto"
     concurrency: Annotated[int, "Requests under way at once.", COUNT] = 32
     timeout: Annotated[float, "Seconds to wait for an answer.", POSITIVE] = 120.0
-    retries: Annotated[
-        int, "How often a failed request is sent again, after growing pauses.", ANY_COUNT
-    ] = 4
+    retries: Annotated[int, "How often a failed request is sent again, with pauses.", ANY_COUNT] = 4
     batch_files: Annotated[
         Path | None, "Folder to write requests.jsonl to and to read results from; no server."
     ] = None
