@@ -12,8 +12,8 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from functools import partial, reduce
-from itertools import takewhile
 from operator import attrgetter
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NoReturn, Self, cast
 
@@ -51,16 +51,15 @@ _WORTH_SHARING = 8
 
 _SHORT_NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 # Words of sentence-transformers and FlagEmbedding that `encode` refuses, and what to do instead.
-_OTHER_WORDS = {
+_INSTEAD = dict.fromkeys(("device", "max_length"), "give it to from_pretrained") | {
     "convert_to_numpy": "convert_to_tensor=True gives one tensor of all vectors",
     "output_value": "only one vector per text is computed",
-    "device": "open the model there, with from_pretrained(..., device=...)",
-    "max_length": "open the model with from_pretrained(..., max_length=...)",
     "instruction": "give it to encode_query, or a complete prompt=...",
 }
 _DISTANCES = {"euclidean": 2.0, "manhattan": 1.0}
 
 Rows = NDArray[Any] | Tensor | Sequence[NDArray[Any]] | Sequence[Sequence[float]]
+Texts = str | Iterable[str]
 Vectors = NDArray[np.float32]
 
 
@@ -170,7 +169,7 @@ class Embedder:
 
     def encode(
         self,
-        texts: str | Iterable[str],
+        texts: Texts,
         prompt: str | None = None,
         truncate_dim: int | None = None,
         normalize_embeddings: bool = True,
@@ -202,14 +201,12 @@ class Embedder:
             loader = cast("Iterable[dict[str, list[str]]]", texts)
             texts = [text for batch in loader for text in batch["text"]]
             prompt_name = self._mteb_prompt(task, others.pop("prompt_type", None)) or prompt_name
-            others = {
-                word: x for word, x in others.items() if word not in ("hf_split", "hf_subset")
-            }
+            others = {word: x for word, x in others.items() if not word.startswith("hf_")}
         here = (None, self.device, str(self.device), self.device.type)
         same = {"convert_to_numpy": (True, not convert_to_tensor), "device": here}
         for word, value in others.items():
             if value not in same.get(word, ("sentence_embedding",)):
-                hint = _OTHER_WORDS.get(word, "there is no such option")
+                hint = _INSTEAD.get(word, "there is no such option")
                 raise ValueError(f"encode({word}={value!r}): {hint}")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1 text, found {batch_size}")
@@ -236,28 +233,22 @@ class Embedder:
 
     def encode_query(
         self,
-        texts: str | Iterable[str],
+        texts: Texts,
         prompt: str | None = None,
         *,
         instruction: str | None = None,
-        prompt_name: str = "query",
         **options: Any,
     ) -> Vectors:
         """`encode` with a task instruction in the checkpoint's template, else its query prompt."""
         if instruction is not None and prompt is None:
             prompt = fill_template(self.instruction_template, instruction)
-        return self.encode(texts, prompt, prompt_name=prompt_name, **options)
+        options.setdefault("prompt_name", "query")
+        return self.encode(texts, prompt, **options)
 
-    def encode_document(
-        self,
-        texts: str | Iterable[str],
-        prompt: str | None = None,
-        *,
-        prompt_name: str = "document",
-        **options: Any,
-    ) -> Vectors:
+    def encode_document(self, texts: Texts, prompt: str | None = None, **options: Any) -> Vectors:
         """`encode` with the checkpoint's document prompt; takes the same options."""
-        return self.encode(texts, prompt, prompt_name=prompt_name, **options)
+        options.setdefault("prompt_name", "document")
+        return self.encode(texts, prompt, **options)
 
     def similarity(self, a: Rows, b: Rows) -> Vectors:
         """`similarity_fn_name` of every row of a (n, D) with every row of b (m, D): (n, m) float32.
@@ -287,9 +278,7 @@ class Embedder:
     def _mteb_prompt(self, task: object, prompt_type: object) -> str | None:
         """The name of the stored prompt that mteb would take with sentence-transformers, if any."""
         name, kind = attrgetter("name", "type")(task)
-        side = getattr(
-            prompt_type, "value", None
-        )  # "query" or "document", of retrieval and reranking
+        side = getattr(prompt_type, "value", None)  # of retrieval and reranking alone
         names = (f"{name}-{side}", name, f"{kind}-{side}", kind, side)
         return next((name for name in names if name in self.prompts), None)
 
@@ -309,7 +298,7 @@ class Embedder:
     ) -> Tensor:
         """(n, D) raw float32 vectors on the CPU, in forward passes of at most `limit` tokens."""
         # What no token is pooled to: zeros, to which a Dense module adds its bias.
-        bias: Tensor | None = getattr(self.model.dense, "bias", None)
+        bias = getattr(self.model.dense, "bias", None)
         bias = torch.zeros(self.dimension) if bias is None else bias.detach()
         bias = getattr(bias, "full_tensor", bias.clone)()  # of sharded weights, together
         vectors = bias.float().cpu().repeat(len(texts), 1)
@@ -319,22 +308,19 @@ class Embedder:
         # A causal model reads the tokens of the prompt once for all texts. The last ones may merge
         # with the text; so only those that a following letter leaves unchanged are shared, by the
         # texts whose tokens begin with them. This depends on the text alone, as does its vector.
-        alone, followed = tokenize(["", "a"]) if self.causal and prompt else ([], [])
-        pairs = zip(alone, followed, strict=False)
-        shared = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+        pair = tokenize(["", "a"]) if self.causal and prompt else [[]]
+        shared = [*commonprefix(pair)]  # noqa: RUF071 -- ids, not paths
         size, longest = len(shared), len(shared) * (1 + _WORTH_SHARING)
         for start, sequences in zip(starts, prefetch(tokenize, windows), strict=True):
             bar.update(sequences.count([]))
-            groups: dict[bool, list[tuple[int, list[int]]]] = {True: [], False: []}
-            for row, ids in enumerate(sequences, start):
-                sharing = size < len(ids) <= longest and ids[:size] == shared
-                groups[sharing] += [(row, ids[size * sharing :])] if ids else []
-            for sharing, group in groups.items():
-                lengths = [len(ids) for _, ids in group]
+            share = [size < len(ids) <= longest and ids[:size] == shared for ids in sequences]
+            for prefix in ([], shared) if shared else ([],):
+                group = [i for i, x in enumerate(share) if sequences[i] and x == bool(prefix)]
+                parts = [sequences[i][len(prefix) :] for i in group]
                 budget = min(self.tokens_per_batch, limit or self.tokens_per_batch)
-                for batch in token_budget_batches(lengths, budget):
-                    rows, parts = zip(*(group[i] for i in batch), strict=True)
-                    found = self._embed([*parts], shared if sharing else [])
+                for batch in token_budget_batches([*map(len, parts)], budget):
+                    rows = [start + group[i] for i in batch]
+                    found = self._embed([parts[i] for i in batch], prefix)
                     is_finite = torch.linalg.vector_norm(found, dim=1).isfinite()
                     if not is_finite.all():
                         text = texts[rows[int(is_finite.int().argmin())]]
@@ -342,8 +328,8 @@ class Embedder:
                             f"{text[:60]!r}: the model gives this text a vector with NaN or infinity "
                             f"in {self.dtype}; try dtype float32, or check the model's weights"
                         )
-                    vectors[[*rows]] = found
-                    bar.update(len(batch))
+                    vectors[rows] = found
+                    bar.update(len(rows))
         return vectors
 
     @torch.no_grad()  # not inference_mode: sharded parameters gathered in it could not be trained
@@ -380,9 +366,8 @@ class Embedder:
         state = self.model.state_dict()
         if dtype is not None:
             return {name: x.to(pick_dtype(dtype)) for name, x in state.items()}
-        found, kind = self._source or (None, self.dtype)
-        if found and kind != self.dtype:
-            stored = _load(found).state_dict()
+        if self._source and self._source[1] != self.dtype:
+            stored = _load(self._source[0]).state_dict()
             pairs = ((name, x, stored.get(name, x)) for name, x in state.items())
             state = {name: y if torch.equal(y.to(x), x) else x for name, x, y in pairs}
             widest = reduce(torch.promote_types, (x.dtype for x in state.values()))
@@ -407,10 +392,9 @@ class Embedder:
             save_model(self.model, folder, causal=self.causal, state=state)
         self.tokenizer.save(folder, max_length=self.max_length)
         settings = Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
-        base = apart.base if apart else None
-        config = self.model.config
-        dense = config.dense is not None
-        write_settings(folder, settings, config.hidden_size, dense=dense, adapter_base=base)
+        config, base = self.model.config, apart.base if apart else None
+        is_dense = config.dense is not None
+        write_settings(folder, settings, config.hidden_size, dense=is_dense, adapter_base=base)
 
 
 def _load(found: Opened) -> Qwen2:

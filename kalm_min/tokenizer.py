@@ -21,7 +21,7 @@ from tokenizers.processors import Sequence as ProcessorSequence
 from tokenizers.processors import TemplateProcessing
 
 from kalm_min.files import Object, write_json, write_text
-from kalm_min.schema import read_object
+from kalm_min.schema import describe, is_string, read_object
 
 _SIDE_FILE = "tokenizer_config.json"
 _GENERIC_CLASS = {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -152,17 +152,9 @@ def check_texts(texts: Iterable[object], name: str = "texts") -> list[str]:
     to_list = getattr(texts, "to_pylist", None) or getattr(texts, "tolist", None)
     items: list[object] = to_list() if to_list else list(texts)
     for index, text in enumerate(items):
-        if not isinstance(text, str):
-            found = type(text).__name__
+        if not is_string(text):
+            found = describe(text) if isinstance(text, str) else type(text).__name__
             raise ValueError(f"{name}[{index}]: expected a string, found {found}")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            found = f"U+{ord(text[error.start]):04X} at character {error.start}"
-            raise ValueError(
-                f"{name}[{index}]: expected valid Unicode, found the lone surrogate {found}; "
-                'decode the source with errors="replace"'
-            ) from error
     return cast("list[str]", items)
 
 

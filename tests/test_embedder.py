@@ -141,7 +141,7 @@ def test_edges_of_input(tiny):
     assert tiny.encode("", prompt="a").any()
     assert np.linalg.norm(tiny.encode("a " * 100_000)) == pytest.approx(1.0, abs=1e-6)
     assert np.linalg.norm(tiny.encode("a", normalize_embeddings=False)) != pytest.approx(1.0)
-    with pytest.raises(ValueError, match=r"texts\[1\]: .*lone surrogate U\+D800 at character 2"):
+    with pytest.raises(ValueError, match=r"texts\[1\]: .* a string with half a surrogate pair"):
         tiny.encode(["fine", "ab\ud800"], prompt="Q: ")
     with pytest.raises(ValueError, match=r"texts\[0\]: expected a string, found NoneType"):
         tiny.encode([None])
