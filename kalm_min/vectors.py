@@ -125,19 +125,19 @@ def read_array(
     """
     header, stat = _header(shape, dtype), path.stat()
     size = len(header) + math.prod(shape) * dtype.itemsize + _DIGEST
-    with path.open("rb") as file:
-        is_whole = stat.st_size == size and file.read(len(header)) == header
-    if not is_whole or (check and not _digest_holds(path, len(header), stat.st_mtime_ns)):
+    if stat.st_size != size or not _is_whole(path, header, stat.st_mtime_ns, check):
         expected = f"{path}: expected {shape} {dtype}"
         raise ValueError(f"{expected}, found other content; run again to replace it")
     return np.memmap(path, dtype, "r", len(header), shape)
 
 
 @lru_cache(1 << 20)
-def _digest_holds(path: Path, start: int, _: int) -> bool:
-    """Whether a file, which was changed at some time, ends with the digest of its array."""
-    data = path.read_bytes()
-    return hashlib.sha256(data[start:-_DIGEST]).digest() == data[-_DIGEST:]
+def _is_whole(path: Path, header: bytes, _: int, check: bool) -> bool:
+    """Whether a file, changed at some time, has this header and, if checked, its array's digest."""
+    with path.open("rb") as file:
+        data = file.read(-1 if check else len(header))
+    is_as_digested = hashlib.sha256(data[len(header) : -_DIGEST]).digest() == data[-_DIGEST:]
+    return data.startswith(header) and (is_as_digested or not check)
 
 
 def _header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:

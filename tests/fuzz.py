@@ -384,7 +384,7 @@ def make_manifest(folder: Path) -> None:
 def read_vectors(folder: Path) -> object:
     from kalm_min import vectors
 
-    vectors._digest_holds.cache_clear()
+    vectors._is_whole.cache_clear()
     shape = (4, 3), np.dtype(np.float32)
     return vectors.read_array(folder / "0.npy", *shape, check=True).tobytes()
 

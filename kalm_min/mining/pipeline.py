@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from functools import cached_property, lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, TextIO, TypeVar
 
@@ -105,12 +106,12 @@ class Miner:
         embedder = self._open_model(config.model, "model")
         if config.index is not None:  # a wrong one fails now
             topk.approximate_index(np.empty((0, embedder.dimension), np.float32), config.index)
-        looked = [n for n in everything[self.rank :: self.world] if self._is_finished(n)]
-        finished = {number for some in distributed.gather_objects(looked) for number in some}
-        unfinished = [number for number in everything if number not in finished]
+        looked = [n for n in everything[self.rank :: self.world] if not self._is_finished(n)]
+        unfinished = sorted(chain(*distributed.gather_objects(looked)))
         # A label-based task draws its positives and negatives anew in every epoch: it is copied.
         todo = [number for number in unfinished if not self.data.settings[number].label_based]
-        self.stream.write(f"{len(finished)} of {len(everything)} tasks are finished\n")
+        finished = len(everything) - len(unfinished)
+        self.stream.write(f"{finished} of {len(everything)} tasks are finished\n")
         self._encode(todo, embedder, "encode", lambda number: self._task(number).vectors)
         self._search(todo)
         del embedder
@@ -125,9 +126,7 @@ class Miner:
         summaries = [read_json(self._path("tasks", n, "json"))["summary"] for n in everything]
         tasks = dict(zip(self.data.task_names, summaries, strict=True))
         if self.rank == 0:
-            names = [*(field.name for field in fields(Rules)), "pool", "scorer", "index"]
-            settings = {name: getattr(config, name) for name in names}
-            report.write(config.output, tasks, self.manifests["model"], settings)
+            report.write(config, tasks, self.manifests["model"])
             shutil.rmtree(self.work / "index", ignore_errors=True)
         return report.totals(tasks), report.remarks(tasks)
 

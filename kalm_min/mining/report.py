@@ -8,6 +8,7 @@ path is included, so the same run gives the same bytes.
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,7 +21,7 @@ from kalm_min.files import atomic_write, escape_name, write_text
 from kalm_min.mining import rules
 from kalm_min.mining.rules import BINS, INCONSISTENT, KEPT, SHORT, Selection
 from kalm_min.mining.texts import TextIndex
-from kalm_min.options import Rules
+from kalm_min.options import MiningConfig, Rules
 from kalm_min.vectors import TextSet
 
 PAGES = "README.tasks"  # folder of the tasks' pages; reading the data skips the name
@@ -34,7 +35,6 @@ _KINDS = {  # of scores
     "unlabelled": "all listed unlabelled candidates",
 }
 _SUSPECT = 0.95  # share of the positive's score above which NV-Retriever takes no negative
-_CUT = 240  # characters shown of a text
 _COUNTS = (
     *("rows", "kept", "inconsistent", "short", "kept_with_fewer", "negatives", "suspects"),
     *("own_negatives", "own_negatives_kept"),
@@ -147,10 +147,10 @@ def sentence(total: Mapping[str, int]) -> str:
     return rows.format(**counts)
 
 
-def _code(text: str) -> str:
+def _code(text: str, longest: int = 240) -> str:
     """A text on one line, as code: nothing in it is read as Markdown, HTML or a terminal's codes."""
     text = printable(" ".join(text.split()))  # with its control characters as codes
-    text = text if len(text) <= _CUT else text[: _CUT - 1] + "…"
+    text = text if len(text) <= longest else text[: longest - 1] + "…"
     ticks = "`" * max(2, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{ticks} {text} {ticks}"
 
@@ -160,9 +160,7 @@ def escaped(name: str) -> str:
     return re.sub(r"[\\`*\[\]<>&~]|\b_|_\b", r"\\\g<0>", printable(" ".join(name.split())))
 
 
-def write(
-    folder: Path, tasks: Tasks, model: Mapping[str, object], settings: Mapping[str, object]
-) -> None:
+def write(config: MiningConfig, tasks: Tasks, model: Mapping[str, object]) -> None:
     """Write README.md and README.png; `model` is the manifest of its vectors."""
     total, summaries = totals(tasks), tasks.values()
     columns = [name for name in _COUNTS if total["own_negatives"] or not name.startswith("own")]
@@ -174,16 +172,17 @@ def write(
             row.append(f"{one['recall']:.4f}" if "recall" in one else "none")
     ranks = [[f"{count:,}" for count in one["ranks"]] for one in summaries]
     percentiles = [[_percentiles(one["scores"][kind]) for kind in _KINDS] for one in summaries]
+    names = [*(field.name for field in fields(Rules)), "pool", "scorer", "index"]
+    settings = {name: value for name in names if (value := getattr(config, name)) is not None}
     flags = " ".join(
         f"--{name.replace('_', '-')} {' '.join(map(str, one)) if isinstance(one, tuple) else one}"
         for name, one in settings.items()
-        if one is not None
     )
     parts = [
         "# Mined training data",
         (
             f"Checkpoint {str(model['checkpoint'])[:12]}, {model['dtype']}, at most "
-            f"{model['max_length']} tokens. Settings: {_code(flags)}"
+            f"{model['max_length']} tokens. Settings: {_code(flags, 10**4)}"
         ),
         (
             f"{sentence(total)}. {total['kept_with_fewer']:,} kept rows have fewer negatives than "
@@ -195,7 +194,7 @@ def write(
             "query, also if case and white space are ignored. A row fails the consistency filter when "
             "more unlabelled candidates than allowed score higher than its best positive."
         ),
-        "![ranks, one bar per task](README.png)" if _plot(folder, tasks) else "",
+        "![ranks, one bar per task](README.png)" if _plot(config.output, tasks) else "",
         "\n".join(f"- Look at {escaped(remark)}." for remark in remarks(tasks)),
         _table(tasks, [name.replace("_", " ") for name in columns], counts),
         "## Rank of the best positive among unlabelled candidates",
@@ -203,7 +202,7 @@ def write(
         "## Scores: 10th, 50th and 90th percentile, to a hundredth",
         _table(tasks, [*_KINDS.values()], percentiles),
     ]
-    write_text(folder / "README.md", "\n\n".join(filter(None, parts)) + "\n")
+    write_text(config.output / "README.md", "\n\n".join(filter(None, parts)) + "\n")
 
 
 def _table(tasks: Tasks, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,8 @@ import pytest
 from kalm_min import mine
 from kalm_min.data import TrainingData
 from kalm_min.files import locked, read_json, write_json
+from kalm_min.program import end_at_once
+from kalm_min.vectors import write_array
 
 ROOT = Path(__file__).parent.parent.parent
 WORDS = "the cat sat on a mat while one dog ran far from its house to see blue birds".split()
@@ -205,17 +208,17 @@ def test_other_rules_unfinished(toy, mined, tiny_model_dir, tmp_path, monkeypatc
     assert contents(output) == contents(mined)
 
 
-def test_full_disk(toy, mined, tiny_model_dir, tmp_path):
+def test_full_disk(toy, mined, tiny_model_dir, tmp_path, capsys):
     """A file that cannot be written is one sentence; what was written is used by the next run."""
-    output = tmp_path / "out"
-    limit = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (60_000, 60_000))"
-    code = f"{limit}; import sys; from kalm_min import mine; sys.exit(mine.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, *program(tiny_model_dir, toy, output)[1:]]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(f"mine.py: {output}: ")
-    assert "the same command continues" in done.stderr
+    output, unlimited = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, unlimited[1]))
+    try:
+        assert run(tiny_model_dir, toy, output, *RULES) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"mine.py: {output}: ")
+    assert "the same command continues" in said
     assert list((output / ".mining").glob("model/shards/*.npy"))
     assert run(tiny_model_dir, toy, output, *RULES) == 0
     assert contents(output) == contents(mined)
@@ -551,17 +554,25 @@ def test_two_runs_on_one_output(toy, tiny_model_dir, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
-def test_a_stopped_run_says_what_is_kept(toy, mined, tiny_model_dir, tmp_path):
+def test_a_stopped_run_says_what_is_kept(toy, mined, tiny_model_dir, tmp_path, capsys, monkeypatch):
     """SIGTERM ends a run in one sentence; the same command continues to the same bytes."""
     output = tmp_path / "out"
-    command = [sys.executable, *program(tiny_model_dir, toy, output)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not any((output / ".mining").glob("model/shards/*.npy")):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate()[1]
-    assert process.returncode == 143
+
+    def write_and_stop(path, array):
+        write_array(path, array)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, end_at_once)  # as a process begins
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("kalm_min.vectors.write_array", write_and_stop)
+            assert run(tiny_model_dir, toy, output, *RULES) == 143
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    said = capsys.readouterr().err
     assert said.splitlines()[-1].startswith("interrupted; what was written is kept")
+    assert len(list(output.rglob("*.npy"))) == 1
     assert run(tiny_model_dir, toy, output, *RULES) == 0
     assert contents(output) == contents(mined)
