@@ -1,16 +1,11 @@
 """What is promised, shown on your own machine: `python -m kalm_min.check [MODEL]`.
 
 With a model: what its files were understood to say and which of them said it, how a text is read,
-and the vectors beside those of sentence-transformers, if it is installed. With `--texts` also the
-cosines between float32 and the dtype that would serve here: with pretrained weights, whose hidden
-states reach 1,700, single short texts fall to .965 in bfloat16 (in transformers as well), while
-random weights show .9998. The fastest dtype is not always a safe one.
-
-Without a model: for every loss option, this compares the loss and every parameter gradient of one
-plain backward pass over the full batch with those of the same batch on several gloo processes and
-through gradient caching in several chunks. It runs in float64, with a small random decoder and
-made-up examples that contain every case that masking detects. The two must agree to 1e-10, since
-they are sums of the same numbers in different orders.
+and its vectors beside those of sentence-transformers and, with `--texts`, of the dtype that would
+serve here: single short texts may fall to a cosine of .965 in bfloat16 (pretrained hidden states
+reach 1,700). Without a model: for every loss option, the loss and all gradients of one plain
+backward pass beside those of several gloo processes and of gradient caching, in float64. They must
+agree to 1e-10, as sums of the same numbers in different orders.
 """
 
 from __future__ import annotations
@@ -19,18 +14,18 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import warnings
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
-from pathlib import Path
+from multiprocessing import get_context
+from pathlib import Path  # noqa: TC003 -- config.run reads the type
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from kalm_min import program
 from kalm_min.config import run
 from kalm_min.console import table
-from kalm_min.files import read_json, read_lines, write_json, write_text
+from kalm_min.files import read_lines, write_text
 from kalm_min.options import LossConfig, ParallelConfig
 
 if TYPE_CHECKING:
@@ -40,7 +35,6 @@ if TYPE_CHECKING:
     from kalm_min.model import Packed, Qwen2
     from kalm_min.training.step import TokenBatch
 
-_ALIKE = 0.9999  # cosines of equal models in float32
 _SAMPLE = ["The cat sat on a mat.", "What is the capital of China?", "北京是中国的首都。", "a"]
 LIMIT = 1e-10
 _QUERIES = 12  # divides by 1, 2 and 3 processes
@@ -148,10 +142,8 @@ def decoder() -> Qwen2:
     return model.double()
 
 
-def step(
-    option: str, first: int, others: int, strategy: Literal["ddp", "fsdp"]
-) -> dict[str, Tensor]:
-    """The "loss" of one step and the gradient of every parameter under data parallelism.
+def step(option: str, first: int, others: int, strategy: Literal["ddp", "fsdp"]) -> Tensor:
+    """The loss of one step under data parallelism, then the gradients of all parameters, (1 + n,).
 
     The step is taken twice, since DDP rebuilds its buckets after the first one.
     """
@@ -182,42 +174,30 @@ def step(
             no_sync=partial(parallel.no_sync, wrapped),
             sharded=parallel.is_sharded(model),
         )
-    gradients = ((name, p.grad) for name, p in model.named_parameters())
-    full = {name: parallel.full_tensor(grad) for name, grad in gradients if grad is not None}
-    return {"loss": distributed.mean(loss), **full}
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    parts = [distributed.mean(loss.detach()), *map(parallel.full_tensor, gradients)]
+    return torch.cat([part.flatten() for part in parts])
 
 
-def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+def difference(one: Tensor, other: Tensor) -> float:
     """The larger of the relative differences of the loss and of all gradients together."""
-    assert one.keys() == other.keys()
-    gradients = one.keys() - {"loss"}
-    squares = sum((one[name] - other[name]).square().sum() for name in gradients)
-    norm = sum(one[name].square().sum() for name in gradients)
-    return max(float(abs(other["loss"] / one["loss"] - 1)), float(squares / norm) ** 0.5)
+    loss, gradients = abs(other[0] / one[0] - 1), (one - other)[1:].norm() / one[1:].norm()
+    return max(float(loss), float(gradients))
 
 
 def compare(count: int) -> list[list[float]]:
     """For every option and way, the difference between `count` processes and the plain step."""
-    from torch.multiprocessing.spawn import start_processes
-
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]  # a free one
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "differences.json"
-        # The processes start with Ctrl-C blocked, which ends this one, and they end with it.
-        options = {"nprocs": count, "join": False, "daemon": True, "start_method": "spawn"}
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            processes = start_processes(_worker, (count, port, path), **options)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        assert processes is not None
-        while not processes.join():
-            pass
-        return read_json(path)
+    # Ctrl-C ends this process alone, and the pool's end that of the others. All find the same, so
+    # the first one that is done (behind a barrier) or fails decides.
+    ignore = (signal.SIGINT, signal.SIG_IGN)
+    with get_context("spawn").Pool(count, signal.signal, ignore) as pool:
+        worker = partial(_worker, count=count, port=port)
+        return next(pool.imap_unordered(worker, range(count)))
 
 
-def _worker(rank: int, count: int, port: int, path: Path) -> None:
+def _worker(rank: int, count: int, port: int) -> list[list[float]]:
     import torch
 
     from kalm_min.training import distributed
@@ -227,17 +207,12 @@ def _worker(rank: int, count: int, port: int, path: Path) -> None:
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= address | {"RANK": str(rank), "WORLD_SIZE": str(count)}
     distributed.start(dict(os.environ), torch.device("cpu"))
-    try:
-        found = [
-            [difference(one, step(option, *way)) for way in WAYS.values()]
-            for option, one in plain.items()
-        ]
-        if rank == 0:
-            write_json(path, found)
-        distributed.barrier()  # an early exit would break the others' connections
-    finally:
-        distributed.stop()
-    distributed.hard_exit(0)
+    found = [
+        [difference(one, step(option, *way)) for way in WAYS.values()]
+        for option, one in plain.items()
+    ]
+    distributed.barrier()  # an early end would break the others' connections
+    return found
 
 
 def describe(name: str, texts: list[str], dtype: str | None) -> str:
@@ -254,17 +229,18 @@ def describe(name: str, texts: list[str], dtype: str | None) -> str:
         found, model = open_folder(name), Embedder.from_pretrained(name, "cpu", "float32")
         other = Embedder.from_pretrained(name, dtype=served) if texts else model
     stored = found.config.get("dtype") or found.config.get("torch_dtype")
-    ends = found.end_of_text or "as tokenizer.json says"
-    values = asdict(found.settings) | {"end_of_text": ends, "dense": found.dense}
-    values |= {"dimension": found.dimension, "released": found.released}
-    values |= {"dtype": f"{stored} in the file, {served} would serve here"}
-    lines = [
-        f"{key:22}{str(value)!r:44} {found.sources.get(key, '')}".rstrip()
-        for key, value in values.items()
-    ]
+    values: dict[str, object] = asdict(found.settings) | {
+        "end_of_text": found.end_of_text or "as tokenizer.json says",
+        "dense": found.dense,
+        "dimension": found.dimension,
+        "released": found.released,
+        "dtype": f"{stored} in the file, {served} would serve here",
+    }
+    rows = [(key, str(value), found.sources.get(key, "")) for key, value in values.items()]
+    lines = [f"{key:22}{value!r:44} {source}".rstrip() for key, value, source in rows]
+    lines += [f"warning: {one}" for one in dict.fromkeys(str(one.message) for one in caught)]
     ids = model.tokenizer.encode(_SAMPLE[:1], max_length=model.max_length)[0]
     words = FastTokenizer.from_file(str(found.tokenizer / "tokenizer.json"))
-    lines += [f"warning: {one}" for one in dict.fromkeys(str(one.message) for one in caught)]
     lines += [f"{_SAMPLE[0]!r} is read as {[words.id_to_token(i) or i for i in ids]}"]
     try:
         from sentence_transformers import SentenceTransformer  # noqa: TID251 -- an oracle here too
@@ -272,36 +248,33 @@ def describe(name: str, texts: list[str], dtype: str | None) -> str:
         peer = SentenceTransformer(name, device="cpu", model_kwargs={"dtype": "float32"})
         cosines = (model.encode(_SAMPLE) * peer.encode(_SAMPLE, normalize_embeddings=True)).sum(1)
         lines += [f"sentence-transformers, without remote code: cosine {cosines.min():.6f} or more"]
-        if cosines.min() < _ALIKE:
+        if cosines.min() < 0.9999:
             lines += ["warning: it understands this folder otherwise (or it needs its remote code)"]
     except Exception as error:  # absent, or whatever it cannot do with the folder
         lines += [f"sentence-transformers gives no vectors: {str(error).partition(chr(10))[0]}"]
     if texts:
         cosines = (model.encode(texts) * other.encode(texts)).sum(1)
         low, middle = np.quantile(cosines, (0.01, 0.5))
-        lines += [
-            f"{served} beside float32, {len(texts)} texts: cosine {cosines.min():.6f} or more"
-        ]
+        beside = f"{served} beside float32, {len(texts)} texts"
+        lines += [f"{beside}: cosine {cosines.min():.6f} or more"]
         lines += [f"1 % are below {low:.6f}, half are below {middle:.6f}; the lowest:"]
         lines += [f"{cosines[i]:.6f}  {texts[i][:80]!r}" for i in cosines.argsort()[:5]]
     return "\n".join([*lines, ""])
 
 
 def check(config: CheckConfig) -> int:
-    """Print the table; return 0 if every difference is within the limit."""
+    """Print what was found; return 1 if a difference is above the limit, else 0."""
+    rows = [[0.0]]
     if config.model is not None:
         lines = read_lines(config.texts) if config.texts is not None else []
         texts = [*dict.fromkeys(line for line in lines if line.strip())]
         text = describe(config.model, texts, config.dtype)
-        sys.stdout.write(text)
-        if config.output is not None:
-            write_text(config.output, text)
-        return 0
-    found = [compare(count) for count in config.processes]
-    head = [f"{count} x {way}" for count in config.processes for way in WAYS]
-    rows = [[*chain(*parts)] for parts in zip(*found, strict=True)]  # one per option
-    columns = [[f"{value:.0e}" for value in column] for column in zip(*rows, strict=True)]
-    text = f"""# One process = several = gradient-cached
+    else:
+        found = [compare(count) for count in config.processes]
+        head = [f"{count} x {way}" for count in config.processes for way in WAYS]
+        rows = [[*chain(*parts)] for parts in zip(*found, strict=True)]  # one per option
+        columns = [[f"{value:.0e}" for value in column] for column in zip(*rows, strict=True)]
+        text = f"""# One process = several = gradient-cached
 
 Largest relative difference of loss and parameter gradients from one plain backward over
 the whole batch, float64, CPU, gloo. Columns: processes x chunks (n: one text per
