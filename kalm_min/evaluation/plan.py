@@ -1,10 +1,9 @@
 """What to evaluate: settings, tasks, instructions, and the results that exist already.
 
 Benchmarks and task names are resolved by mteb (imported only then), folders by `local`. Every task
-gets its instruction from the checkpoint's prompts or instructions.json, its size in characters, and
-the file for its result. A result is reused only if it has the same weights, settings, instruction
-and data; what it lacks of the requested dimensions is added. The parent process needs nothing else:
-no torch and no device.
+gets its instruction from the checkpoint's prompts or instructions.json, and the file for its result.
+A result is reused only if it has the same weights, settings, instruction and data; what it lacks of
+the requested dimensions is added. No torch is imported.
 """
 
 import hashlib
@@ -15,10 +14,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TextIO, TypeVar
 
 from kalm_min.evaluation.local import Instruction, PlannedTask, find_datasets
 from kalm_min.files import (
+    Object,
     atomic_directory,
     checkpoint_folders,
     did_you_mean,
@@ -94,18 +94,20 @@ class EvaluationConfig:
             raise ValueError("--model: expected a model folder or a hub id, found none")
         if (needs_model or (self.report_only and self.model)) and not (has_tasks or self.data):
             raise ValueError("nothing to evaluate: give --benchmark, --tasks or --data")
-        for device in self.devices:
-            if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
-                raise ValueError(f"--devices: expected cpu, cuda:0, ..., found {device!r}")
-        if any(dim < 1 for dim in self.dims) or len(set(self.dims)) < len(self.dims):
-            raise ValueError(f"--dims: expected different numbers above 0, found {self.dims}")
         part = re.fullmatch(r"(\d+)/(\d+)", self.shard or "1/1")
-        if not part or not 1 <= int(part[1]) <= int(part[2]):
-            raise ValueError(f"--shard: expected k/n with k from 1 to n, found {self.shard!r}")
-        if self.timeout <= 0:
-            raise ValueError(f"--timeout: expected seconds above 0, found {self.timeout}")
-        if self.max_length is not None and self.max_length < 1:
-            raise ValueError(f"--max-length: expected at least 1 token, found {self.max_length}")
+        are_devices = all(re.fullmatch(r"cpu|mps|cuda(:\d+)?", one) for one in self.devices)
+        are_dims = min(self.dims, default=1) > 0 and len({*self.dims}) == len(self.dims)
+        is_part = part is not None and 1 <= int(part[1]) <= int(part[2])
+        for name, fits, expected in (
+            ("devices", are_devices, "cpu, cuda:0, ..."),
+            ("dims", are_dims, "different numbers above 0"),
+            ("shard", is_part, "k/n with k from 1 to n"),
+            ("timeout", self.timeout > 0, "seconds above 0"),
+            ("max_length", self.max_length is None or self.max_length > 0, "at least 1 token"),
+        ):
+            if not fits:
+                flag, found = f"--{name.replace('_', '-')}", getattr(self, name)
+                raise ValueError(f"{flag}: expected {expected}, found {found!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,17 +156,16 @@ class Plan:
         result = read_result(self.result_path(task), self.key(task))
         found = result["kalm_min"]["dims"] if result else {}
         missing = [dim for dim in self.dims if dim not in found]
-        queries = self.queries_path(task)
-        if not missing and queries and not queries.is_file():
-            missing = [self.dims[0]]
+        if not missing and (queries := self.queries_path(task)) and not queries.is_file():
+            return [self.dims[0]]
         return missing
 
-    def result(self, task: PlannedTask) -> dict[str, Any] | None:
+    def result(self, task: PlannedTask) -> Object | None:
         """The valid result of a task with every requested dimension, or None."""
         return None if self.missing(task) else read_result(self.result_path(task), self.key(task))
 
 
-def read_result(path: Path, key: object = None) -> dict[str, Any] | None:
+def read_result(path: Path, key: object = None) -> Object | None:
     """A result file; None if it is absent, torn, another program's, or of another `key`.
 
     It is mteb's own result at the largest dimension with an entry "kalm_min": "key", "type",
@@ -220,19 +221,19 @@ def _make_plan(config: EvaluationConfig, model: str, tasks: Sequence[PlannedTask
         resolve = partial(resolve_prompts, prompts)
     else:
         resolve = partial(resolve_instruction, instruction_table(style))
-    tasks = [
-        task
-        if task.instruction.origin and style != "none"  # its own, of its task.toml
+    planned = tuple(
+        task  # with an instruction of its own, of its task.toml
+        if task.instruction.origin and style != "none"
         else replace(task, instruction=resolve(task))
         for task in tasks
-    ]
+    )
+    if (most := max(config.dims, default=0)) > opened.dimension:
+        raise ValueError(
+            f"--dims: {most} is more than the {opened.dimension} dimensions of {model}"
+        )
+    dims, precisions = config.dims or [opened.dimension], {"float32", *config.precision}
     settings = {name: getattr(config, name) for name in SETTINGS}
     settings["instructions"] = Path(style).stem
-    full = opened.dimension
-    if max(config.dims, default=0) > full:
-        raise ValueError(
-            f"--dims: {max(config.dims)} is more than the {full} dimensions of {model}"
-        )
     # mteb's layout, so that mteb.ResultCache(output) finds the results too. Not files.digest: a
     # different hash would give the folders of earlier runs other names.
     hashed = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()
@@ -241,16 +242,12 @@ def _make_plan(config: EvaluationConfig, model: str, tasks: Sequence[PlannedTask
     earlier = sorted((config.output / "results").glob(f"*/{revision}"))
     owner = _name(folders[0].resolve()) if Path(model).expanduser().is_dir() else model
     return Plan(
-        model=model,
-        checkpoint=checkpoint,
-        dims=ordered(
-            f"{dim} {precision}".removesuffix(" float32")
-            for precision in {"float32", *config.precision}
-            for dim in config.dims or [full]
-        ),
-        settings=settings,
-        tasks=tuple(tasks),
-        results=[*earlier, config.output / "results" / owner.replace("/", "__") / revision][0],
+        model,
+        checkpoint,
+        ordered(f"{dim} {one}".removesuffix(" float32") for one in precisions for dim in dims),
+        settings,
+        planned,
+        [*earlier, config.output / "results" / owner.replace("/", "__") / revision][0],
         benchmarks=config.benchmark,
         elsewhere=tasks_elsewhere(tasks, config.shard),
         per_query=config.per_query,
@@ -279,9 +276,8 @@ def check_hub(plans: Iterable[Plan]) -> None:
 
     It costs one request, where `datasets` would try for a minute in every worker.
     """
-    plans = list(plans)
-    wanted = {t.repository: t for p in plans for t in p.tasks if p.missing(t)}
-    wanted = {name: task for name, task in wanted.items() if name and not task.mirror}
+    every = [task for plan in plans for task in plan.tasks if plan.missing(task)]
+    wanted = {task.repository: task for task in every if task.repository and not task.mirror}
     if not wanted:
         return
     from datasets import config
@@ -308,13 +304,11 @@ def tasks_elsewhere(tasks: Sequence[PlannedTask], shard: str) -> frozenset[str]:
     """
     number, count = map(int, (shard or "1/1").split("/"))
     totals = [0] * count
-    others: set[str] = set()
+    machines: dict[str, int] = {}
     for task in sorted(tasks, key=lambda task: (-task.characters, task.name)):
-        machine = totals.index(min(totals))
-        totals[machine] += max(1, task.characters)
-        if machine != number - 1:
-            others.add(task.name)
-    return frozenset(others)
+        machines[task.name] = totals.index(min(totals))
+        totals[machines[task.name]] += max(1, task.characters)
+    return frozenset(name for name, machine in machines.items() if machine != number - 1)
 
 
 def find_tasks(config: EvaluationConfig) -> list[PlannedTask]:
@@ -324,12 +318,12 @@ def find_tasks(config: EvaluationConfig) -> list[PlannedTask]:
     """
     if find_spec("mteb") is None:
         raise ValueError('evaluation needs mteb: pip install "kalm-min[eval]"')
-    tasks = _mteb_tasks(config) if config.benchmark or config.tasks else []
+    tasks = _mteb_tasks(config) if config.benchmark or config.tasks else {}
     for task in (task for path in config.data for task in find_datasets(path)):
-        if task.name in [one.name for one in tasks]:
+        if task.name in tasks:
             raise ValueError(f"two tasks are called {task.name}; rename the folder of one")
-        tasks.append(task)
-    return tasks
+        tasks[task.name] = task
+    return list(tasks.values())
 
 
 def _named(
@@ -344,36 +338,30 @@ def _named(
         raise ValueError(f"{flag}: mteb has no {name}{near}") from error
 
 
-def _mteb_tasks(config: EvaluationConfig) -> list[PlannedTask]:
+def _mteb_tasks(config: EvaluationConfig) -> dict[str, PlannedTask]:
     """Tasks by name; a task of two benchmarks is run once, on the splits and subsets of both."""
     import mteb
 
-    benchmarks = [
-        _named("--benchmark", name, mteb.get_benchmark, mteb.get_benchmarks)
-        for name in config.benchmark
-    ]
+    find = partial(_named, "--benchmark", get=mteb.get_benchmark, every=mteb.get_benchmarks)
     every = partial(mteb.get_tasks, exclude_superseded=False)
-    requested = [task for benchmark in benchmarks for task in benchmark.tasks]
+    requested = [task for name in config.benchmark for task in find(name).tasks]
     requested += [_named("--tasks", name, mteb.get_task, every) for name in config.tasks]
     tasks: dict[str, PlannedTask] = {}
     for leaf, parent in ((leaf, task) for task in requested for leaf in _leaves(task)):
         metadata = leaf.metadata
         if list(metadata.modalities) != ["text"]:
-            raise ValueError(
-                f"{metadata.name} is about {', '.join(metadata.modalities)}, not only text"
-            )
+            modalities = ", ".join(metadata.modalities)
+            raise ValueError(f"{metadata.name} is about {modalities}, not only text")
         repository = metadata.dataset["path"]
-        mirror = config.datasets and config.datasets.absolute() / repository / metadata.revision
         characters, corpus_characters, documents = task_size(leaf, config.max_length)
         new = PlannedTask(
-            name=metadata.name,
-            type=metadata.type,
-            main_score=metadata.main_score,
-            revision=metadata.revision,
-            characters=characters,
-            instruction=Instruction(),
+            metadata.name,
+            metadata.type,
+            metadata.main_score,
+            metadata.revision,
+            characters,
             repository=repository,
-            mirror=mirror,
+            mirror=config.datasets and config.datasets.absolute() / repository / metadata.revision,
             splits=tuple(leaf.eval_splits),
             subsets=tuple(leaf.hf_subsets),
             corpus_characters=corpus_characters,
@@ -387,7 +375,7 @@ def _mteb_tasks(config: EvaluationConfig) -> list[PlannedTask]:
                 "benchmarks one after the other, in separate --output folders"
             )
         tasks[new.name] = old if old.aggregate else new
-    return list(tasks.values())
+    return tasks
 
 
 def _leaves(task: "AbsTask") -> "list[AbsTask]":
@@ -403,7 +391,7 @@ def task_size(task: "AbsTask", max_length: int | None) -> tuple[int, int, int]:
     """
     longest = 4 * (max_length or 512)  # characters of so many tokens
     sampled = getattr(task, "max_document_to_embed", None)  # set if a task encodes only a sample
-    characters = corpus_characters = documents = 0.0
+    sizes: list[tuple[float, float, float]] = []
     for split in task.eval_splits:
         statistics = (task.metadata.descriptive_stats or {}).get(split, {})
         subsets = statistics.get("hf_subset_descriptive_stats") or {}
@@ -413,11 +401,9 @@ def task_size(task: "AbsTask", max_length: int | None) -> tuple[int, int, int]:
                 average = column["average_text_length"] or 1
                 texts = column.get("unique_texts") or length / average
                 texts = min(texts, sampled or texts)
-                size = texts * min(average, longest)
-                characters += size
-                if name.startswith("documents"):
-                    documents += texts
-                    corpus_characters += size
+                size, is_corpus = texts * min(average, longest), name.startswith("documents")
+                sizes.append((size, size * is_corpus, texts * is_corpus))
+    characters, corpus_characters, documents = map(sum, zip((0, 0, 0), *sizes, strict=True))
     return round(characters), round(corpus_characters), round(documents)
 
 
@@ -428,8 +414,7 @@ def instruction_table(style: str) -> dict[str, Instruction]:
     (HITsz-TMG/KaLM-Embedding, evaluate/utils.py), typing errors included; what it does not list
     gets no instruction. v2: those lists as corrected in mteb's kalm_models.py, with the instructions
     of symmetric tasks for queries and documents alike (V2 section on data; rows "-query"/"-document"
-    there). The v2 defaults of bitext mining, classification and clustering are what mteb's loader
-    falls back on for these models.
+    there), and the defaults of mteb's loader for bitext mining, classification and clustering.
     """
     is_file = style.endswith(".json")
     if is_file and not Path(style).is_file():
@@ -439,8 +424,7 @@ def instruction_table(style: str) -> dict[str, Instruction]:
         expected = f"expected checkpoint, {', '.join(tables)} or a .json file"
         near = did_you_mean(style, tables)
         raise ValueError(f"--instructions: {expected}, found {style!r}{near}")
-    entries = tables[style]
-    if not isinstance(entries, dict):
+    if not isinstance(entries := tables[style], dict):
         raise ValueError(f"{style}: expected an object, found {type(entries).__name__}")
     table: dict[str, Instruction] = {}
     for name, entry in entries.items():
@@ -468,12 +452,11 @@ def resolve_prompts(prompts: Mapping[str, str], task: PlannedTask) -> Instructio
     The name of a local dataset counts too, for its queries only, as training stores it.
     """
     name, kind = task.name, task.type
+    queries, documents = (name, kind, ""), ()
     if kind.endswith(("Retrieval", "Reranking")):
         queries = (f"{name}-query", name, f"{kind}-query", kind, "query")
         shared = () if task.folder and not task.symmetric else (name,)
         documents = (f"{name}-document", *shared, f"{kind}-document", kind, "document")
-    else:
-        queries, documents = (name, kind, ""), ()
     found = [next((key for key in keys if key in prompts), None) for keys in (queries, documents)]
     query, document = ("" if key is None else prompts[key] for key in found)
     used = dict.fromkeys(key or "default" for key in found if key is not None and prompts[key])
@@ -481,7 +464,7 @@ def resolve_prompts(prompts: Mapping[str, str], task: PlannedTask) -> Instructio
     return Instruction(query, document, origin, "prompt")
 
 
-def official_means(benchmark: str, results: Mapping[str, dict]) -> dict[str, float | None]:
+def official_means(benchmark: str, results: Mapping[str, Object]) -> dict[str, float | None]:
     """mteb's own summary of a benchmark (0 to 1): "Mean(Task)", "Mean(TaskType)" and each type.
 
     `results` holds mteb's result of every task by name, without aggregates. Raises ValueError if

@@ -1,10 +1,9 @@
 """Results as tables and plots: scores with means, beside KaLM's releases, and model against model.
 
-Scores are mteb's, times 100. Every mean states what it was taken over; the mean of an official
-benchmark is the one that mteb computes, and is missing while a task is missing. A result file
-records everything it was made with, so a folder is tabulated and compared without the model, the
-datasets or mteb. What is foreign in it reaches neither HTML nor a formula of a spreadsheet. The
-plots need matplotlib (an extra).
+Scores are mteb's, times 100. Every mean states what it was taken over; that of an official benchmark
+is mteb's, and is missing while a task is missing. A result file records everything it was made with,
+so a folder is tabulated without the model, the datasets or mteb. What is foreign in it reaches
+neither HTML nor a formula of a spreadsheet.
 """
 
 import csv
@@ -31,11 +30,9 @@ from kalm_min.evaluation.plan import (
     ordered,
     read_result,
 )
-from kalm_min.files import atomic_write, escape_name, read_json
+from kalm_min.files import Object, atomic_write, escape_name, read_json
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from kalm_min.evaluation.runner import Failure
 
 PUBLISHED = read_json(Path(__file__).with_name("published.json"))
@@ -81,16 +78,14 @@ def plan_table(plan: Plan, speed: float = nan) -> str:
             state = state if isnan(speed) else f"~{format_duration(task.characters / speed)}"
         size = f"{task.characters / 1e6:.2f}" if task.characters else "?"
         rows.append((task.name, task.type, size, state))
-        one = task.instruction
-        text = json.dumps(one.query, ensure_ascii=False) if one.query else "none"
+        one, style = task.instruction, plan.settings["instructions"]
+        text, more = (json.dumps(x, ensure_ascii=False) for x in (one.query, one.document))
+        text = text if one.query else "none"
         if one.document:
-            same = one.query == one.document
-            text += ", documents " + (
-                "too" if same else json.dumps(one.document, ensure_ascii=False)
-            )
-        style = "task.toml" if one.origin == "task.toml" else str(plan.settings["instructions"])
-        origin = f", {one.origin}" if one.origin not in ("", style) else ""
-        groups.setdefault(f"{text} ({style}{origin})", []).append(task.name)
+            text += f", documents {'too' if one.query == one.document else more}"
+        origins = [style, one.origin] if one.origin != "task.toml" else [one.origin]
+        origins = ", ".join(dict.fromkeys(str(x) for x in origins if x))
+        groups.setdefault(f"{text} ({origins})", []).append(task.name)
     wide, narrow = (max(len(row[i]) for row in rows) for i in (0, 1))
     lines = [f"{a:{wide}}  {b:{narrow}}  {c:>7}  {d:>9}" for a, b, c, d in rows]
     lines += ["", "Instructions, and where they are from:"]
@@ -152,28 +147,30 @@ def _done(rows: Sequence[Row]) -> tuple[dict[str, str], Scores]:
 
 
 def _type_means(types: Mapping[str, str], columns: Scores) -> dict[str, dict[str, float]]:
-    """Type -> column -> mean over the tasks of the type, which all columns have."""
+    """Type -> column -> mean over the tasks of the type that all columns have."""
+    groups: dict[str, list[str]] = {}
+    for name, kind in types.items():
+        if all(name in scores for scores in columns.values()):
+            groups.setdefault(kind, []).append(name)
     return {
-        kind: {
-            column: fmean(scores[name] for name in types if types[name] == kind)
-            for column, scores in columns.items()
-        }
-        for kind in sorted({*types.values()})
+        kind: {column: fmean(map(one.__getitem__, groups[kind])) for column, one in columns.items()}
+        for kind in sorted(groups)
     }
 
 
 def _means(types: Mapping[str, str], columns: Scores) -> list[tuple[str, str, dict[str, float]]]:
     """(type, name, column -> mean) of each type, all tasks ("") and all types (""), if not of one.
 
-    `types` is task -> type; every column has a score for each of these tasks.
+    `types` is task -> type; the means are over the tasks that all columns have.
     """
-    by_type, counts = _type_means(types, columns), Counter(types.values())
+    common = {n: types[n] for n in types if all(n in one for one in columns.values())}
+    by_type, counts = _type_means(common, columns), Counter(common.values())
     rows = [(k, f"mean of {counts[k]} {k}", by_type[k]) for k in by_type if counts[k] > 1]
     rows = rows if len(by_type) > 1 else []
-    if len(types) > 1:
-        over_tasks = {column: fmean(map(one.__getitem__, types)) for column, one in columns.items()}
-        rows.append(("", f"mean of {len(types)} tasks", over_tasks))
-    if 1 < len(by_type) < len(types):
+    if len(common) > 1:
+        every = _type_means(dict.fromkeys(common, ""), columns)
+        rows.append(("", f"mean of {len(common)} tasks", every[""]))
+    if 1 < len(by_type) < len(common):
         over_types = {column: fmean(one[column] for one in by_type.values()) for column in columns}
         rows.append(("", f"mean of {len(by_type)} types", over_types))
     return rows
@@ -183,19 +180,21 @@ def markdown(plan: Plan, rows: Sequence[Row], failures: Mapping[str, "Failure"])
     """The report: what was evaluated and how, the scores, and what failed and why."""
     dims = [dim for dim in plan.dims if " " not in dim]
     head = ["task", "type", "score", *dims, "time"]
-    lines: list[list[str]] = []
-    for row in rows:
-        seconds = "" if isnan(row.seconds) else format_duration(row.seconds)
-        names = map(_text, (row.name, row.type, row.metric))
-        lines.append([*names, *(_number(row.scores[dim]) for dim in dims), seconds])
+    lines = [
+        [
+            *map(_text, (row.name, row.type, row.metric)),
+            *(_number(row.scores[dim]) for dim in dims),
+            "" if isnan(row.seconds) else format_duration(row.seconds),
+        ]
+        for row in rows
+    ]
     parts = [f"# {_text(plan.name)}", f"{_text(describe(plan))} Scores are mteb's, times 100."]
     parts.append(table(head, lines, right=range(3, len(head))))
     types, columns = _done(rows)
     if len(dims) < len(plan.dims) and types:
         parts += ["## What a smaller vector costs", _costs(columns)]
     ours = f"ours ({plan.dims[0]})"
-    known = [row for row in rows if row.published and not isnan(row.seconds)]
-    if known:
+    if known := [row for row in rows if row.published and not isnan(row.seconds)]:
         beside = {one: {row.name: row.published[one] for row in known} for one in RELEASES}
         beside[ours] = {row.name: row.scores[plan.dims[0]] for row in known}
         parts += ["## Beside KaLM's releases", f"Source: {PUBLISHED['source']}."]
@@ -234,12 +233,12 @@ def describe(plan: Plan) -> str:
     Several values within a plan deserve attention.
     """
     settings = [f"{key} {value}" for key, value in plan.settings.items() if value is not None]
-    answers: set[str] = set()
-    for result in filter(None, map(plan.result, plan.tasks)):
-        used = result["kalm_min"]["used"]
-        mode = "causal" if used.get("causal") else "bidirectional"
-        limit = f"at most {used.get('max_length')} tokens"
-        answers.add(f"{used.get('dtype')}, {mode}, {used.get('pooling')} pooling, {limit}")
+    results = filter(None, map(plan.result, plan.tasks))
+    answers = {
+        f"{used.get('dtype')}, {'causal' if used.get('causal') else 'bidirectional'}, "
+        f"{used.get('pooling')} pooling, at most {used.get('max_length')} tokens"
+        for used in (result["kalm_min"]["used"] for result in results)
+    }
     computed = f" Computed in {' and in '.join(sorted(answers))}." if answers else ""
     return f"Checkpoint {plan.checkpoint[:12]}; {', '.join(settings)}.{computed}"
 
@@ -253,19 +252,17 @@ def side_by_side(
     """
     names = sorted({n for scores in columns.values() for n in scores}, key=lambda n: (types[n], n))
     rows = [(types[n], n, {c: one.get(n, nan) for c, one in columns.items()}) for n in names]
-    rows += [("", name, means) for _, name, means in _means(_common(columns, types), columns)]
-    lines: list[list[str]] = []
-    for kind, name, scores in rows:
-        cells = [_number(scores[column]) for column in columns]
-        cells += [_number(scores[a] - scores[b], "+.2f") for a, b in differences]
-        lines.append([_text(name), _text(kind), *cells])
+    rows += [("", name, means) for _, name, means in _means(types, columns)]
+    lines = [
+        [
+            *(_text(name), _text(kind)),
+            *(_number(scores[column]) for column in columns),
+            *(_number(scores[a] - scores[b], "+.2f") for a, b in differences),
+        ]
+        for kind, name, scores in rows
+    ]
     head = ["task", "type", *columns, *(f"{a} - {b}" for a, b in differences)]
     return table(list(map(_text, head)), lines, right=range(2, len(head)))
-
-
-def _common(columns: Scores, types: Mapping[str, str]) -> dict[str, str]:
-    """The types of the tasks that all columns have."""
-    return {n: types[n] for n in sorted(types) if all(n in one for one in columns.values())}
 
 
 def _number(score: float, form: str = ".2f", missing: str = "—") -> str:
@@ -307,20 +304,20 @@ def read_plans(
     """
     plans: list[Plan] = []
     for results in (folder, *sorted(folder.glob("results/*/*/"))):
+        found = {path: one for path in sorted(results.glob("*.json")) if (one := read_result(path))}
+        if not found:
+            continue
         tasks = {task.name: task for task in requested}
-        found: list[set[str]] = []
-        checkpoint, settings = "", {}
-        for path in sorted(results.glob("*.json")):
-            if (result := read_result(path)) is None:
-                continue
-            record, key = result["kalm_min"], result["kalm_min"]["key"]
+        key: Object = {}
+        for path, result in found.items():
+            key = result["kalm_min"]["key"]
             name = str(result.get("task_name", path.stem))
             name = name if escape_name(name) == path.stem else path.stem
             kind = "prompt" if "query_prompt" in key else "instruction"
             texts = (key.get(f"{role}_{kind}", "") for role in ("query", "document"))
-            task = PlannedTask(
+            tasks[name] = PlannedTask(
                 name=name,
-                type=record.get("type") or "",
+                type=result["kalm_min"].get("type") or "",
                 main_score=key["main_score"],
                 revision=key["revision"],
                 characters=0,
@@ -329,16 +326,12 @@ def read_plans(
                 subsets=tuple(key["subsets"]),
                 aggregate=tasks[name].aggregate if name in tasks else "",
             )
-            checkpoint, settings = key["checkpoint"], {n: key[n] for n in key if n in SETTINGS}
-            found.append(set(record["dims"]))
-            tasks[task.name] = task
-        if not found:
-            continue
-        common = ordered(map(str, dims) if dims else set.intersection(*found))
-        if not common:
+        shared = set.intersection(*(set(one["kalm_min"]["dims"]) for one in found.values()))
+        if not (common := ordered(map(str, dims) if dims else shared)):
             raise ValueError(f"{results}: no dimension in common, choose with --dims")
+        settings = {name: key[name] for name in key if name in SETTINGS}
         parts = tuple(tasks.values())
-        plans.append(Plan("", checkpoint, common, settings, parts, results, benchmarks))
+        plans.append(Plan("", key["checkpoint"], common, settings, parts, results, benchmarks))
     if not plans:
         raise ValueError(f"{folder}: expected a folder that evaluate.py wrote, found no result")
     return plans
@@ -390,53 +383,48 @@ def draw(folder: Path, rows: Sequence[Row]) -> list[str]:
     Returns the names of the PNG files written into `folder`.
     """
     types, columns = _done(rows)
-    means = _type_means(types, columns)
     dims = [dim for dim in columns if " " not in dim]
     written = draw_types(folder / "types.png", types, {f"{dims[0]} dimensions": columns[dims[0]]})
-    if not written or len(dims) == 1:
-        return written
-    from matplotlib.figure import Figure
-
-    figure = Figure((9, 4.6), layout="constrained")
-    axes = figure.add_subplot()
-    for name, scores in means.items():
-        axes.plot(dims[::-1], [scores[dim] for dim in dims[::-1]], "o-", label=name)
-    axes.set(xlabel="dimensions kept", title="Mean score by dimension")
-    axes.legend(frameon=False)
-    return written + _save(folder / "dimensions.png", figure)
+    if written and len(dims) > 1:
+        scores = {dim: columns[dim] for dim in dims[::-1]}
+        written += draw_types(folder / "dimensions.png", types, scores, lines=True)
+    return written
 
 
-def draw_types(path: Path, types: Mapping[str, str], columns: Scores) -> list[str]:
-    """Plot the mean score of each type for each column, if matplotlib is installed.
+def draw_types(
+    path: Path, types: Mapping[str, str], columns: Scores, *, lines: bool = False
+) -> list[str]:
+    """Plot the mean score of each type for each column, as bars or over the columns as lines.
 
-    Returns the name of the file, if it was written.
+    Returns the name of the file, if matplotlib is installed and there is something to draw.
     """
-    means = _type_means(_common(columns, types), columns)
+    means = _type_means(types, columns)
     if find_spec("matplotlib") is None or not means:
         return []
     from matplotlib.figure import Figure
 
-    height = 0.8 / len(columns)
-    figure = Figure((9, 1.4 + 0.4 * len(means) * max(1, 0.6 * len(columns))), layout="constrained")
+    height, middle = 0.8 / len(columns), (len(columns) - 1) / 2
+    tall = 4.6 if lines else 1.4 + 0.4 * len(means) * max(1, 0.6 * len(columns))
+    figure = Figure((9, tall), layout="constrained")
     axes = figure.add_subplot()
-    for i, column in enumerate(columns):
-        places = [place + (i - (len(columns) - 1) / 2) * height for place in range(len(means))]
-        scores = [one[column] for one in means.values()]
-        bars = axes.barh(
-            places, scores, height, alpha=0.6, label=printable(column.replace("$", r"\$"))
-        )
-        axes.bar_label(bars, fmt="%.1f", padding=3)
-    lowest = min(score for one in means.values() for score in one.values())
-    left = lowest - 10 if lowest < 0 else 0  # with room for the number at a negative bar
-    axes.set(xlim=(left, 105), title="Mean score by type")
-    axes.set_yticks(range(len(means)), map(printable, means), parse_math=False)
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.invert_yaxis()
+    if lines:
+        for kind, one in means.items():
+            axes.plot(list(columns), list(one.values()), "o-", label=kind)
+        axes.set(xlabel="dimensions kept", title="Mean score by dimension")
+    else:
+        for i, column in enumerate(columns):
+            places = [place + (i - middle) * height for place in range(len(means))]
+            label = printable(column.replace("$", r"\$"))
+            scores = [one[column] for one in means.values()]
+            bars = axes.barh(places, scores, height, alpha=0.6, label=label)
+            axes.bar_label(bars, fmt="%.1f", padding=3)
+        lowest = min(score for one in means.values() for score in one.values())
+        left = lowest - 10 if lowest < 0 else 0  # with room for the number at a negative bar
+        axes.set(xlim=(left, 105), title="Mean score by type")
+        axes.set_yticks(range(len(means)), map(printable, means), parse_math=False)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.invert_yaxis()
     axes.legend(frameon=False)
-    return _save(path, figure)
-
-
-def _save(path: Path, figure: "Figure") -> list[str]:
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=150)
     return [path.name]
