@@ -35,6 +35,7 @@ from kalm_min.files import (
     atomic_write,
     did_you_mean,
     differences,
+    in_words,
     locked,
     open_bytes,
     read_json,
@@ -292,13 +293,13 @@ def _understand(path: Path, names: Sequence[str], config: ConvertConfig) -> dict
     given |= {"neg": [*config.neg], "score": []}
     for name in chain.from_iterable(given.values()):
         if name not in names:
-            near = did_you_mean(name, names) or f"; the columns are {', '.join(names)}"
+            near = did_you_mean(name, names) or f"; the columns are {in_words(names)}"
             raise ValueError(f"{path}: expected the column {name!r}, found none{near}")
     columns = {key: given[key] or _usual(_USUAL[key], names) for key in _USUAL}
     columns |= {key: columns[key][:1] for key in ("query", "score")}
     if not columns["query"] or not (columns["pos"] or "group" in names):
         raise ValueError(
-            f"{path}: expected the columns 'query' and 'pos' (or 'group'), found {', '.join(names)}; "
+            f"{path}: expected the columns 'query' and 'pos' (or 'group'), found {in_words(names)}; "
             "name the columns: --query COLUMN --pos COLUMN (known without are anchor and positive, "
             "question and answer, sentence1 and sentence2)"
         )
@@ -322,7 +323,8 @@ def _usual(usual: Sequence[str], names: Sequence[str]) -> list[str]:
 
 def _sentence(source: Source) -> str:
     """How the columns are understood, in words."""
-    parts = [f"{key} = {' '.join(names)}" for key, names in source.columns.items() if names]
+    columns = source.columns.items()
+    parts = [f"{key} = {' '.join(map(in_words, zip(names)))}" for key, names in columns if names]
     if source.columns["score"]:
         parts.append(f"pairs below {source.least:g} are left out")
     return ", ".join(parts)

@@ -14,7 +14,7 @@ from typing import Annotated
 
 from kalm_min import program
 from kalm_min.config import check_output, run
-from kalm_min.files import read_lines, read_table
+from kalm_min.files import in_words, read_lines, read_table
 from kalm_min.schema import Field, is_string, read_rows
 from kalm_min.settings import Precision
 
@@ -56,7 +56,7 @@ def read_texts(path: Path, column: str = "text") -> list[str]:
         (_, names), *rows = [*read_table(path)] or [(0, [])]
         if column not in names:
             raise ValueError(
-                f"{path}: expected the column {column!r}, found {', '.join(names)}; name the one to "
+                f"{path}: expected the column {column!r}, found {in_words(names)}; name the one to "
                 "encode with --column (kalm-min convert makes training data of a table)"
             )
         for line, cells in rows:

@@ -1,9 +1,8 @@
 """Files that are complete or absent, and readers whose errors name the file and the line.
 
 Everything that a later run may read is written to a temporary sibling, synced to the disk and
-renamed into place, so that a kill at any moment leaves either the old file or the new one. Two
-writers of one path do not tear it, and the last rename wins; a folder that two runs must not share
-is `locked`.
+renamed into place, so that a kill at any moment leaves either the old file or the new one, and so
+do two writers at once. A folder that two runs must not share is `locked`.
 """
 
 import csv
@@ -20,11 +19,12 @@ import reprlib
 import secrets
 import shutil
 import socket
+import time
 import tomllib
 import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, cast
@@ -35,6 +35,7 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # some network file 
 BOM = b"\xef\xbb\xbf"  # a byte order mark, with which some programs begin UTF-8
 # How files begin that are not UTF-8 text.
 _FOREIGN = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "a .gz without that name"}
+_SAVE = "; save the file as UTF-8"
 _TABLES, _DEEPEST = (dict, list), 100  # what is nested in a JSON or TOML file, and how deep at most
 _LONGEST_NAME = 240  # bytes; file systems allow 255, with the suffix
 _MACHINE = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
@@ -46,11 +47,8 @@ _CHECKPOINT = {".safetensors", ".json", ".txt"}  # the files of a model that cha
 def atomic_write(path: AnyPath, mode: str = "wb") -> Generator[IO[Any]]:
     """Open a temporary sibling of `path` for writing; rename it to `path` when the block succeeds.
 
-    Args:
-        path: the file to create or replace. Missing parent folders are made.
-        mode: "wb" or "w" (UTF-8, newlines written as given).
-
-    On an exception, a kill or a full disk `path` is what it was before.
+    `mode` is "wb" or "w" (UTF-8, newlines written as given). Missing parent folders are made. On an
+    exception, a kill or a full disk `path` is what it was before.
     """
     path, temporary = _sibling(path)
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
@@ -88,21 +86,22 @@ def atomic_directory(path: AnyPath) -> Generator[Path]:
 
 @lru_cache
 def sweep(folder: Path) -> None:
-    """Delete what killed processes of this machine were writing in a folder.
+    """Delete what killed processes were writing in a folder, once, before this one's first write.
 
-    Done once, before the first write of this process into the folder. The name of a temporary file
-    holds the machine and the process that writes it.
+    The name of a temporary file holds the machine and the process that writes it; what nobody has
+    written to for a day is of a process that was killed on any machine.
     """
-    for path in folder.glob(f".*.{_MACHINE}-*.*.tmp"):
-        owner = re.fullmatch(rf".*\.{_MACHINE}-(\d+)\.\w+\.tmp", path.name)
-        try:
-            os.kill(int(owner[1]) if owner else os.getpid(), 0)
-        except ProcessLookupError:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(
-                missing_ok=True
-            )
-        except PermissionError:  # of another user, and alive
-            continue
+    for path in folder.glob(".*.tmp"):
+        if owner := re.fullmatch(r".*\.([0-9a-f]{8})-(\d{1,9})\.[0-9a-f]{16}\.tmp", path.name):
+            with suppress(OSError):  # alive and of another user, or deleted by another process
+                is_stale = time.time() - path.stat().st_mtime > 86_400
+                try:
+                    if owner[1] == _MACHINE:
+                        os.kill(int(owner[2]), 0)
+                except ProcessLookupError:
+                    is_stale = True
+                if is_stale:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager
@@ -134,7 +133,6 @@ def locked(folder: AnyPath) -> Generator[None]:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Rename `source` to `target`; if `target` is a folder, move each entry into it."""
     if not target.is_dir():
         source.replace(target)
         return
@@ -183,15 +181,13 @@ def open_bytes(path: AnyPath) -> Generator[IO[bytes]]:
 
 
 def _decode(data: bytes, where: AnyPath) -> str:
-    """UTF-8 bytes as text. A ValueError begins with `where` and names the line, if there are many."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         lines, at = data.count(b"\n"), data.count(b"\n", 0, error.start) + 1
         where = f"{where}:{at}" if lines and data[:2] not in _FOREIGN else where
         found = _FOREIGN.get(data[:2], f"{error.reason} (Latin-1?)")
-        expected = f"{where}: expected UTF-8 text, found {found}"
-        raise ValueError(f"{expected}; save the file as UTF-8") from error
+        raise ValueError(f"{where}: expected UTF-8 text, found {found}{_SAVE}") from error
 
 
 def read_text(path: AnyPath) -> str:
@@ -214,7 +210,6 @@ def read_lines(path: AnyPath) -> list[str]:
 
 
 def _parse(text: str, where: AnyPath, parser: Callable[[str], Any], expected: str) -> Any:
-    """The value of a text in the parser's language. A ValueError begins with `where`."""
     try:
         return parser(text)
     except (ValueError, RecursionError) as error:  # also for 5,000 digits or deeply nested brackets
@@ -238,9 +233,8 @@ _JSON = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def _read(path: AnyPath, parser: Callable[[str], Any], expected: str) -> Any:
-    """Parse a file. What is nested deeper than any program can walk is refused as well."""
     value = _parse(read_text(path), path, parser, expected)
-    level: list[object] = [value]
+    level: list[object] = [value]  # what is nested deeper than any program can walk is refused
     for _ in range(_DEEPEST):
         tables = [cast("Object | list[object]", one) for one in level if isinstance(one, _TABLES)]
         level = [x for one in tables for x in (one.values() if isinstance(one, dict) else one)]
@@ -286,14 +280,13 @@ def read_jsonl(path: AnyPath, problems: list[str] | None = None) -> Iterator[tup
     wrong with the whole file (see check_first_line) is always raised.
     """
     with open_bytes(path) as file:
-        is_first = True
+        first = 0
         # Bytes, so that only \n ends a line: U+2028 inside a string must not.
         for number, line in enumerate(file, start=1):
             if not (line := line.removeprefix(BOM) if number == 1 else line).strip():
                 continue
-            if is_first:
+            if (first := first or number) == number:
                 check_first_line(line, path)
-            is_first = False
             try:
                 yield number, parse_object(line, f"{path}:{number}")
             except ValueError as error:
@@ -329,16 +322,14 @@ def read_table(path: AnyPath) -> Iterator[tuple[int, list[str]]]:
 def check_first_line(line: bytes, path: AnyPath) -> None:
     """Raise ValueError if the first line that is not blank shows that a file is no JSONL at all."""
     if found := _FOREIGN.get(line[:2]):
-        raise ValueError(f"{path}: expected UTF-8 text, found {found}; save the file as UTF-8")
-    if line.lstrip().startswith(b"["):
-        found = "one JSON array"
-    elif line.strip() == b"{":
-        found = "an object over many lines"
-    else:
-        return
-    expected = f"{path}: expected a JSON object in each line, found {found}"
-    convert = f"or convert it: kalm-min convert {path} --output FOLDER"
-    raise ValueError(f"{expected}; write one object per line, {convert}")
+        raise ValueError(f"{path}: expected UTF-8 text, found {found}{_SAVE}")
+    line, is_array = line.strip(), line.lstrip().startswith(b"[")
+    if is_array or line == b"{":
+        found = "one JSON array" if is_array else "an object over many lines"
+        raise ValueError(
+            f"{path}: expected a JSON object in each line, found {found}; write one object per line, "
+            f"or convert it: kalm-min convert {path} --output FOLDER"
+        )
 
 
 def parse_object(line: bytes | str, where: AnyPath) -> Object:
@@ -365,27 +356,29 @@ def escape_name(name: str) -> str:
 
 
 def _bytes(text: str) -> bytes:
-    """UTF-8, also of half a surrogate pair."""
-    return text.encode("utf-8", "surrogatepass")
+    return text.encode("utf-8", "surrogatepass")  # also of half a surrogate pair
 
 
 def differences(stored: Mapping[str, object], current: Mapping[str, object]) -> str:
     """`key was X, is Y` for the first keys that differ, with long values cut; "" if none does."""
     keys = sorted(stored.keys() | current.keys())
-    changed = [key for key in keys if stored.get(key) != current.get(key)]
+    changed = [key for key in keys if stored.get(key) != current.get(key)][:5]
     was, now = (
-        [f"{json.dumps(one.get(key), default=str):.40}" for key in changed]
-        for one in (stored, current)
+        [json.dumps(one.get(key), default=str)[:40] for key in changed] for one in (stored, current)
     )
-    parts = [f"{key} was {a}, is {b}" for key, a, b in zip(changed, was, now, strict=True)]
-    return "; ".join(parts[:5])
+    return "; ".join(map("{} was {}, is {}".format, changed, was, now))
+
+
+def in_words(names: Iterable[str]) -> str:
+    """`a, b, c`: names from data in a sentence, quoted if they would break its line."""
+    return ", ".join(one if one.isprintable() else repr(one) for one in names)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` (did you mean NAME?)` with the known name nearest to `name`; empty if none is near."""
     names = {one.lower(): one for one in known}
     near = difflib.get_close_matches(name.lower(), names, n=1)
-    return f" (did you mean {names[near[0]]}?)" if near else ""
+    return f" (did you mean {in_words([names[near[0]]])}?)" if near else ""
 
 
 def hash_files(files: Iterable[tuple[str, Path]]) -> str:
@@ -407,7 +400,6 @@ def digest(*parts: str | bytes) -> str:
 
 
 def _model_folder(name: AnyPath) -> Path:
-    """The folder of a model: the path itself, or a snapshot of a repository of the hub."""
     path, name = Path(name).expanduser(), str(name)
     if path.is_dir():
         return path
@@ -437,18 +429,15 @@ def checkpoint_folders(path_or_hub_id: str | Path) -> list[Path]:
         except (OSError, ValueError) as error:
             raise ValueError(f"{where}{error}") from error
     if not (folders[-1] / "config.json").is_file():
-        inside = sorted(folders[-1].glob("final/*config.json"))
-        hint = f" (did you mean {inside[0].parent}?)" if inside else ""
+        inside = (folders[-1] / "final").glob("*config.json")
+        hint = "".join({f" (did you mean {one.parent}?)" for one in inside})
         expected = "expected a model folder with config.json, found none"
         raise ValueError(f"{where}{folders[-1]}: {expected}{hint}")
     return folders
 
 
 def hash_checkpoint(*folders: Path) -> str:
-    """A digest of the weights, tokenizer and settings in the folder of a model (adapter and base).
-
-    Reads only the folders and those of their modules (1_Pooling): others may hold results.
-    """
+    """A digest of the weights, tokenizer and settings in the folders of a model and its modules."""
     return hash_files(
         (os.path.relpath(path, folder), path)
         for folder in folders
@@ -458,8 +447,7 @@ def hash_checkpoint(*folders: Path) -> str:
 
 
 def _module_files(folder: Path) -> Iterator[Path]:
-    """The files of the modules that modules.json places in other folders than is usual."""
-    path = folder / "modules.json"
+    path = folder / "modules.json"  # may place them in other folders than is usual
     modules: object = read_json(path) if path.is_file() else []
     for module in cast("list[object]", modules) if isinstance(modules, list) else ():
         place = cast("Object", module).get("path") if isinstance(module, dict) else None
@@ -472,5 +460,5 @@ def text_hash(text: str) -> int:
 
     Any two of n texts collide with a probability of about n^2 / 2^65: 3e-6 for 10 million.
     """
-    digest = hashlib.blake2b(_bytes(text), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True) or 1
+    code = hashlib.blake2b(_bytes(text), digest_size=8).digest()
+    return int.from_bytes(code, "little", signed=True) or 1

@@ -308,6 +308,22 @@ def test_columns_named_by_flags(tmp_path, capsys):
     assert lines(tmp_path / "out" / "x.jsonl") == [{"query": "q", "pos": ["p"], "neg": ["n"]}]
 
 
+def test_names_of_columns_stay_in_their_line(tmp_path, capsys):
+    """A line break in a name is a code wherever the name is said."""
+    source = table(tmp_path / "x.csv", ["the\nquery", "the\npos"], ["q", "p"])
+    for flags, message in (
+        (("--query", "question"), "the columns are 'the\\nquery', 'the\\npos'\n"),
+        (("--query", "the query"), "(did you mean 'the\\nquery'?)\n"),
+        ((), "found 'the\\nquery', 'the\\npos'; name the columns: "),
+        (
+            ("--query", "the\nquery", "--pos", "the\npos"),
+            "query = 'the\\nquery', pos = 'the\\npos'\n",
+        ),
+    ):
+        assert convert(source, tmp_path / "out", *flags) == (0 if "--pos" in flags else 2)
+        assert message in capsys.readouterr().err
+
+
 CSV = [
     ('question;answer\n"a;b";c\n', [("a;b", "c")]),
     ('\ufeffquestion,answer\r\n"a\r\nb","say ""c"""\r\n\r\nd,e\r\n', [("a\r\nb", 'say "c"'), ("d", "e")]),

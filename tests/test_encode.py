@@ -113,6 +113,8 @@ def test_fewer_bits(tiny_model_dir, tmp_path):
         (b'{"text": "a"}\n{"te', "t.jsonl", "t.jsonl:2: expected a JSON object"),
         (b'[{"text": "a"}]', "t.jsonl", "found one JSON array; write one object per line"),
         (b"a,b\n1,2\n", "t.csv", "expected the column 'text', found a, b; name the one"),
+        (b'"a\nb",c\n1,2\n', "t.csv", "expected the column 'text', found 'a\\nb', c; name the one"),
+        (b'{"text": "a"}\n\x1f\n', "t.jsonl", "t.jsonl:2: expected a JSON object, found Expecting"),
         (b"text,b\n1,2\n3\n", "t.csv", "t.csv:3: expected 2 cells, found 1"),
         (b'text,b\n1,"2\n', "t.csv", "t.csv:2: expected a table, found: unexpected end of data"),
         ("é\n".encode("utf-16"), "t.csv", "expected UTF-8 text, found UTF-16"),

@@ -19,7 +19,6 @@ import mmap
 import os
 import re
 import shutil
-import time
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -170,12 +169,8 @@ class JsonlFile:
         old, name = rf"{_LAYOUT}-{digest(self.path.name)[:_HASH]}-", f"{self.path.name:.40}."
         outdated = re.compile(re.escape(name) + rf"(v2-\d+-\d+\.|{old}).+")
         for entry in folder.iterdir():
-            with suppress(FileNotFoundError):  # another process may be faster
-                is_old = outdated.fullmatch(entry.name) and not entry.name.startswith(self._name)
-                # A temporary file that nobody has written to for a day is of a killed process.
-                is_torn = entry.suffix == ".tmp" and time.time() - entry.stat().st_mtime > 86_400
-                if is_old or is_torn:
-                    entry.unlink()
+            if outdated.fullmatch(entry.name) and not entry.name.startswith(self._name):
+                entry.unlink(missing_ok=True)  # another process may be faster
         return folder
 
     def _index(self, data: mmap.mmap, note: dict[str, object]) -> Iterator[Ints]:
