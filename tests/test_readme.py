@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kalm_min.config import parse
+from kalm_min.convert import ConvertConfig
 from kalm_min.evaluation.plan import EvaluationConfig
 from kalm_min.options import TrainConfig
 
@@ -18,31 +19,38 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 
 
-def commands(program: str) -> list[list[str]]:
-    """The arguments of every call of a program in the README."""
-    lines = [line for block in blocks("sh") for line in block.splitlines()]
-    words = [shlex.split(line, comments=True) for line in lines if f" {program} " in line]
-    return [line[line.index(program) + 1 :] for line in words]
+def commands(name: str) -> list[list[str]]:
+    """The arguments of every call of a command in the README, in any of its three forms."""
+    lines = [line for block in blocks("sh") for line in block.replace("\\\n", "").splitlines()]
+    forms = rf"(?:kalm-min {name}|-m kalm_min {name}|{name}\.py) (.*)"
+    found = [match[1] for line in lines if (match := re.search(forms, line))]
+    return [shlex.split(words, comments=True) for words in found]
 
 
 def test_the_python_runs(tiny_model_dir, capsys):
     """The first lines a user types work as they stand, on any model."""
     assert len(blocks("python")) == 1
     for block in blocks("python"):
-        exec(block.replace("path-or-hub-id", str(tiny_model_dir)), {})
+        exec(block.replace("runs/demo/second/final", str(tiny_model_dir)), {})
     assert capsys.readouterr().out.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", commands("train.py"))
+@pytest.mark.parametrize("arguments", commands("train"))
 def test_training_commands(arguments):
     """Every flag is one that train.py knows."""
     parse(TrainConfig, arguments, program="train.py", description="")
 
 
-@pytest.mark.parametrize("arguments", commands("evaluate.py"))
+@pytest.mark.parametrize("arguments", commands("evaluate"))
 def test_evaluation_commands(arguments):
     """Every flag is one that evaluate.py knows."""
     parse(EvaluationConfig, arguments, program="evaluate.py", description="")
+
+
+@pytest.mark.parametrize("arguments", commands("convert"))
+def test_conversion_commands(arguments):
+    """Every flag is one that convert knows."""
+    parse(ConvertConfig, arguments, program="convert", positional="input")
 
 
 def test_its_files_exist():
