@@ -5,25 +5,21 @@
     with --hold-out 100 -> data/train/support.jsonl         without any text that is held out
                            data/validation/support.jsonl    the held-out rows
                            data/eval/support/               the same as a retrieval set (BEIR)
-
-Columns are recognised by their usual names or named by flags; what was understood is printed before
-anything is written. Each row is checked like a line of training data. Each file is complete or
-absent; the same command resumes, and converts again what changed in size or content. Parquet needs
-`pip install "kalm-min[data]"`. Does not download or write `<task>.toml`.
+Each file is complete or absent; the same command converts what is missing or has changed.
 """
 
 import gzip
-import hashlib
 import json
-import random
 import re
 import sys
 import unicodedata
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, fields
-from itertools import chain, islice
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from heapq import nsmallest
+from itertools import chain, compress, islice
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -35,6 +31,7 @@ from kalm_min.files import (
     atomic_write,
     did_you_mean,
     differences,
+    hash_files,
     in_words,
     locked,
     open_bytes,
@@ -46,14 +43,13 @@ from kalm_min.files import (
     write_text,
 )
 from kalm_min.options import ANY_COUNT, Ranged
-from kalm_min.schema import LISTED, Field, list_problems, read_object
+from kalm_min.schema import LISTED, Field, describe, list_problems, read_object
 
 _OBJECT = Field("an object", lambda value: isinstance(value, dict), required=True)
 _BATCH = 1000  # rows of a Parquet file in memory at a time
 _BUFFER = 1 << 20  # bytes of a column read at a time; the default is a full row group
 _LIKE = 0.8  # a pair is an example if its score is at least this share of the highest
 _PREFIX = re.compile(r"\s*Instruct:\s*(.*?)\s*\n\s*Query:\s*(.*)", re.DOTALL)
-_KINDS = (".parquet", ".csv", ".tsv", ".json", ".jsonl")
 # Columns as they are usually called, the first that is found; also in the plural and numbered.
 _USUAL = {
     "query": ("query", "anchor", "question", "sentence1", "sentence_1"),
@@ -62,7 +58,7 @@ _USUAL = {
     "score": ("score", "similarity", "label", "similarity_score"),
 }
 _OTHER = {"instruction": "instruction", "prompt": "instruction", "task": "task", "group": "group"}
-_NUMBERS = {"pos_scores": "pos_scores", "neg_scores": "neg_scores", "relevance": "relevance"}
+_NUMBERS = {name: name for name in ("pos_scores", "neg_scores", "relevance")}
 
 Rows = Iterator[tuple[str, Object | str]]  # (where it stands, the row or what is wrong with it)
 
@@ -100,7 +96,6 @@ class Source(NamedTuple):
     path: Path
     target: Path  # below the output folder
     task: str
-    rows: Callable[[], Rows]
     columns: dict[str, list[str]]  # "query", "pos", "neg", "score" and further keys of a line
     least: float  # the lowest score of an example
 
@@ -108,32 +103,26 @@ class Source(NamedTuple):
         """(where, the line of training data, or what is wrong; None for a pair below `least`)."""
         from kalm_min.data.records import problem_with_line
 
-        for where, row in self.rows():
+        for where, row in _rows(self.path, [*chain.from_iterable(self.columns.values())]):
             if isinstance(row, str):
                 yield where, row
                 continue
-            (query,) = self.columns["query"]
-            record: Object = {"query": row.get(query)}
-            record |= {key: _texts(row, self.columns[key]) for key in ("pos", "neg")}
-            further = [key for key in self.columns if key not in _USUAL]
-            record |= {key: row.get(self.columns[key][0]) for key in further}
-            record = {key: value for key, value in record.items() if value not in (None, [])}
+            cells = {
+                key: _texts(row, names) if key in ("pos", "neg") else row.get(names[0])
+                for key, names in self.columns.items()
+                if names and key != "score"
+            }
+            record: Object = {key: one for key, one in cells.items() if one not in (None, [])}
             plain = config.split_instruction and "instruction" not in record
             if plain and (match := _PREFIX.fullmatch(str(record.get("query")))):
                 record["instruction"], record["query"] = match.groups()
-            scores = [_number(row.get(one)) for one in self.columns["score"]]
+            scores = [_number(row.get(name)) for name in self.columns["score"]]
             if None in scores:
                 yield where, f"expected a number as {self.columns['score'][0]!r}"
+            elif any(one is not None and not one >= self.least for one in scores):
+                yield where, None
             else:
-                is_low = any(one is not None and not one >= self.least for one in scores)
-                yield where, None if is_low else problem_with_line(record) or record
-
-
-def main(argv: list[str]) -> int:
-    """Run the command; `config.run` defines the exit codes."""
-    return run(
-        ConvertConfig, convert, argv, program="kalm_min.convert", positional="input", resumable=True
-    )
+                yield where, problem_with_line(record) or record
 
 
 def convert(config: ConvertConfig) -> int:
@@ -143,159 +132,131 @@ def convert(config: ConvertConfig) -> int:
     and, once all other files are done, for the files that could not be converted.
     """
     check_output(config.output, config.input, marks=[".convert.json"])
-    paths = _targets(config)
-    failures, sources = dict[Path, str](), list[Source]()
-    for path, target in paths.items():
+    failures, sources, said = list[str](), list[Source](), dict[str, list[str]]()
+    for target, path in _targets(config).items():
         try:
-            sources.append(_open(path, target, config))
+            sources.append(_understand(path, target, config))
         except ValueError as error:
-            failures[path] = str(error)
-    for said, alike in _grouped((_sentence(one), str(one.path)) for one in sources):
+            failures.append(str(error))
+    for one in sources:
+        columns = {key: " ".join(map(in_words, zip(one.columns[key]))) for key in one.columns}
+        parts = [f"{key} = {names}" for key, names in columns.items() if names]
+        parts += [f"pairs below {one.least:g} are left out"] * bool(one.columns["score"])
+        said.setdefault(", ".join(parts), []).append(str(one.path))
+    for sentence, alike in said.items():
         more = f" and {count(len(alike) - 1, 'other')}" if len(alike) > 1 else ""
-        sys.stderr.write(f"{alike[0]}{more}: {said}\n")
-    if sources or not failures:
+        sys.stderr.write(f"{alike[0]}{more}: {sentence}\n")
+    if sources:
         with locked(config.output):
-            _convert_all(config, sources, failures)
+            failures += _convert_all(config, sources)
     if failures:
-        raise ValueError("\n".join(failures.values()))
+        raise ValueError("\n".join(failures))
     return 0
 
 
-def _convert_all(config: ConvertConfig, sources: list[Source], failures: dict[Path, str]) -> None:
-    """Write what is missing, with a record of what each output was made of."""
-    noted, before = config.output / ".convert.json", dict[str, Any]()
-    names = [one.name for one in fields(ConvertConfig) if one.name not in ("input", "output")]
-    options = json.loads(json.dumps({name: getattr(config, name) for name in names}))
+def _convert_all(config: ConvertConfig, sources: list[Source]) -> list[str]:
+    """Write what is missing, with a record of what each output was made of; what failed."""
+    noted, files, failures = config.output / ".convert.json", dict[str, Any](), list[str]()
+    options = json.loads(json.dumps(asdict(config), default=str))
+    del options["input"], options["output"]
     if noted.exists():
         before = read_object(noted, dict.fromkeys(("options", "files"), _OBJECT))
+        files = before["files"]
         if changed := differences(before["options"], options):
             raise ValueError(
                 f"{config.output}: converted before with other options ({changed}); "
                 "give another --output, or delete it"
             )
-    digests = {one.path: _digest(one.path) for one in sources}
+    made = {str(one.target): hash_files([("", one.path)]) for one in sources}
     if config.hold_out:  # what one file holds out is kept from all
-        digests = dict.fromkeys(digests, "".join(digests.values()))
-    made = {
-        one.path: [digests[one.path], one.target.stat().st_size if one.target.exists() else -1]
-        for one in sources
-    }
-    record = {"options": options, "files": before.get("files", {})}
-    todo = [one for one in sources if made[one.path] != record["files"].get(str(one.target))]
-    if config.hold_out and (gone := record["files"].keys() - {str(one.target) for one in sources}):
+        made = dict.fromkeys(made, "".join(made.values()))
+
+    def state(name: str) -> list[object]:
+        return [made[name], Path(name).stat().st_size if Path(name).exists() else -1]
+
+    todo = [one for one in sources if files.get(str(one.target)) != state(str(one.target))]
+    if config.hold_out and (gone := files.keys() - made.keys()):
         raise ValueError(
             f"{min(gone)}: made of a file that is gone, maybe with texts to hold out; delete it"
         )
-    write_json(noted, record)
+    write_json(noted, {"options": options, "files": files})
     held = _hold_out(config, sources) if config.hold_out and todo else {}
     for task, rows in held.items():
         _write_held_out(config.output, task, rows)
     keys = {key for rows in held.values() for row in rows for key in _keys(row)}
-    written, left_out = 0, 0
+    total = Counter[str]()
     with Progress(len(todo), "files", sys.stderr, title="convert") as progress:
         for one in todo:
             try:
-                good, shared = _convert_file(one, config, keys, progress)
-                written, left_out = written + good, left_out + shared
-                size = one.target.stat().st_size
-                record["files"][str(one.target)] = [digests[one.path], size]
-                write_json(noted, record)
+                total += _convert_file(one, config, keys, progress)
+                files[str(one.target)] = state(str(one.target))
+                write_json(noted, {"options": options, "files": files})
             except ValueError as error:
-                failures[one.path] = str(error)
+                failures.append(str(error))
             progress.update(1, str(one.path))
-    done = len([one for one in todo if one.path not in failures])
-    report = f"{count(written, 'row')} of {count(done, 'file')} -> {config.output}"
+    done = count(len(todo) - len(failures), "file")
+    report = f"{count(total['good'], 'row')} of {done} -> {config.output}"
     if len(todo) < len(sources):
         report += f"; {count(len(sources) - len(todo), 'file')} had been converted before"
     for task, rows in held.items():
-        shared = f"; {count(left_out - len(rows), 'row')} left out that share a text with them"
-        report += f"\n{task}: {count(len(rows), 'row')} held out{shared if len(held) == 1 else ''}"
+        report += f"\n{task}: {count(len(rows), 'row')} held out"
     if held:
+        shared = total["shared"] - sum(map(len, held.values()))
         report += (
+            f"; {count(shared, 'row')} left out that share a text with what is held out"
             f"\nnext: kalm-min train --data.path {config.output}/train --data.validation "
             f"{config.output}/validation ..., then kalm-min evaluate --data {config.output}/eval ..."
         )
     sys.stderr.write(report + "\n")
+    return failures
 
 
 def _targets(config: ConvertConfig) -> dict[Path, Path]:
-    """The output file of each input file: of a folder all Parquet files, or else all others."""
-    root = config.input
-    suffix = ".jsonl.gz" if config.gzip else ".jsonl"
-    below = config.output / "train" if config.hold_out else config.output
-    if root.is_file():
-        return {root: below / f"{_stem(root)}{suffix}"}
-    output = config.output.resolve()
-    paths = [path.relative_to(root) for path in sorted(root.rglob("*")) if _kind(path) in _KINDS]
-    paths = [
-        path
-        for path in paths
-        if not any(part.startswith(".") for part in path.parts)
-        and output not in (root / path).resolve().parents
-    ]
+    """Output file -> input file: of a folder all Parquet files, or else all others."""
+    root, output, targets = config.input, config.output.resolve(), dict[Path, Path]()
+    base = root.parent if root.is_file() else root
+    paths = [root] if root.is_file() else []
+    for path in sorted(root.rglob("*")):
+        is_hidden = any(part.startswith(".") for part in path.relative_to(base).parts)
+        if not is_hidden and _kind(path) in _READERS and output not in path.resolve().parents:
+            paths.append(path)
     paths = [path for path in paths if path.suffix == ".parquet"] or paths
     expected = f"{root}: expected Parquet files, in a sub-folder per task"
     if not paths:
         raise ValueError(f"{expected}, found none, nor CSV, TSV, JSONL or JSON files")
-    if deep := [path for path in paths if len(path.parts) > 2]:  # its task would be ambiguous
-        raise ValueError(f"{expected}, found {deep[0]}")
-    targets = {root / path: below / path.parent / f"{_stem(path)}{suffix}" for path in paths}
-    for target, same in _grouped((target, path) for path, target in targets.items()):
-        if len(same) > 1:
-            raise ValueError(f"{same[0]} and {same[1]}: both would be converted to {target}")
+    for path in paths:
+        name = _plain(path.relative_to(base)).with_suffix(".jsonl.gz" if config.gzip else ".jsonl")
+        target = config.output / ("train" if config.hold_out else "") / name
+        if len(name.parts) > 2:  # its task would be ambiguous
+            raise ValueError(f"{expected}, found {path.relative_to(base)}")
+        if target in targets:
+            raise ValueError(f"{targets[target]} and {path}: both would be converted to {target}")
+        targets[target] = path
     return targets
 
 
+def _plain(path: Path) -> Path:
+    return path.with_name(path.name.removesuffix(".gz"))
+
+
 def _kind(path: Path) -> str:
-    return Path(path.name.removesuffix(".gz")).suffix.lower()
+    return _plain(path).suffix.lower()
 
 
-def _stem(path: Path) -> str:
-    return Path(path.name.removesuffix(".gz")).stem
+def _understand(path: Path, target: Path, config: ConvertConfig) -> Source:
+    """The columns of each key of a line: those named by flags, else those with usual names.
 
-
-def _grouped(pairs: Iterable[tuple[Any, Any]]) -> Iterable[tuple[Any, list[Any]]]:
-    """The values of each key, in order of appearance."""
-    found = defaultdict[Any, list[Any]](list)
-    for key, value in pairs:
-        found[key].append(value)
-    return found.items()
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _open(path: Path, target: Path, config: ConvertConfig) -> Source:
-    """Open a file and understand its columns; ValueErrors name the file."""
-    read = _READERS.get(_kind(path))
-    if read is None:
-        raise ValueError(f"{path}: expected a name that ends in {', '.join(_KINDS)}")
-    names, rows = read(path)
-    columns = _understand(path, names, config)
-    if _kind(path) in (".csv", ".tsv"):
-        columns = {key: value for key, value in columns.items() if key not in _NUMBERS}
-    inner = target.relative_to(config.output).parts[bool(config.hold_out) :]
-    task = inner[0] if len(inner) > 1 else _stem(path)
-    used = [*dict.fromkeys(chain.from_iterable(columns.values()))]
-    source = Source(path, target, task, lambda: rows(used), columns, config.min_score or 0.0)
-    if columns["score"] and config.min_score is None:
-        score = columns["score"][0]
-        found = (_number(row.get(score)) for _, row in rows([score]) if not isinstance(row, str))
-        source = source._replace(least=_LIKE * max(filter(None, found), default=0.0))
-    return source
-
-
-def _understand(path: Path, names: Sequence[str], config: ConvertConfig) -> dict[str, list[str]]:
-    """The columns of each key of a line: those named by flags, else those with usual names."""
-    given = {"query": [config.query] if config.query else [], "pos": [*config.pos]}
-    given |= {"neg": [*config.neg], "score": []}
+    Raises ValueError with the file's name for columns that are absent and files that are none.
+    """
+    if _kind(path) not in _READERS:
+        raise ValueError(f"{path}: expected a name that ends in {', '.join(_READERS)}")
+    names = [*next(_READERS[_kind(path)](path, []))[1]]
+    given = {"query": [config.query] if config.query else [], "pos": config.pos, "neg": config.neg}
     for name in chain.from_iterable(given.values()):
         if name not in names:
             near = did_you_mean(name, names) or f"; the columns are {in_words(names)}"
             raise ValueError(f"{path}: expected the column {name!r}, found none{near}")
-    columns = {key: given[key] or _usual(_USUAL[key], names) for key in _USUAL}
+    columns = {key: [*given.get(key, ())] or _usual(_USUAL[key], names) for key in _USUAL}
     columns |= {key: columns[key][:1] for key in ("query", "score")}
     if not columns["query"] or not (columns["pos"] or "group" in names):
         raise ValueError(
@@ -306,212 +267,199 @@ def _understand(path: Path, names: Sequence[str], config: ConvertConfig) -> dict
     if not columns["query"][0].lower().startswith("sentence"):
         columns["score"] = []
     taken = {*chain.from_iterable(columns.values())}
-    for name, key in (_OTHER | _NUMBERS).items():
-        if name in names and name not in taken and key not in columns:
-            columns[key] = [name]
-    return columns
+    for name, key in (
+        _OTHER if _READERS[_kind(path)] is _read_table else _OTHER | _NUMBERS
+    ).items():
+        if name in names and name not in taken:
+            columns.setdefault(key, [name])
+    least = config.min_score or 0.0
+    if columns["score"] and config.min_score is None:
+        (score,) = columns["score"]
+        rows = (row for _, row in _rows(path, [score]) if not isinstance(row, str))
+        least = _LIKE * max(filter(None, (_number(row.get(score)) for row in rows)), default=0.0)
+    inner = target.relative_to(config.output).parts[bool(config.hold_out) :]
+    return Source(path, target, inner[0] if len(inner) > 1 else _plain(path).stem, columns, least)
 
 
 def _usual(usual: Sequence[str], names: Sequence[str]) -> list[str]:
     """The columns whose name is the first usual one that occurs."""
-    for one in usual:
-        pattern = re.compile(rf"{one}s?(_?\d+)?", re.IGNORECASE)
-        if found := [name for name in names if pattern.fullmatch(name)]:
-            return found
-    return []
-
-
-def _sentence(source: Source) -> str:
-    """How the columns are understood, in words."""
-    columns = source.columns.items()
-    parts = [f"{key} = {' '.join(map(in_words, zip(names)))}" for key, names in columns if names]
-    if source.columns["score"]:
-        parts.append(f"pairs below {source.least:g} are left out")
-    return ", ".join(parts)
+    patterns = [re.compile(rf"{one}s?(_?\d+)?", re.IGNORECASE) for one in usual]
+    found = ([name for name in names if one.fullmatch(name)] for one in patterns)
+    return next(filter(None, found), [])
 
 
 def _number(value: object) -> float | None:
     try:
-        return float(str(value)) if not isinstance(value, bool) else float(value)
+        return float(value if isinstance(value, bool) else str(value))
     except ValueError:
         return None
 
 
 def _texts(row: Object, columns: Sequence[str]) -> list[object]:
     """The texts of some columns: lists as they are, single cells without blank ones."""
-    found: list[object] = []
-    for value in map(row.get, columns):
-        if isinstance(value, list):
-            found += value
-        elif value is not None and str(value).strip():
-            found.append(value)
-    return found
+    cells = [
+        one if isinstance(one, list) else [one]
+        for one in map(row.get, columns)
+        if isinstance(one, list) or (one is not None and str(one).strip())
+    ]
+    return [*chain.from_iterable(cells)]
 
 
-def _keys(record: Object) -> set[int]:
-    """Hashes of the query and the documents, without regard to case, width and white space."""
-    texts = (record["query"], *record.get("pos", ()), *record.get("neg", ()))
-    return {_key(text) for text in texts}
+def _keys(record: Object) -> set[str]:
+    """The keys of the query and the documents."""
+    return set(map(_key, (record["query"], *record.get("pos", ()), *record.get("neg", ()))))
 
 
-def _key(text: str) -> int:
-    return text_hash(" ".join(unicodedata.normalize("NFKC", text).casefold().split()))
+def _key(text: str) -> str:
+    """A hash of a text without regard to case, width and white space."""
+    plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return f"{text_hash(plain) % 2**64:016x}"
 
 
 def _hold_out(config: ConvertConfig, sources: list[Source]) -> dict[str, list[Object]]:
-    """A random sample of the rows with positives of each task, always the same."""
+    """The rows with positives of each task that have the lowest hashes: random, always the same."""
     held: dict[str, list[Object]] = {}
-    for task, parts in _grouped((one.task, one) for one in sources):
-        draw, seen, kept = random.Random(0), 0, list[Object]()
-        for _, record in chain.from_iterable(one.records(config) for one in parts):
-            if isinstance(record, dict) and record.get("pos"):
-                seen += 1
-                if len(kept) < config.hold_out:
-                    kept.append(record)
-                elif (place := draw.randrange(seen)) < config.hold_out:
-                    kept[place] = record
-        if seen < 2 * config.hold_out:
+    for task in dict.fromkeys(one.task for one in sources):
+        records = chain.from_iterable(one.records(config) for one in sources if one.task == task)
+        rows = (row for _, row in records if isinstance(row, dict) and row.get("pos"))
+        found = nsmallest(2 * config.hold_out, rows, lambda row: text_hash(json.dumps(row)))
+        if len(found) < 2 * config.hold_out:
             raise ValueError(
-                f"--hold-out: expected at most half of the {count(seen, 'row')} of {task}, "
+                f"--hold-out: expected at most half of the {count(len(found), 'row')} of {task}, "
                 f"found {config.hold_out}"
             )
-        held[task] = kept
+        held[task] = found[: config.hold_out]
     return held
 
 
 def _convert_file(
-    source: Source, config: ConvertConfig, held: set[int], progress: Progress
-) -> tuple[int, int]:
-    """Write a file, complete or not at all; the rows written, and those that share a held-out text.
+    source: Source, config: ConvertConfig, held: set[str], progress: Progress
+) -> Counter[str]:
+    """Write a file, complete or not at all; the number of rows of each kind.
 
     Raises ValueError for a damaged file and bad rows.
     """
-    good, low, shared, bad, problems = 0, 0, 0, 0, list[str]()
-    with atomic_write(source.target) as plain, ExitStack() as stack:
-        out = plain
-        if config.gzip:  # without name and time, so that equal data gives equal files
-            out = stack.enter_context(gzip.GzipFile("", "wb", 6, plain, mtime=0))
+    rows, problems = Counter[str](), list[str]()
+    with (
+        atomic_write(source.target) as plain,
+        # Without name and time, so that equal data gives equal files.
+        gzip.GzipFile("", "wb", 6, plain, 0) if config.gzip else nullcontext(plain) as out,
+    ):
         for number, (where, record) in enumerate(source.records(config)):
             if number % _BATCH == 0:
-                progress.update(0, f"{source.path}, row {number:,}")
+                progress.update(0, where)
             if isinstance(record, str):
-                bad += 1
-                problems += [f"{where}: {record}"] * (bad <= LISTED)
+                rows["bad"] += 1
+                problems += [f"{where}: {record}"] * (len(problems) < LISTED)
             elif record is None:
-                low += 1
+                rows["low"] += 1
             elif held and _keys(record | {"neg": []}) & held:
-                shared += 1
+                rows["shared"] += 1
             else:
-                good += 1
-                record = _without(record, held) if held else record
+                rows["good"] += 1
+                kept = [_key(text) not in held for text in record.get("neg", ())] if held else []
+                for key in {"neg", "neg_scores"} & record.keys() if held else ():
+                    record[key] = [*compress(record[key], kept)]
                 out.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        listed = list_problems(bad, "bad row", problems)
-        if bad and not config.skip_bad_rows:
+        listed = list_problems(rows["bad"], "bad row", problems)
+        if rows["bad"] and not config.skip_bad_rows:
             raise ValueError(f"{source.path}: not converted, {listed}")
-        if not good:
+        if not rows["good"]:
             raise ValueError(f"{source.path}: expected at least one training example, found none")
-    if bad or low:
-        sys.stderr.write(f"{source.path}: left out {listed}\n" if bad else "")
-        sys.stderr.write(f"{source.path}: {count(low, 'pair')} left out\n" if low else "")
-    return good, shared
-
-
-def _without(record: Object, held: set[int]) -> Object:
-    """The line without the negatives that are held out, and their scores."""
-    kept = [_key(text) not in held for text in record.get("neg", ())]
-    for key in ("neg", "neg_scores"):
-        if key in record:
-            record[key] = [one for one, is_kept in zip(record[key], kept, strict=True) if is_kept]
-    return record
+    left_out = ([listed] if rows["bad"] else []) + [count(rows["low"], "pair")] * bool(rows["low"])
+    sys.stderr.writelines(f"{source.path}: left out {one}\n" for one in left_out)
+    return rows
 
 
 def _write_held_out(output: Path, task: str, rows: list[Object]) -> None:
     """Write the held-out rows of a task as validation pairs and as a retrieval set."""
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    write_text(output / "validation" / f"{task}.jsonl", "".join(lines))
-    corpus, queries, judged = dict[int, str](), dict[int, str](), dict[tuple[int, int], None]()
+    queries, corpus, pairs = dict[str, str](), dict[str, str](), dict[str, None]()
     for row in rows:
-        queries.setdefault(_key(row["query"]), row["query"])
+        query = f"q{_key(row['query'])}"
+        queries.setdefault(query, row["query"])
         for text in (*row["pos"], *row.get("neg", ())):
-            corpus.setdefault(_key(text), text)
-        judged |= dict.fromkeys((_key(row["query"]), _key(text)) for text in row["pos"])
+            corpus.setdefault(f"c{_key(text)}", text)
+        pairs |= dict.fromkeys(f"{query}\tc{_key(text)}\t1\n" for text in row["pos"])
     folder = output / "eval" / task
+    _write_lines(output / "validation" / f"{task}.jsonl", rows)
     for name, texts in (("corpus", corpus), ("queries", queries)):
-        ids = ({"_id": f"{name[0]}{i}", "text": text} for i, text in enumerate(texts.values()))
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in ids]
-        write_text(folder / f"{name}.jsonl", "".join(lines))
-    places = [{key: i for i, key in enumerate(texts)} for texts in (queries, corpus)]
-    pairs = [f"q{places[0][query]}\tc{places[1][text]}\t1\n" for query, text in judged]
+        _write_lines(folder / f"{name}.jsonl", ({"_id": i, "text": texts[i]} for i in texts))
     write_text(folder / "qrels" / "test.tsv", "".join(["query-id\tcorpus-id\tscore\n", *pairs]))
 
 
-def _read_table(path: Path) -> tuple[list[str], Callable[[Sequence[str]], Rows]]:
-    """The columns and the rows of a CSV or TSV file."""
-    _, names = next(read_table(path), (0, list[str]()))
-
-    def rows(_: Sequence[str]) -> Rows:
-        for line, cells in islice(read_table(path), 1, None):
-            wrong = f"expected {count(len(names), 'cell')}, found {len(cells)}"
-            row = dict(zip(names, cells, strict=False))
-            yield f"{path}:{line}", row if len(cells) == len(names) else wrong
-
-    return names, rows
+def _write_lines(path: Path, rows: Iterable[Object]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _read_lines(path: Path) -> tuple[list[str], Callable[[Sequence[str]], Rows]]:
-    """The keys and the objects of a JSONL file, or of a file with one JSON array."""
+# Readers of a kind of file: first a row with all its columns, then its rows, with those needed.
+
+
+def _read_table(path: Path, _: Sequence[str]) -> Rows:
+    """A CSV or TSV file."""
+    rows = read_table(path)
+    names = next(rows, (0, list[str]()))[1]
+    yield "", dict.fromkeys(names)
+    for line, cells in rows:
+        wrong = f"expected {count(len(names), 'cell')}, found {len(cells)}"
+        row = dict(zip(names, cells, strict=False))
+        yield f"{path}:{line}", row if len(cells) == len(names) else wrong
+
+
+def _read_lines(path: Path, _: Sequence[str]) -> Rows:
+    """A JSONL file, or a file with one JSON array; the keys of its first rows are its columns."""
     with open_bytes(path) as file:
         is_array = file.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-    array = read_json(path) if is_array else []
-
-    def rows(_: Sequence[str]) -> Rows:
-        for number, row in enumerate(array, start=1):
-            found = row if isinstance(row, dict) else f"expected an object, found {row!r:.40}"
-            yield f"{path}, row {number}", found
-        if not is_array:
-            yield from ((f"{path}:{number}", row) for number, row in read_jsonl(path))
-
-    first = [row for _, row in islice(rows(()), _BATCH) if isinstance(row, dict)]
-    return [*dict.fromkeys(chain.from_iterable(first))], rows
+    numbered = enumerate(read_json(path), 1) if is_array else read_jsonl(path)
+    rows = ((f"{path}, row {n}" if is_array else f"{path}:{n}", row) for n, row in numbered)
+    first = [*islice(rows, _BATCH)]
+    yield "", dict.fromkeys(key for _, row in first if isinstance(row, dict) for key in row)
+    for where, row in chain(first, rows):
+        yield where, row if isinstance(row, dict) else f"expected an object, found {describe(row)}"
 
 
-def _read_parquet(path: Path) -> tuple[list[str], Callable[[Sequence[str]], Rows]]:
-    """The columns of a Parquet file, and its rows with those that are used, counted from 1."""
+def _read_parquet(path: Path, columns: Sequence[str]) -> Rows:
+    """A Parquet file; its rows are counted from 1."""
     try:
         from pyarrow.parquet import ParquetFile  # pyright: ignore -- it has no types
-
-        # Without pre_buffer, which keeps everything it has read until the end of the file.
-        file: Any = ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False)
     except ModuleNotFoundError as error:
         raise ValueError(
             'converting Parquet needs pyarrow: pip install "kalm-min[data]"'
         ) from error
+    expected = "a Parquet file"
+    try:
+        # Without pre_buffer, which keeps everything it has read until the end of the file.
+        file: Any = ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False)
+        yield "", dict.fromkeys(file.schema_arrow.names)
+        expected = "a complete Parquet file"
+        batches = file.iter_batches(_BATCH, columns=columns, use_threads=False)
+        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
     except (OSError, ValueError) as error:  # pyarrow's errors are of these classes
         found = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: expected a Parquet file, found: {found}") from error
-
-    def rows(columns: Sequence[str]) -> Rows:
-        number = 0
-        try:
-            for batch in file.iter_batches(_BATCH, columns=columns, use_threads=False):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", row
-        except (OSError, ValueError) as error:
-            found = str(error).partition("\n")[0]
-            raise ValueError(f"{path}: expected a complete Parquet file, found: {found}") from error
-
-    return file.schema_arrow.names, rows
+        raise ValueError(f"{path}: expected {expected}, found: {found}") from error
 
 
 _READERS = {
+    ".parquet": _read_parquet,
     ".csv": _read_table,
     ".tsv": _read_table,
-    ".parquet": _read_parquet,
     ".json": _read_lines,
     ".jsonl": _read_lines,
 }
 
+
+def _rows(path: Path, columns: Sequence[str]) -> Rows:
+    return islice(_READERS[_kind(path)](path, columns), 1, None)
+
+
+main = partial(
+    run,
+    ConvertConfig,
+    convert,
+    program="kalm_min.convert",
+    positional="input",
+    resumable=True,
+)
 
 if __name__ == "__main__":
     program.start("convert")
