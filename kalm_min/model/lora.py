@@ -1,14 +1,11 @@
 """LoRA: low-rank updates on chosen projections of a frozen decoder (Hu et al. 2021).
 
-I, O  input and output size of a projection    R  rank
-
     y = x W^T + b + (alpha / R) * (x A^T) B^T        W (O, I) frozen, A (R, I) and B (O, R) trained
 
 The base keeps its parameter names and adapters get PEFT's, so a state dict is a model file plus an
-adapter file. There is no dropout: gradient caching repeats forward passes, which must agree. A
-dropout rate in a file is ignored, since it only affects training. Files of PEFT may give single
-projections other ranks and alphas (patterns) or scale by alpha / sqrt(R) (rsLoRA). Files with DoRA,
-trained biases, other saved modules and the like are refused.
+adapter file. There is no dropout, since gradient caching repeats forward passes, which must agree;
+a dropout rate in a file is ignored. Files of PEFT may give projections other ranks and alphas or
+scale by alpha / sqrt(R) (rsLoRA); DoRA, trained biases, saved modules and the like are refused.
 """
 
 import re
@@ -23,7 +20,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from kalm_min.files import write_json
+from kalm_min.files import Object, write_json
 from kalm_min.model.folder import load_tensors, save_tensors
 from kalm_min.model.qwen2 import Linear, Qwen2
 from kalm_min.options import LoRAConfig
@@ -188,6 +185,13 @@ def load_adapter(model: nn.Module, folder: Path) -> Adapter:
         start = "model." if all(key.startswith(causal) for key in file.keys()) else ""  # noqa: SIM118
     rank, alpha, power = raw["r"], raw["lora_alpha"], 0.5 if raw.get("use_rslora") else 1.0
     names: list[str] | str = raw["target_modules"]
+
+    def stated(key: str, layer: str, default: float) -> float:
+        """The value of the first pattern that a name is, or ends in: PEFT's rule."""
+        table: Object = raw.get(key, {})
+        fitting = (x for end, x in table.items() if re.match(rf"(.*\.)?({end})$", start + layer))
+        return next(fitting, default)
+
     try:
         if isinstance(names, str):
             found = [name for name, _ in model.named_modules() if re.fullmatch(names, start + name)]
@@ -195,27 +199,17 @@ def load_adapter(model: nn.Module, folder: Path) -> Adapter:
         names = [name.removeprefix(start) for name in names]
         common = float(alpha * rank ** (1 - power))
         config = LoRAConfig(rank=rank, alpha=common, target_modules=tuple(names))
-        layers = _targets(model, config)
-        ranks, alphas = (
-            {layer: _by_pattern(raw.get(key, {}), start + layer, default) for layer in layers}
-            for key, default in (("rank_pattern", rank), ("alpha_pattern", alpha))
-        )
+        ranks = {x: int(stated("rank_pattern", x, rank)) for x in _targets(model, config)}
+        alphas = {x: stated("alpha_pattern", x, alpha) for x in ranks}
     except (ValueError, re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from error
-    _attach(model, config, {layer: int(number) for layer, number in ranks.items()})
+    _attach(model, config, ranks)
     wanted = {name: x for name, x in model.state_dict().items() if name.endswith((_A, _B))}
     state = load_tensors(folder, [_WEIGHTS], wanted)
-    for layer in layers:
-        if (ranks[layer], alphas[layer]) != (rank, alpha):
-            scale = alphas[layer] / ranks[layer] ** power
-            state[layer + _B] = state[layer + _B].float() * (scale * rank / common)
+    for layer, own in ranks.items():
+        if (scale := alphas[layer] / own**power / (alpha / rank**power)) != 1:
+            state[layer + _B] = state[layer + _B].float() * scale
     device = next(model.parameters()).device
     state = {name: tensor.to(device) for name, tensor in state.items()}
     model.load_state_dict(state, strict=False, assign=True)
     return Adapter(config, raw["base_model_name_or_path"])
-
-
-def _by_pattern(table: Mapping[str, float], name: str, default: float) -> float:
-    """The value of the first pattern that the name of a projection is, or ends in (PEFT's rule)."""
-    matching = (value for key, value in table.items() if re.match(rf"(.*\.)?({key})$", name))
-    return next(matching, default)
