@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from kalm_min.console import printable
 from kalm_min.files import did_you_mean, flatten, read_toml
 from kalm_min.program import begin
+from kalm_min.settings import SHORT_NAMES
 
 Config = TypeVar("Config")
 _List = list[object]
@@ -270,8 +271,8 @@ class _Option:
 
     def _read_one(self, value: object) -> object:
         word = str(value)  # TOML's true is not an integer, though Python's True is
-        if word.lower() in self.constants:
-            return self.constants[word.lower()]
+        if (constant := SHORT_NAMES.get(word.lower(), word.lower())) in self.constants:
+            return self.constants[constant]
         is_text = self.kind in (str, Path)
         if self.kind not in _NAMES or (is_text and not isinstance(value, str)):
             raise ValueError

@@ -29,6 +29,7 @@ from kalm_min.model.lora import Adapter, load_adapter, merge, merged_state, save
 from kalm_min.sampling import token_budget_batches
 from kalm_min.settings import (
     KALM_TEMPLATE,
+    SHORT_NAMES,
     Opened,
     Pooling,
     Precision,
@@ -49,7 +50,6 @@ _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32_768}
 # that, attention, which must mask instead of skip, costs more than sharing saves.
 _WORTH_SHARING = 8
 
-_SHORT_NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 # Words of sentence-transformers and FlagEmbedding that `encode` refuses, and what to do instead.
 _INSTEAD = dict.fromkeys(("device", "max_length"), "give it to from_pretrained") | {
     "convert_to_numpy": "convert_to_tensor=True gives one tensor of all vectors",
@@ -421,7 +421,7 @@ def pick_device(name: torch.device | str | None = None) -> torch.device:
 
 def pick_dtype(name: torch.dtype | str) -> torch.dtype:
     """The dtype of a name, such as "float32" or "bf16". Raises ValueError for any other word."""
-    kind = getattr(torch, _SHORT_NAMES.get(name, name), None) if isinstance(name, str) else name
+    kind = getattr(torch, SHORT_NAMES.get(name, name), None) if isinstance(name, str) else name
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point or kind.itemsize == 1:
         expected = "a name like float32, bfloat16 or float16"
         raise ValueError(f"dtype: expected {expected}, found {str(name)!r}")

@@ -27,6 +27,7 @@ Pooling = Literal["mean", "lasttoken"]
 """sentence-transformers' names."""
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
+SHORT_NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}  # of dtypes
 
 KALM_TEMPLATE = "Instruct: {instruction} \n Query: "
 """A space before and after the newline, as in the official code and mteb (V1 section 1.6)."""

@@ -92,6 +92,7 @@ def test_dashes_and_underscores(flag):
         (["--dtype", "none"], "dtype", None),
         (["--dtype", "None"], "dtype", None),
         (["--dtype", "bfloat16"], "dtype", "bfloat16"),
+        (["--dtype", "bf16"], "dtype", "bfloat16"),  # the short name of the same choice
         (["--level", "2"], "level", 2),
         (["--seed", "-3"], "seed", -3),
         (["--title", "two words"], "title", "two words"),
