@@ -33,15 +33,15 @@ def mine(config: MiningConfig) -> int:
     device = pick_device(config.device or distributed.local_device(environment))
     distributed.start(environment, device)
     try:
-        miner = Miner(config, device, sys.stderr)
+        miner, output = Miner(config, device, sys.stderr), sys.stdout
         if config.dry_run:
-            output, text = sys.stdout, miner.plan()
+            text = miner.plan()
         else:
             with distributed.locked(config.output):
                 total, remarks = miner.run()
+            output, lines = sys.stderr, [f"look at {printable(remark)}" for remark in remarks]
             sums = f"{report.sentence(total)}; {total['negatives']:,} negatives"
-            lines = [*(f"look at {printable(remark)}" for remark in remarks), sums]
-            output, text = sys.stderr, "\n".join(lines) + f"; report: {config.output}/README.md"
+            text = "\n".join([*lines, f"{sums}; report: {config.output}/README.md"])
         if distributed.rank() == 0:
             output.write(text + "\n")
         return 0

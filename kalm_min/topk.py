@@ -165,14 +165,14 @@ def _join(best: _Pairs, scores: Tensor, start: int) -> _Pairs:
         at = torch.from_numpy(rows), torch.from_numpy(slots)
         ids[at] = torch.from_numpy(columns)
         new[at] = scores[at[0], ids[at]]
-    return _keep(best, (ids + start, new), size)
+    return _best([best, (ids + start, new)], size)
 
 
-def _keep(best: _Pairs, new: _Pairs, size: int) -> _Pairs:
-    """The `size` highest of two sets of ids and scores, each (q, any number)."""
-    ids, scores = torch.cat([best[0], new[0]], 1), torch.cat([best[1], new[1]], 1)
-    scores, order = scores.topk(min(size, scores.shape[1]))
-    return ids.gather(1, order), scores
+def _best(pairs: Sequence[_Pairs], k: int) -> _Pairs:
+    """The k highest of sets of ids and scores, each (q, any number); ties in the order given."""
+    ids, scores = (torch.cat(one, 1) for one in zip(*pairs, strict=True))
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    return ids.gather(1, order)[:, :k], scores[:, :k]
 
 
 def _shortlist_of_faiss(queries: Tensor, documents: Rows, span: Span, size: int) -> _Pairs:
@@ -185,13 +185,13 @@ def _shortlist_of_faiss(queries: Tensor, documents: Rows, span: Span, size: int)
     for start, block in _blocks(documents, span, max(size, _INDEXED)):
         left, k = queries.cpu().numpy(), min(size, len(block))
         new, ids = knn(left, block.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
-        best = _keep(best, (torch.from_numpy(ids) + start, torch.from_numpy(new)), size)
+        best = _best([best, (torch.from_numpy(ids) + start, torch.from_numpy(new))], size)
     return best[0].to(queries.device), best[1].to(queries.device)
 
 
 def _rescore(queries: Tensor, documents: Rows, ids: Tensor, is_candidate: Tensor, k: int) -> _Pairs:
     """(q, k) ids and exact scores of the nearest of (q, S) candidates; -inf if there are fewer."""
-    ids, order = ids.sort(1)  # so that a stable sort by score leaves ties in the order of ids
+    ids, order = ids.sort(1)  # so that ties stay in the order of ids
     rows, columns = is_candidate.gather(1, order).nonzero(as_tuple=True)  # (P,) pairs
     wanted, order = ids[rows, columns].sort()  # so that documents are read in order
     rows, columns = rows[order], columns[order]
@@ -203,21 +203,18 @@ def _rescore(queries: Tensor, documents: Rows, ids: Tensor, is_candidate: Tensor
         unique, index = wanted[part].unique_consecutive(return_inverse=True)
         vectors = torch.from_numpy(documents[unique.cpu().numpy()]).to(queries.device)
         scores[rows[part], columns[part]] = (exact[rows[part]] * vectors[index]).sum(1)
-    scores, order = scores.sort(dim=1, descending=True, stable=True)
-    return ids.gather(1, order)[:, :k], scores[:, :k]
+    return _best([(ids, scores)], k)
 
 
 def _exhaustive(queries: Tensor, documents: Rows, k: int, span: Span) -> _Pairs:
     """(q, k) ids and scores, with every document scored in float64."""
     ids = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-    scores = ids.double()
+    best = ids, ids.double()
     for start, block in _blocks(documents, span, _DOCUMENTS["cpu"]):
-        new = queries.double() @ block.to(queries.device).double().T  # (q, n)
-        new_ids = torch.arange(start, start + len(block), device=ids.device).expand(new.shape)
-        ids, scores = torch.cat([ids, new_ids], 1), torch.cat([scores, new], 1)
-        scores, order = scores.sort(dim=1, descending=True, stable=True)  # ties stay in id order
-        ids, scores = ids.gather(1, order)[:, :k], scores[:, :k]
-    return ids, scores
+        scores = queries.double() @ block.to(queries.device).double().T  # (q, n)
+        ids = torch.arange(start, start + len(block), device=ids.device).expand(scores.shape)
+        best = _best([best, (ids, scores)], k)
+    return best
 
 
 def approximate_index(documents: Rows, factory: str, span: Span | None = None) -> Any:

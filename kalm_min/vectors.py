@@ -13,7 +13,7 @@ import io
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -60,10 +60,10 @@ class TextSet:
 
     def take(self, numbers: Ints) -> "TextSet":
         """Some of the texts, in the order given."""
-        return TextSet(
+        return replace(
+            self,
             hashes=self.hashes[numbers],
             sizes=self.sizes[numbers],
-            prompts=self.prompts,
             prompt_ids=self.prompt_ids[numbers],
             read=lambda start, stop: [self.read(n, n + 1)[0] for n in numbers[start:stop].tolist()],
         )
@@ -178,15 +178,16 @@ class StoredRows:
     def write(self, number: int, rows: NDArray[Any], *, needs_disk: bool = True) -> None:
         """Write a file. A full disk raises OSError; without needs_disk, rows stay in memory then."""
         self._in_memory[number] = rows
-        if self.folder is not None:
-            path = self.folder / self.names[number]
-            try:
-                write_array(path, rows)
-                del self._in_memory[number]
-            except OSError as error:
-                if needs_disk:
-                    raise
-                sys.stderr.write(f"{path} was not kept: {error}\n")
+        if self.folder is None:
+            return
+        path = self.folder / self.names[number]
+        try:
+            write_array(path, rows)
+            del self._in_memory[number]
+        except OSError as error:
+            if needs_disk:
+                raise
+            sys.stderr.write(f"{path} was not kept: {error}\n")
 
     def __getitem__(self, key: slice | Ints) -> NDArray[Any]:
         """The rows of a slice without a step, or those in an array of numbers in any order."""

@@ -45,6 +45,7 @@ _NEIGHBOUR = np.dtype([("id", np.int64), ("score", np.float32)])
 _ROWS = 8192  # whose negatives are read at a time
 
 T = TypeVar("T")
+_Opener = Callable[[int], list[StoredVectors]]  # from the number of a task
 # Scores, where they belong, and both sides of each pair: vectors, and numbers of their rows.
 _Scored = tuple[Scores, Bools, tuple[StoredVectors, Ints], tuple[StoredVectors, Ints]]
 
@@ -100,7 +101,7 @@ class Miner:
     def run(self) -> tuple[dict[str, int], list[str]]:
         """Mine every unfinished task; return totals over all rows, and remarks."""
         config, everything = self.config, range(len(self.names))
-        self._each(self._read, everything, "read", "tasks")
+        self._each("read tasks", everything, self._read)
         if config.scorer is not None:  # first, so that only one model is in memory at a time
             self._open_model(config.scorer, "scorer")
         embedder = self._open_model(config.model, "model")
@@ -112,7 +113,7 @@ class Miner:
         todo = [number for number in unfinished if not self.data.settings[number].label_based]
         finished = len(everything) - len(unfinished)
         self.stream.write(f"{finished} of {len(everything)} tasks are finished\n")
-        self._encode(todo, embedder, "encode", lambda number: self._task(number).vectors)
+        self._encode("encode", todo, embedder, lambda number: self._task(number).vectors)
         self._search(todo)
         del embedder
         if config.scorer is not None:
@@ -121,8 +122,8 @@ class Miner:
             def to_score(number: int) -> list[StoredVectors]:
                 return [one for _, _, *sides in self._to_score(number) for one, _ in sides]
 
-            self._encode(todo, embedder, "score", to_score)
-        self._each(self._write, unfinished, "write", "tasks")
+            self._encode("score", todo, embedder, to_score)
+        self._each("write tasks", unfinished, self._write)
         summaries = [read_json(self._path("tasks", n, "json"))["summary"] for n in everything]
         tasks = dict(zip(self.data.task_names, summaries, strict=True))
         if self.rank == 0:
@@ -191,28 +192,22 @@ class Miner:
         self.manifests[name] = manifest
         return embedder
 
-    def _encode(
-        self,
-        todo: Iterable[int],
-        embedder: Embedder,
-        title: str,
-        vectors_of: Callable[[int], list[StoredVectors]],
-    ) -> None:
+    def _encode(self, title: str, todo: list[int], embedder: Embedder, opener: _Opener) -> None:
         """Encode the missing shards, which are shared among the processes."""
         wanted: dict[str, tuple[int, int, int]] = {}
         for number in todo:
-            for part, stored in enumerate(vectors_of(number)):
+            for part, stored in enumerate(opener(number)):
                 for shard in stored.missing():
                     wanted.setdefault(stored.names[shard], (number, part, shard))
         distributed.barrier()  # no process encodes before all have looked
-        opened = lru_cache(maxsize=1)(vectors_of)
+        opened = lru_cache(maxsize=1)(opener)
 
         def encode(shard: tuple[int, int, int]) -> None:
             opened(shard[0])[shard[1]].encode(shard[2], embedder)
 
-        self._each(encode, wanted.values(), title, "shards")
+        self._each(f"{title} shards", wanted.values(), encode)
 
-    def _search(self, todo: Iterable[int]) -> None:
+    def _search(self, todo: list[int]) -> None:
         """Find the neighbours of queries without stored ones; each process searches its span."""
         work = {number: self._task(number).stored.missing() for number in todo}
         distributed.barrier()
@@ -227,12 +222,11 @@ class Miner:
                 if self.config.index is not None:
                     with suppress(ValueError):  # too few texts to train it: an exact search
                         index = topk.approximate_index(corpus, self.config.index, span)
-                find = partial(
-                    top_k, documents=corpus, k=task.depth, device=self.device,
-                    backend=self.config.search, span=span, index=index,
-                )  # fmt: skip
                 for block in work[number]:
-                    part = find(queries[slice(*task.stored.cuts[block : block + 2])])
+                    part = top_k(
+                        queries[slice(*task.stored.cuts[block : block + 2])], corpus, task.depth,
+                        device=self.device, backend=self.config.search, span=span, index=index,
+                    )  # fmt: skip
                     found = topk.merge(distributed.gather_objects(part), task.depth)
                     if self.rank == 0:
                         task.stored.write(block, as_pairs(found))
@@ -352,9 +346,8 @@ class Miner:
         try:
             record = read_json(self._path("tasks", number, "json"))
             return record["seal"] == self._seal(number, record["summary"])
-        # Absent or damaged: the task is mined again.
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            return False
+            return False  # absent or damaged
 
     def _seal(self, number: int, summary: report.Summary) -> str:
         """A digest of a task's summary and files, and of everything on which they depend."""
@@ -375,11 +368,9 @@ class Miner:
     def _path(self, folder: str, number: int, suffix: str) -> Path:
         return self.work / folder / f"{self.names[number]}.{suffix}"
 
-    def _each(
-        self, action: Callable[[T], object], items: Iterable[T], title: str, unit: str
-    ) -> None:
+    def _each(self, what: str, items: Iterable[T], action: Callable[[T], object]) -> None:
         """Do this process's share of some work, and wait for the others; an error ends all."""
-        share, error = list(items)[self.rank :: self.world], None
+        share, error, (title, unit) = list(items)[self.rank :: self.world], None, what.split()
         with Progress(len(share), unit, self.stream, title=title) as progress:
             try:
                 for item in share:

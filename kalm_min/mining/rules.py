@@ -211,9 +211,9 @@ def select(
         choice = choose(scores, is_unlabelled, is_listed, best, keys, rules, is_own)
         is_below = best < np.where(is_listed, scores, np.inf).min(1, initial=np.inf)
         rank = np.where(is_below, -1, choice.ahead + 1)
-        chosen = _at(ids, choice.columns, -1), _at(scores, choice.columns, np.nan)
-        first = np.where(is_unlabelled.any(1), is_unlabelled.argmax(1), -1)[:, None]
-        top = _at(ids, first, -1)[:, 0], _at(scores, first, np.nan)[:, 0]
+        chosen = _at(listed, choice.columns)
+        first = np.where(is_unlabelled.any(1), is_unlabelled.argmax(1), -1)
+        top = map(np.ravel, _at(listed, first[:, None]))
         parts.append((*choice[:2], rank, best, *chosen, own_scores, is_kept, *top))
         histogram += score_histogram(scores[is_unlabelled])
     return Selection(*map(np.concatenate, zip(*parts, strict=True)), histogram=histogram)
@@ -229,10 +229,11 @@ def pair_scores(queries: Rows, numbers: Ints, documents: Rows, answers: Ints) ->
     return scores
 
 
-def _at(values: NDArray[Any], columns: Ints, none: float) -> NDArray[Any]:
-    """values[row, columns[row]], `none` where the column is -1."""
-    taken = np.take_along_axis(values, np.maximum(columns, 0), 1)
-    return np.where(columns >= 0, taken, np.asarray(none, values.dtype))
+def _at(listed: NDArray[np.void], columns: Ints) -> tuple[Ints, Scores]:
+    """The ids and scores in the columns of each row; -1 and NaN where the column is -1."""
+    taken = np.take_along_axis(listed, np.maximum(columns, 0), 1)
+    is_none = columns < 0
+    return np.where(is_none, -1, taken["id"]), np.where(is_none, np.float32("nan"), taken["score"])
 
 
 def score_histogram(scores: Scores) -> Ints:

@@ -286,7 +286,7 @@ def test_wrong_requests(toy, mined, tiny_model_dir, make_model, tmp_path, capsys
     assert run(tmp_path / "other", toy, mined, *RULES) == 2
     assert "checkpoint" in capsys.readouterr().err
     assert run(tiny_model_dir, toy, toy, *RULES) == 2
-    assert "another place" in capsys.readouterr().err
+    assert "expected another" in capsys.readouterr().err
     write(tmp_path / "full", somebody=[{"query": "a", "pos": ["b"]}])
     assert run(tiny_model_dir, toy, tmp_path / "full", *RULES) == 2
     assert "somebody.jsonl" in capsys.readouterr().err
