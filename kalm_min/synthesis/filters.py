@@ -39,11 +39,12 @@ def words(text: str) -> Sequence[str]:
     return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
 
 
-def runs(text: str, length: int = RUN) -> set[str]:
+@lru_cache(256)
+def runs(text: str, length: int = RUN) -> frozenset[str]:
     """All runs of so many words, in spaces; the whole text if it is shorter."""
     found = words(text)
     starts = range(max(1, len(found) - length + 1)) if found else ()
-    return {f" {' '.join(found[i : i + length])} " for i in starts}
+    return frozenset(f" {' '.join(found[i : i + length])} " for i in starts)
 
 
 def parse(answer: Object, keys: Iterable[str]) -> tuple[Texts, str]:

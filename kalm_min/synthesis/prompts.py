@@ -17,24 +17,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kalm_min import files
 from kalm_min.data.index import JsonlFile
-from kalm_min.files import (
-    Object,
-    did_you_mean,
-    digest,
-    hash_files,
-    read_jsonl,
-    read_lines,
-    read_text,
-    read_toml,
-    text_hash,
-)
+from kalm_min.files import Object
 from kalm_min.options import SynthesisConfig
-from kalm_min.schema import Field, is_string, is_text, problem_with
+from kalm_min.schema import Field, is_string, is_text, problem_with, read_rows
 from kalm_min.synthesis.filters import RUN, runs, words
 
 FOLDER = Path(__file__).parent
-_FIELDS = {"persona", "instruction", "language", "target"}
 _OFFERED, _POOL = 4, 200  # personas offered with a passage: the nearest of so many drawn
 _SHOWN = 6000  # characters of a passage, or of another text, that the model sees
 _FIELD = re.compile(r"\{(\w+)\}")
@@ -65,16 +55,6 @@ class Prompt:
         keys = {"required": [*properties], "additionalProperties": False}
         return {"type": "object", "properties": properties} | keys
 
-    def messages(self, values: Mapping[str, str], rng: random.Random) -> list[dict[str, str]]:
-        """The messages of a request: slots are drawn; in one pass, so values are plain text."""
-        known = {**values}
-        known |= {key: rng.choices([*one], [*one.values()])[0] for key, one in self.slots.items()}
-        return [
-            {"role": role, "content": _FIELD.sub(lambda match: known[match[1]], text)}
-            for role, text in (("system", self.system), ("user", self.text))
-            if text
-        ]
-
 
 class Sample(NamedTuple):
     """What is drawn for an index, except for the slots of its prompt."""
@@ -98,33 +78,33 @@ class Plan:
 
     def __init__(self, config: SynthesisConfig) -> None:
         self.config, self.total = config, config.examples + config.hold_out
-        self.known: dict[str, list[str]] = read_toml(FOLDER / "languages.toml")
+        self.repeats = config.instructions_per_persona * config.samples_per_instruction
+        self.known: dict[str, list[str]] = files.read_toml(FOLDER / "languages.toml")
         self.languages = _chosen("--languages", config.languages, self.known)
         folders = [FOLDER / "prompts", *filter(None, [config.prompts])]
-        files = {path.stem: path for folder in folders for path in sorted(folder.glob("*.txt"))}
-        types = [name for name in files if not name.endswith(".instructions")]
+        paths = {path.stem: path for folder in folders for path in sorted(folder.glob("*.txt"))}
+        types = [name for name in paths if not name.endswith(".instructions")]
         tasks = _chosen("--tasks", ["passage"] if config.passages else config.tasks, types)
         self.prompts: dict[str, Prompt] = {}
         for task in tasks:
-            if (first := f"{task}.instructions") in files:
-                self.prompts[first] = _read_prompt(
-                    files[first], {"persona", "number"}, ["instructions"]
-                )
-            fields = _FIELDS - {"persona" if first in files else "instruction"}
-            keys = ["query", "positive"]
+            own, keys = ("persona",), ["query", "positive"]
             if config.passages:
-                fields, keys = {"language", "target", "passage", "personas"}, ["query"]
-            self.prompts[task] = _read_prompt(files[task], fields, keys)
+                own, keys = ("passage", "personas"), ["query"]
+            elif (first := f"{task}.instructions") in paths:
+                fields = {"persona", "number"}
+                self.prompts[first] = _read_prompt(paths[first], fields, ["instructions"])
+                own = ("instruction",)
+            self.prompts[task] = _read_prompt(paths[task], {"language", "target", *own}, keys)
         if len(self.languages) < 2 and any("{target}" in p.text for p in self.prompts.values()):
             raise ValueError("--languages: expected two or more for bitext in --tasks, found one")
         self.pairs = [(task, code) for task in tasks for code in self.languages]
         self.personas = _read_personas(config.personas or FOLDER / "personas.txt")
-        self.sources = {"personas": digest(*self.personas)}
-        self.sources |= {name: hash_files([("", files[name])]) for name in self.prompts}
+        self.sources = {name: files.hash_files([("", paths[name])]) for name in self.prompts}
+        self.sources["personas"] = files.digest(*self.personas)
         if config.passages:
             self._file = JsonlFile(config.passages)
             self._order = self._distinct()
-            self.sources["passages"] = hash_files([("", config.passages)])
+            self.sources["passages"] = files.hash_files([("", config.passages)])
 
     def passage(self, number: int) -> str:
         """The title and the text of a passage, as training sees them."""
@@ -136,7 +116,7 @@ class Plan:
     def _distinct(self) -> list[int]:
         """The numbers of passages of different words, in a random order; held-out ones first."""
         texts = map(self.passage, range(len(self._file)))
-        hashes = np.fromiter((text_hash(" ".join(words(text))) for text in texts), np.int64)
+        hashes = np.fromiter((files.text_hash(" ".join(words(text))) for text in texts), np.int64)
         first = np.sort(np.unique(hashes, return_index=True)[1])
         if len(first) <= self.config.hold_out:
             expected = f"expected more than {self.config.hold_out} different passages"
@@ -158,7 +138,7 @@ class Plan:
         else:
             number = row
             if f"{task}.instructions" in self.prompts:
-                number //= config.instructions_per_persona * config.samples_per_instruction
+                number //= self.repeats
                 first = f"{task}/{code}/{number}"
             epoch, number = divmod(number, len(self.personas))
             personas = [int(_order(len(self.personas), config.seed, pair, epoch)[number])]
@@ -173,13 +153,20 @@ class Plan:
     def body(self, prompt: Prompt, values: Mapping[str, str], label: str, attempt: int) -> Object:
         """A request. Slots depend on seed and label, the request's own seed also on the attempt."""
         seed = f"{self.config.seed}/{label}"
-        values = {key: text[:_SHOWN] for key, text in values.items()}
+        known, rng = {key: text[:_SHOWN] for key, text in values.items()}, random.Random(seed)
+        for key, one in prompt.slots.items():
+            known[key] = rng.choices([*one], [*one.values()])[0]
+        messages = [  # fields are filled in one pass, so values are plain text
+            {"role": role, "content": _FIELD.sub(lambda match: known[match[1]], text)}
+            for role, text in (("system", prompt.system), ("user", prompt.text))
+            if text
+        ]
         return {
             "model": self.config.model,
-            "messages": prompt.messages(values, random.Random(seed)),
+            "messages": messages,
             "temperature": self.config.temperature,
             "max_tokens": self.config.max_tokens,
-            "seed": text_hash(f"{seed}/{attempt}") & (2**31 - 1),
+            "seed": files.text_hash(f"{seed}/{attempt}") & (2**31 - 1),
         }
 
     def _offered(self, text: str, rng: random.Random) -> list[int]:
@@ -201,14 +188,14 @@ def _chosen(flag: str, names: Iterable[str], known: Iterable[str]) -> list[str]:
     known = sorted(known)
     for name in names:
         if name not in known:
-            near = did_you_mean(name, known) or f"; there are {', '.join(known)}"
+            near = files.did_you_mean(name, known) or f"; there are {', '.join(known)}"
             raise ValueError(f"{flag}: expected known names, found {name!r}{near}")
     return [*dict.fromkeys(names)]
 
 
 def _read_prompt(path: Path, fields: set[str], keys: Iterable[str]) -> Prompt:
     """Read a prompt file with these keys. Raises ValueError if it cannot be used."""
-    head, line, text = read_text(path).replace("\r\n", "\n").partition("\n---\n")
+    head, line, text = files.read_text(path).replace("\r\n", "\n").partition("\n---\n")
     try:
         table = tomllib.loads(head)
         secrets = {run for run in runs(text, 8) if len(run.split()) == 8}
@@ -220,7 +207,8 @@ def _read_prompt(path: Path, fields: set[str], keys: Iterable[str]) -> Prompt:
         for name, shares in prompt.slots.items():
             if abs(sum(shares.values()) - 1) > 1e-6:
                 raise ValueError(f"probabilities of {name} that do not sum to 1")
-        if unknown := {*_FIELD.findall(prompt.system + text)} - fields - {*prompt.slots}:
+        used = {*_FIELD.findall(prompt.system + text)}
+        if unknown := used - fields - {*prompt.slots}:
             raise ValueError(f"the unknown field {min(unknown)} in the text")
         if missing := {*keys} - {*prompt.lengths}:
             raise ValueError(f"no lengths of {min(missing)}")
@@ -232,16 +220,12 @@ def _read_prompt(path: Path, fields: set[str], keys: Iterable[str]) -> Prompt:
 
 def _read_personas(path: Path) -> list[str]:
     """The personas of a JSONL file (Persona Hub's layout) or of a text file, one per line."""
-    if ".jsonl" not in path.suffixes:
-        rows = [(number, {"persona": line}) for number, line in enumerate(read_lines(path), 1)]
-        rows = [row for row in rows if row[1]["persona"].strip()]
+    problems: list[str] = []
+    if ".jsonl" in path.suffixes:
+        personas = [row["persona"] for _, row in read_rows(path, _PERSONA, problems)]
     else:
-        rows = read_jsonl(path)
-    personas: list[str] = []
-    for number, row in rows:
-        if problem := problem_with(row, _PERSONA, extra=True):
-            raise ValueError(f"{path}:{number}: {problem}")
-        personas.append(row["persona"].strip())
-    if not personas:
-        raise ValueError(f"{path}: expected at least one persona, found none")
+        personas = files.read_lines(path)
+    if not (personas := [one.strip() for one in personas if one.strip()]) or problems:
+        found = f"{path}: expected at least one persona, found none"
+        raise ValueError(problems[0] if problems else found)
     return personas

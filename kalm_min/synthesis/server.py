@@ -9,7 +9,7 @@ import asyncio
 import errno
 import json
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
 
 from kalm_min.files import Object
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MODES = ("json_schema", "json_object", "text")  # how to ask for JSON, the strictest first
 _FAILURES = 4  # requests in a row without an answer that end a run
 _LIMIT = 1 << 22  # bytes of an answer
-_CONNECTIONS = 8  # per client
+_CONNECTIONS = 8  # per client: the transport looks at all its connections for each request
 _PROBE: Object = {"type": "object", "properties": {"colour": {"enum": ["ultramarine"]}}}
 _PROBE |= {"required": ["colour"], "additionalProperties": False}
 
@@ -34,10 +34,10 @@ def response_format(mode: str, schema: Object) -> Object:
     return {"response_format": {"type": mode} | (named if mode == "json_schema" else {})}
 
 
-def read_completion(data: bytes | Object | None) -> Object:
+def read_completion(data: bytes | bytearray | Object | None) -> Object:
     """The raw answer in a chat completion; an error if it is none."""
     try:
-        found = json.loads(data) if isinstance(data, bytes) else data or {}
+        found = json.loads(data) if isinstance(data, bytes | bytearray) else data or {}
         choice, usage = found["choices"][0], found.get("usage") or {}
         content, finish = choice["message"].get("content"), choice.get("finish_reason")
         tokens = [int(usage.get(f"{kind}_tokens") or 0) for kind in ("prompt", "completion")]
@@ -53,20 +53,17 @@ class Server:
         try:
             import openai
         except ModuleNotFoundError as error:
-            wanted = (
-                'expected openai to ask a server, found none: pip install "kalm-min[synthesis]"'
-            )
+            wanted = 'asking a server needs openai: pip install "kalm-min[synthesis]"'
             raise ValueError(wanted) from error
-        self._openai, self._config = openai, config
+        self._openai, self._config, self._failures = openai, config, 0
         # Local servers need no key. One with a line end would be shown in an error.
         key = "".join(os.environ.get("OPENAI_API_KEY", "").split()) or "none"
         options = {"timeout": config.timeout, "max_retries": config.retries}
-        # The transport looks at all its connections for each request, so one has few of them.
         self._clients = [
             openai.AsyncOpenAI(api_key=key, base_url=config.server, **options)
             for _ in range(0, config.concurrency, _CONNECTIONS)
         ]
-        self._slots, self._failures = asyncio.Semaphore(config.concurrency), 0
+        self._slots = asyncio.Semaphore(config.concurrency)
 
     async def ask(self, body: Object) -> Object:
         """The raw answer to a request."""
@@ -94,24 +91,21 @@ class Server:
         return MODES[-1]
 
     async def _ask(self, body: Object) -> Object:
-        # The body is given apart, where the client does not look for files to upload in it.
-        given = {"model": body["model"], "messages": [], "extra_body": body}
         self._clients.append(client := self._clients.pop(0))  # in turn
-        create = client.chat.completions.with_streaming_response.create
+        # As chat.completions.with_streaming_response.create, without its walk over the body.
+        headers, data = {"X-Stainless-Raw-Response": "stream"}, bytearray()
+        post = client.post(
+            "/chat/completions", cast_to=object, body=body, options={"headers": headers}
+        )
         try:
-            async with create(**given) as response:
-                return await self._read(response)
+            response = cast("AsyncAPIResponse[object]", await post)
         except self._openai.APIStatusError as error:
             if error.status_code in (401, 403, 404):
                 raise self._end(f"HTTP {error.status_code} ({error.message:.200})") from error
             return {"error": f"HTTP status {error.status_code}"}
         except self._openai.APIConnectionError as error:
             raise self._end(str(error.__cause__ or error)) from error
-
-    async def _read(self, response: "AsyncAPIResponse[object]") -> Object:
-        """Read the body of an answer, which may be torn, slow or endless."""
-        data = bytearray()
-        try:
+        try:  # the body may be torn, slow or endless
             async with asyncio.timeout(self._config.timeout):
                 async for chunk in response.iter_bytes():
                     data += chunk
@@ -119,7 +113,9 @@ class Server:
                         return {"error": "endless answer"}
         except Exception as error:  # of the transport below openai, whichever that is
             return {"error": f"torn answer ({type(error).__name__})"}
-        return read_completion(bytes(data))
+        finally:
+            await response.close()
+        return read_completion(data)
 
     async def close(self) -> None:
         """Close the connections."""
