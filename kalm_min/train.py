@@ -55,7 +55,6 @@ def start(config: TrainConfig) -> int:
     except FloatingPointError as error:  # the same on all processes
         if os.environ.get("LOCAL_RANK", "0") == "0":
             say(f"train.py: {error}")
-        return 1
     except RuntimeError as error:
         if not distributed.is_loss_of_peer(error):
             raise
@@ -63,9 +62,9 @@ def start(config: TrainConfig) -> int:
             f"train.py: rank {distributed.rank()} lost another process of the group "
             f"({str(error).splitlines()[0]}); the same command continues from the last checkpoint"
         )
-        return 1
     finally:
         distributed.stop()
+    return 1
 
 
 def open_data(config: DataConfig) -> tuple[TrainingData, TrainingData | None]:
@@ -83,28 +82,24 @@ def train(config: TrainConfig, device: torch.device) -> int:
     from kalm_min.training.prompts import describe
     from kalm_min.training.trainer import Trainer
 
-    is_main, text = distributed.rank() == 0, to_toml(config)
+    is_main, text, output = distributed.rank() == 0, to_toml(config), config.output
     if (tracker := config.training.log_to) and not find_spec(tracker):
         raise ValueError(
             f"--training.log-to: expected the package {tracker}, found none; pip install {tracker}"
         )
-    resume, damaged = checkpoint.claim(config.output, text)
+    resume, damaged = checkpoint.claim(output, text)
     if len({*distributed.gather_objects(resume)}) > 1:  # no process writes before all have looked
-        raise ValueError(
-            f"{config.output}: expected one folder that all processes share, found other "
-            "checkpoints on some of them"
-        )
+        expected = f"{output}: expected one folder that all processes share"
+        raise ValueError(f"{expected}, found other checkpoints on some of them")
     data, validation = distributed.rank_zero_first(partial(open_data, config.data))
     model = checkpoint.open_model(config.model, resume, device, config.lora)
-    trainer = Trainer(
-        model, data, validation, config.output, config, resume, config.model.query_prompt
-    )
+    prompt = config.model.query_prompt
+    trainer = Trainer(model, data, validation, output, config, resume, prompt)
     if is_main:
-        checkpoint.write_description(config.output, text, device)
+        checkpoint.write_description(output, text, device)
         attention = None if resume else checkpoint.change_of_attention(config.model)
-        for remark in (*damaged, attention, *trainer.remarks):
-            if remark:
-                say(remark)
+        for remark in filter(None, (*damaged, attention, *trainer.remarks)):
+            say(remark)
         say(
             f"{count(len(data), 'example')} in {count(len(data.task_names), 'task')}, "
             f"{count(trainer.total_steps, 'step')} of {trainer.recipe.sampling.batch_size} queries "
@@ -119,19 +114,16 @@ def train(config: TrainConfig, device: torch.device) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    progress = Progress(trainer.total_steps, "steps", sys.stderr, title="train", done=trainer.step)
-    with progress:
-        told: set[str] = set()
+    told, total = set[str](), trainer.total_steps
+    with Progress(total, "steps", sys.stderr, title="train", done=trainer.step) as progress:
         stopped = trainer.run(lambda line: show(progress, line, told), signals)
     if is_main and stopped:
         say(f"stopped after step {trainer.step}; the same command continues from there")
     elif is_main:
-        if trainer.step < trainer.total_steps:
-            patience = config.training.patience
-            say(
-                f"stopped early, after step {trainer.step}: no better MRR in {patience} validations"
-            )
-        say(f"finished: {config.output / 'final'}; {describe(model.prompts)}")
+        if trainer.step < total:
+            waited = f"no better MRR in {config.training.patience} validations"
+            say(f"stopped early, after step {trainer.step}: {waited}")
+        say(f"finished: {output / 'final'}; {describe(model.prompts)}")
     return 128 + stopped if stopped else 0
 
 

@@ -16,7 +16,7 @@ import tomllib
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -26,24 +26,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict
 
+from kalm_min import files
 from kalm_min.embedder import Embedder
-from kalm_min.files import (
-    Object,
-    atomic_directory,
-    differences,
-    digest,
-    flatten,
-    read_jsonl,
-    read_toml,
-    write_json,
-    write_text,
-)
+from kalm_min.files import Object, atomic_directory, write_json, write_text
 from kalm_min.model import ModelConfig, Qwen2, initialise
 from kalm_min.model.lora import ADAPTER_CONFIG, Adapter, add_adapter, load_adapter
 from kalm_min.options import LoRAConfig, ModelSource
@@ -64,8 +51,8 @@ _FIELDS = {
 }
 
 # Shards are joined one tensor at a time, on the CPU of rank 0; other ranks get nothing.
-_ALL = StateDictOptions(full_state_dict=True, cpu_offload=True)
-_TRAINABLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+_ALL = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+_TRAINABLE = replace(_ALL, ignore_frozen_params=True)
 
 
 def open_model(
@@ -98,18 +85,14 @@ def open_model(
         )
         model = Qwen2(config)
         initialise(model, source.init_seed)
-        embedder = Embedder(
-            model.to(device),
-            tokenizer,
-            causal=bool(source.causal),
-            pooling=source.pooling or "mean",
-            max_length=source.max_length,
-        )
+        pooling, length = source.pooling or "mean", source.max_length
+        model, causal = model.to(device), bool(source.causal)
+        embedder = Embedder(model, tokenizer, causal=causal, pooling=pooling, max_length=length)
     if source.instruction_template is not None:
         embedder.instruction_template = source.instruction_template
     if source.query_prompt is not None:
         embedder.prompts["query"] = source.query_prompt
-    if lora is not None and source.path is not None:
+    if lora and source.path:
         folder = Path(source.path).expanduser()
         if (folder / ADAPTER_CONFIG).is_file():
             raise ValueError(
@@ -144,21 +127,22 @@ def save(
     where it is), plus `optimizer.safetensors` ("step/", "exp_avg/" and "exp_avg_sq/" before each
     parameter's name) and `state.json`: `state` and what `whole` needs. It appears in one rename.
     """
-    weights = cast("dict[str, Tensor]", get_model_state_dict(embedder.model, options=_TRAINABLE))
+    weights = cast(
+        "dict[str, Tensor]", state_dict.get_model_state_dict(embedder.model, options=_TRAINABLE)
+    )
     moments: dict[str, Tensor] = {}
     if optimizer.state:  # else every step was skipped, and torch would take one to make a state
-        full = get_optimizer_state_dict(embedder.model, optimizer, options=_TRAINABLE)
+        full = state_dict.get_optimizer_state_dict(embedder.model, optimizer, options=_TRAINABLE)
         for name, values in cast("dict[str, dict[str, Tensor]]", full.get("state", {})).items():
             moments |= {f"{kind}/{name}": value for kind, value in values.items()}
     if distributed.rank() == 0:
-        path = root / f"step_{state['step']:08d}"
-        if path.exists():  # a damaged one
+        if (path := root / f"step_{state['step']:08d}").exists():  # a damaged one
             _remove(path)
         with atomic_directory(path) as folder:
             embedder.write_files(folder, weights, merged=False)
             save_file(moments, folder / _OPTIMIZER)
-            files = sorted(file for file in folder.rglob("*") if file.is_file())
-            heads = {file.relative_to(folder).as_posix(): _head(file) for file in files}
+            written = sorted(file for file in folder.rglob("*") if file.is_file())
+            heads = {file.relative_to(folder).as_posix(): _head(file) for file in written}
             write_json(folder / _STATE, {**state, "files": heads})
     distributed.barrier()
 
@@ -166,7 +150,7 @@ def save(
 def _head(path: Path) -> str:
     """A digest of a file's size and first MiB: all of a small one, the header of a large one."""
     with path.open("rb") as file:
-        return digest(str(path.stat().st_size), file.read(1 << 20))
+        return files.digest(str(path.stat().st_size), file.read(1 << 20))
 
 
 def save_model(path: Path, embedder: Embedder) -> None:
@@ -175,7 +159,9 @@ def save_model(path: Path, embedder: Embedder) -> None:
     With LoRA the model is merged, and the adapter alone is first written to `adapter/` beside it,
     since a model at `path` marks the end of the run.
     """
-    weights = cast("dict[str, Tensor]", get_model_state_dict(embedder.model, options=_ALL))
+    weights = cast(
+        "dict[str, Tensor]", state_dict.get_model_state_dict(embedder.model, options=_ALL)
+    )
     if distributed.rank() == 0:
         if embedder.adapter:
             with atomic_directory(path.with_name("adapter")) as folder:
@@ -254,13 +240,13 @@ def claim(output: Path, config_toml: str) -> tuple[Path | None, list[str]]:
 
     Raises ValueError naming the settings that differ, or if all checkpoints are damaged.
     """
-    path, (states, damaged) = output / "config.toml", whole(output / "checkpoints")
+    states, damaged = whole(output / "checkpoints")
     if states:  # if nothing has been trained, there is nothing to protect
         old, new = (
-            {f"--{name.replace('_', '-')}": value for name, value in flatten(table)}
-            for table in (read_toml(path), tomllib.loads(config_toml))
+            {f"--{name.replace('_', '-')}": value for name, value in files.flatten(table)}
+            for table in (files.read_toml(output / "config.toml"), tomllib.loads(config_toml))
         )
-        if changed := differences(old, new):
+        if changed := files.differences(old, new):
             raise ValueError(
                 f"{output} holds a run with other settings ({changed}); "
                 "give another --output, or delete the folder"
@@ -277,12 +263,11 @@ def write_description(output: Path, config_toml: str, device: torch.device) -> N
     write_text(output / "config.toml", config_toml)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     packages = ("torch", "safetensors", "tokenizers", "numpy")
-    environment: dict[str, object] = {name: metadata.version(name) for name in packages}
+    environment: Object = {package: metadata.version(package) for package in packages}
     environment |= {"python": platform.python_version(), "platform": platform.platform()}
     environment |= {"device": f"{device.type} {name}".strip()}
-    environment |= {"world_size": distributed.world_size()}
-    environment |= {"threads": torch.get_num_threads()}  # sums depend on it, to the last bits
-    write_json(output / "environment.json", environment)
+    environment |= {"world_size": distributed.world_size(), "threads": torch.get_num_threads()}
+    write_json(output / "environment.json", environment)  # sums depend on threads, in the last bits
 
 
 def cut_log(path: Path, last_step: int) -> list[float]:
@@ -293,7 +278,7 @@ def cut_log(path: Path, last_step: int) -> list[float]:
     kept, scores = "", list[float]()
     if path.is_file():
         with suppress(ValueError, TypeError, KeyError):
-            for _, line in read_jsonl(path):
+            for _, line in files.read_jsonl(path):
                 if line["step"] <= last_step:
                     scores += [float(line["validation"]["mrr"])] if "validation" in line else []
                     kept += f"{json.dumps(line)}\n"

@@ -8,14 +8,13 @@ on many nodes. torchrun starts the processes.
 
 import ctypes
 import gc
-import os
 import signal
 import socket
 import sys
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -75,17 +74,6 @@ def stop() -> None:
         _wait_group = None
         gc.collect()  # wrapped models are reference cycles that keep the group's threads alive
         dist.destroy_process_group()
-
-
-def hard_exit(code: int) -> NoReturn:
-    """Exit; a process that was in a group skips the interpreter's shutdown."""
-    # Caches of torch keep a sharded model's group alive after `stop`, and one of its threads that
-    # needs the interpreter during shutdown would abort the process, whose work is done.
-    if "WORLD_SIZE" in os.environ:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
 
 
 def is_loss_of_peer(error: RuntimeError) -> bool:

@@ -122,10 +122,10 @@ class Trainer:
             "--model.path": hash_checkpoint(*base),  # of the frozen base; without one, of nothing
         }
         # Of queries without an instruction, and of documents; later the model has those to be stored.
-        self.prompts = embedder.prompts["query"], embedder.prompts["document"]
+        self.prompts = [embedder.prompts["query"], embedder.prompts["document"]]
         if self.resume is not None:
             self._restore(self.resume)
-        embedder.prompts |= dict(zip(("query", "document"), self.prompts, strict=True))
+        embedder.prompts["query"], embedder.prompts["document"] = self.prompts
         embedder.prompts |= trained_prompts(data, draws, embedder)
         if self.query_prompt is not None:
             embedder.prompts["query"] = self.query_prompt
@@ -136,19 +136,17 @@ class Trainer:
         if 1 < examples < (batch := sampling.batch_size):
             # Whatever the number of processes, so that a run may resume on more or fewer.
             size = examples // 8 * 8 or examples // 2 * 2
+            sampling = replace(sampling, batch_size=size)
             lowered = f"the batch is lowered from {batch} to {size} queries"
             self.remarks.append(f"an epoch has {examples} examples: {lowered}")
-            sampling = replace(sampling, batch_size=size)
         slices = sorted(zip(loss.matryoshka_dims, loss.matryoshka_weights, strict=True))
         if large := [dim for dim, _ in slices if dim > full]:
-            dropped = (
-                f"--loss.matryoshka-dims {' '.join(map(str, large))}: dropped, since the model "
+            self.remarks.append(
+                f"--loss.matryoshka-dims {' '.join(map(str, large))}: dropped, since the model has "
+                f"{full} dimensions, which together get the weight of {large[-1]}"
             )
-            weight = f"has {full} dimensions, which together get the weight of {large[-1]}"
-            self.remarks.append(dropped + weight)
-            fitting = {min(dim, full): weight for dim, weight in slices}
-            dims, weights = tuple(fitting), tuple(fitting.values())
-            loss = replace(loss, matryoshka_dims=dims, matryoshka_weights=weights)
+            fits = {min(dim, full): weight for dim, weight in slices}
+            loss = replace(loss, matryoshka_dims=(*fits,), matryoshka_weights=(*fits.values(),))
         self.recipe = replace(self.recipe, sampling=sampling, loss=loss)
 
     def _restore(self, path: Path) -> None:
@@ -162,17 +160,17 @@ class Trainer:
                     "found other content; restore it, or give another --output"
                 )
         if self.step > total:
-            expected = f"expected a step of at most {total}, the length of the run"
-            found = f"found {self.step}; delete the folder"
-            raise ValueError(f"{path}: cannot resume: {expected}, {found}")
+            raise ValueError(
+                f"{path}: cannot resume: expected a step of at most {total}, the length of the run, "
+                f"found {self.step}; delete the folder"
+            )
         epoch, step = divmod(self.step, len(self.sampler))
         try:
             self.sampler.load_state_dict(state["sampler"] | {"epoch": epoch, "step": step})
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         checkpoint.restore_optimizer(path, self.embedder.model, self.optimizer)
-        query, document, *_ = state.get("prompts", [*self.prompts])
-        self.prompts = query, document
+        self.prompts = state.get("prompts", self.prompts)
 
     def run(self, report: Callable[[LogLine], None], signals: Sequence[int] = ()) -> int:
         """Train to the end; return 0, or the number of the signal that stopped the run.
@@ -214,9 +212,8 @@ class Trainer:
             if self.validation is None:
                 return None
             size, limit = self.recipe.sampling.batch_size, loop.validation_limit
-            found = validate(
-                self.validation, self.embedder, self.autocast, size, limit, together=self.sharded
-            )
+            given = (self.validation, self.embedder, self.autocast, size, limit)
+            found = validate(*given, together=self.sharded)
             write({"step": self.step, "validation": found})
             if is_main:
                 scores.append(found["mrr"])
@@ -229,7 +226,8 @@ class Trainer:
             """The number of a signal on any process, _EARLY without progress for long, or 0."""
             waited = len(scores) - 1 - scores.index(max(scores)) if scores else 0
             early = _EARLY if loop.patience and waited >= loop.patience else 0
-            return distributed.max_over_ranks(max([*signals, early]), self.embedder.device)
+            found = distributed.max_over_ranks(max([*signals, early]), self.embedder.device)
+            return found if self.step < self.total_steps else 0
 
         with (log_path if is_main else Path(os.devnull)).open("a", encoding="utf-8") as log:
             if self.step == 0:
@@ -260,9 +258,9 @@ class Trainer:
                     checkpoint.save(checkpoints, self.embedder, self.optimizer, state)
                     if is_main:
                         checkpoint.prune(checkpoints, loop.keep_checkpoints)
-                if stop and self.step < self.total_steps:
+                if stop:
                     break
-            if 0 < stop < _EARLY and self.step < self.total_steps:
+            if 0 < stop < _EARLY:
                 return stop
             checkpoint.save_model(self.output / "final", self.embedder)
             check_folder()
@@ -282,13 +280,9 @@ class Trainer:
         sampling = self.recipe.sampling
         draw = {"epoch": epoch, "seed": sampling.seed, "num_negatives": sampling.num_negatives}
         examples = [self.data.example(i, **draw) for i in indices]
-        text = collate(
-            examples,
-            template=self.embedder.instruction_template,
-            query_prompt=self.prompts[0],
-            document_prompt=self.prompts[1],
-            **draw,
-        )
+        query, document = self.prompts
+        options = {"template": self.embedder.instruction_template, **draw}
+        text = collate(examples, query_prompt=query, document_prompt=document, **options)
         tokens = tokenize(text, self.embedder.tokenizer, max_length=self.embedder.max_length)
         tasks = {self.data.task_names[example.task] for example in examples}
         return indices, tasks.pop() if len(tasks) == 1 else "mixed", tokens
