@@ -35,9 +35,8 @@ _List = list[object]
 _HERE = Path(__file__).parent
 _RECIPES = next(filter(Path.is_dir, (_HERE / "configs", _HERE.parent / "configs")), _HERE)
 # A path that the user gave is wrong, which the same command does not change.
-_WRONG_PATHS = (
-    *(FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError),
-)
+_NO_FILE = FileNotFoundError | FileExistsError | PermissionError
+_WRONG_PATHS = _NO_FILE | NotADirectoryError | IsADirectoryError
 # What `--help` and what error messages call a type.
 _NAMES: dict[object, tuple[str, str]] = {
     str: ("TEXT", "a text"),
@@ -52,21 +51,21 @@ def run(
     action: Callable[[Config], int],
     argv: list[str],
     *,
-    program: str,
+    program: str = "",
     loads: str = "",
     resumable: bool = False,
     **options: str,
 ) -> int:
     """The `main` of a command: parse, act, and report in one sentence what a user can correct.
 
-    `loads` names the module that takes seconds to import and is imported once the flags are right;
-    `options` are those of `parse`. Returns the exit code: that of `action`, 2 for a ValueError or a
-    wrong path, 1 for a disk that fails (which is reported with the output's path where the error
-    has none), 130 for Ctrl-C, 143 for SIGTERM. With `resumable`, the last two sentences add that the same command
-    continues.
+    `program` is its name, by default that of the module of `action`; `loads` names a module that
+    takes seconds to import, once the flags are right; `options` are those of `parse`. Returns the
+    exit code: that of `action`, 2 for a ValueError or a wrong path, 1 for a disk that fails (with
+    the output's path where the error has none), 130 for Ctrl-C, 143 for SIGTERM. With `resumable`,
+    the last two sentences add that the same command continues.
     """
-    if sys.argv[0].startswith("kalm-min "):  # as it was typed
-        program = sys.argv[0]
+    typed = sys.argv[0].startswith("kalm-min ")
+    program = sys.argv[0] if typed else program or action.__module__
     config = parse(config_class, argv, program=program, **options)
     kept = "; what was written is kept, the same command continues" if resumable else ""
     try:
@@ -89,9 +88,8 @@ def run(
 def _report(program: str, error: str, code: int) -> int:
     """Say why a command ends; return the exit code.
 
-    A wrong request is wrong on all processes, so only the first one of each machine reports it;
-    every process reports a failing disk. torchrun gets the sentence too: it prints it once more, at
-    the end of its own error message.
+    Only the first process of a machine reports a wrong request, every one a failing disk. torchrun
+    prints the sentence once more, at the end of its own error message.
     """
     sentence = printable(f"{program}: {error}")
     if code == 1 or _is_first_process():
@@ -113,9 +111,9 @@ def parse(
 ) -> Config:
     """Read a configuration: defaults, then a TOML file that may come first, then flags.
 
-    The nested dataclasses of `config_class` are the sections. `description` (default: the
-    docstring of the dataclass) begins `--help`. `positional` names a setting whose values may come
-    first without its flag. Exits with 2 and one sentence on stderr on an error, 0 after `--help`.
+    Nested dataclasses are sections. `description` (default: the docstring of the dataclass) begins
+    `--help`. `positional` names a setting whose values may come first without its flag. Exits with
+    2 and one sentence on stderr on an error, 0 after `--help`.
     """
     options = {option.name: option for option in _options(config_class)}
     parser = argparse.ArgumentParser(
@@ -127,9 +125,10 @@ def parse(
         allow_abbrev=False,
         exit_on_error=False,
     )
-    titles = dict.fromkeys(option.group for option in options.values())
-    groups = {title: parser.add_argument_group(title) for title in titles}
+    groups = dict[str, Any]()
     for option in options.values():
+        if option.group not in groups:
+            groups[option.group] = parser.add_argument_group(option.group)
         groups[option.group].add_argument(
             option.flag,
             dest=option.name,
@@ -137,7 +136,7 @@ def parse(
             metavar=option.metavar,
             nargs=option.nargs,
             const="true" if option.nargs == "?" else None,
-            action=_Once,
+            action="append",
         )
     values = {name: one.default for name, one in options.items() if one.default is not MISSING}
     try:
@@ -165,15 +164,17 @@ def parse(
         if rest:
             flags = [option.flag for option in options.values()]
             raise ValueError(_unknown("flag", rest[0].partition("=")[0], flags))
-        for name, value in vars(given).items():
+        for name, (value, *more) in vars(given).items():
+            if more:  # of two, one would be ignored
+                raise ValueError(f"{options[name].flag}: expected once, found it twice")
             values[name] = options[name].read(value, options[name].flag)
         if missing := [option.flag for name, option in options.items() if name not in values]:
             raise ValueError(f"{' and '.join(missing)} must be given (--help tells more)")
         return _build(config_class, values)
-    except (ValueError, argparse.ArgumentError) as error:
-        raise SystemExit(_report(program, str(error).removeprefix("argument "), 2)) from error
-    except OSError as error:
-        raise SystemExit(_report(program, f"{error.filename}: {error.strerror}", 2)) from error
+    except (ValueError, argparse.ArgumentError, OSError) as error:
+        is_file = isinstance(error, OSError)
+        sentence = f"{error.filename}: {error.strerror}" if is_file else str(error)
+        raise SystemExit(_report(program, sentence.removeprefix("argument "), 2)) from error
 
 
 def check_output(output: Path, *inputs: object, marks: Iterable[str] = ()) -> None:
@@ -215,21 +216,6 @@ def to_toml(config: object) -> str:
 def _is_first_process() -> bool:
     """Whether this is the only process, or the first one of this machine under torchrun."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-class _Once(argparse.Action):
-    """Store the words of a flag, which may be given once: of two, one would be ignored."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: object,
-        option_string: str | None = None,
-    ) -> None:
-        if hasattr(namespace, self.dest):
-            raise argparse.ArgumentError(self, "expected once, found it twice")
-        setattr(namespace, self.dest, values)
 
 
 class _Option:

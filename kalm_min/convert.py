@@ -452,14 +452,7 @@ def _rows(path: Path, columns: Sequence[str]) -> Rows:
     return islice(_READERS[_kind(path)](path, columns), 1, None)
 
 
-main = partial(
-    run,
-    ConvertConfig,
-    convert,
-    program="kalm_min.convert",
-    positional="input",
-    resumable=True,
-)
+main = partial(run, ConvertConfig, convert, positional="input", resumable=True)
 
 if __name__ == "__main__":
     program.start("convert")

@@ -40,9 +40,8 @@ class SoupConfig:
         if count < 2:
             raise ValueError(f"checkpoints: expected at least 2, found {count}")
         if given not in {0, count}:
-            raise ValueError(
-                f"weights: expected one for each of {count} checkpoints, found {given}"
-            )
+            expected = f"weights: expected one for each of {count} checkpoints"
+            raise ValueError(f"{expected}, found {given}")
         if given and not math.isclose(total, 1, abs_tol=1e-6):
             raise ValueError(f"weights: expected them to add up to 1, found {total:g}")
 
@@ -76,30 +75,23 @@ def soup(config: SoupConfig) -> int:
         for one in embedders
     ]  # if these differ, the same weights compute something else
     for name, embedder, values in zip(config.checkpoints, embedders, settings, strict=True):
-        differences = [
+        found = [
             f"{key} is {value} in the first and {values[key]} here"
             for key, value in settings[0].items()
             if value != values[key]
         ]
         if not first.tokenizer.encodes_like(embedder.tokenizer):
-            differences.append("tokenizer.json is not that of the first")
-        if differences:
-            found = "; ".join(differences)
-            raise ValueError(f"{name}: cannot be averaged with {config.checkpoints[0]}: {found}")
+            found.append("tokenizer.json is not that of the first")
+        if found:
+            refused = f"{name}: cannot be averaged with {config.checkpoints[0]}"
+            raise ValueError(f"{refused}: {'; '.join(found)}")
     average([one.model for one in embedders], config.weights or (1 / count,) * count)
     first.save_pretrained(config.output)
     sys.stderr.write(f"{count} checkpoints averaged -> {config.output}\n")
     return 0
 
 
-main = partial(
-    run,
-    SoupConfig,
-    soup,
-    program="kalm_min.soup",
-    loads="kalm_min.embedder",
-    positional="checkpoints",
-)
+main = partial(run, SoupConfig, soup, loads="kalm_min.embedder", positional="checkpoints")
 
 if __name__ == "__main__":
     program.start("soup")
