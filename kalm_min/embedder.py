@@ -190,10 +190,10 @@ class Embedder:
         texts of the maximum length, `tokens_per_batch` always. `convert_to_tensor` gives a tensor
         on the model's device. mteb calls this with a DataLoader.
 
-        A text has the same vector alone and among others: up to one unit in the last place in
-        float32, to the bit in bfloat16 on a CPU that computes it natively. Equal texts are computed
-        once. A text without tokens (empty, and no prompt) gives a zero vector or the bias of a Dense
-        module, as in sentence-transformers.
+        A text has the same vector alone and among others: up to rounding in float32, to the bit in
+        bfloat16 on a CPU that computes it natively. Equal texts are computed once. A text without
+        tokens (empty, and no prompt) gives a zero vector or the bias of a Dense module, as in
+        sentence-transformers.
         Raises ValueError naming a text that is not a string or not valid Unicode, or whose vector
         has NaN or infinity.
         """

@@ -79,33 +79,31 @@ class Tokenizer:
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise ValueError(f"{folder}: expected tokenizer.json, found none")
-        try:
-            fast = FastTokenizer.from_file(str(path))
-            fast.encode("a")
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the library raises a bare Exception, or panics
-            raise ValueError(f"{path}: expected a tokenizers file, found: {error}") from error
-        side = path.with_name(_SIDE_FILE)
+        side, dropped = path.with_name(_SIDE_FILE), list[str]()
         settings = read_object(side, {}, extra=True) if side.is_file() else {}
         if end_of_text is not None:
             settings["add_eos_token"] = end_of_text
-        words, everything = (max(fast.get_vocab(x).values(), default=0) for x in (False, True))
-        # Writing a vocabulary with an id of billions would take hours; the Embedder refuses it.
-        if rows is not None and words < rows <= everything:
-            state = json.loads(fast.to_str())
-            dropped = [one["content"] for one in state["added_tokens"] if one["id"] >= rows]
-            state["added_tokens"] = [one for one in state["added_tokens"] if one["id"] < rows]
-            try:
+        try:
+            fast = FastTokenizer.from_file(str(path))
+            fast.encode("a")
+            words, everything = (max(fast.get_vocab(x).values(), default=0) for x in (False, True))
+            # Writing a vocabulary with an id of billions would take hours; the Embedder refuses it.
+            if rows is not None and words < rows <= everything:
+                state = json.loads(fast.to_str())
+                dropped = [one["content"] for one in state["added_tokens"] if one["id"] >= rows]
+                state["added_tokens"] = [one for one in state["added_tokens"] if one["id"] < rows]
                 fast = FastTokenizer.from_str(json.dumps(state))
-            except Exception as error:  # the library raises a bare Exception
-                expected = f"expected nothing to need the added tokens from id {rows} on"
-                raise ValueError(f"{path}: {expected}, found: {error}") from error
-            # transformers would add again what is listed here; tokenizer.json is sufficient.
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises a bare Exception, or panics
+            without = f" without ids from {rows} on" if dropped else ""
+            expected = f"{path}: expected a tokenizers file{without}"
+            raise ValueError(f"{expected}, found: {error}") from error
+        if dropped:  # transformers would add again what is listed here
             settings.pop("added_tokens_decoder", None)
-            for key, value in settings.items():
-                if isinstance(value, list):
-                    settings[key] = [one for one in value if one not in dropped]
+        for key, value in settings.items():
+            if isinstance(value, list):
+                settings[key] = [one for one in value if one not in dropped]
         return cls(fast, settings)
 
     @property
