@@ -37,7 +37,7 @@ from kalm_min.topk import Ints, top_k
 from kalm_min.training import distributed
 from kalm_min.vectors import StoredRows, StoredVectors, TextSet
 
-_LAYOUT = 3  # rises when the same settings give another output
+_LAYOUT = 4  # rises when the same settings give another output
 _RECALL_QUERIES = 256
 _QUERIES = 8192  # per file of neighbours, and
 _LISTED = 1 << 22  # neighbours per file at most
@@ -295,7 +295,7 @@ class Miner:
                 corpus = replace(corpus, prompts=(prompt,))
         texts, known = [queries, documents, corpus], self.labels.of(index.queries["key"])
         stored = [self._vectors(one) for one in texts]
-        # Labelled answers take positions in the list; more than these (a class) may shorten it.
+        # Labelled texts take positions in the list; very many (a large class) may shorten it.
         depth = min(config.depth + min(known.most + 1, config.depth + 100), len(keys))
         key = digest(stored[0].key, stored[2].key, str(config.index))[:32]
         folder = self.store / "model" / "neighbours" / key

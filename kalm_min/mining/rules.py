@@ -126,8 +126,8 @@ class Labels(NamedTuple):
         members = self.members[_is_in(self.members[:, 0], np.unique(classes[:, 0]))]
         order = np.lexsort((classes[:, 0], classes[:, 1]))
         codes = np.unique(_pairs(*np.concatenate([answers, members]).T))
-        counts = np.unique(answers[:, 0], return_counts=True)[1]
-        return Known(codes, classes[order], int(counts.max(initial=0)))
+        counts = [np.unique(some[:, 0], return_counts=True)[1] for some in (answers, members)]
+        return Known(codes, classes[order], sum(int(some.max(initial=0)) for some in counts))
 
 
 class Known(NamedTuple):
@@ -135,7 +135,7 @@ class Known(NamedTuple):
 
     codes: Codes  # sorted: of each query and its answers, of each class and its texts
     classes: Ints  # (c, 2) a class and a query in it, in the order of the queries
-    most: int  # answers of a query
+    most: int  # answers of a query and texts of a class, at most
 
     def marks(self, queries: Ints, texts: Ints) -> Bools:
         """(B, K) whether each text is the query, its answer or of its class, for (B,) queries."""

@@ -398,6 +398,22 @@ def test_what_is_known_of_a_query_is_known_in_every_task(tiny_model_dir, tmp_pat
     assert rows_of(tmp_path / "own", "b")[0]["neg"] == ["far"]
 
 
+def test_a_class_does_not_fill_the_list(tiny_model_dir, tmp_path):
+    """Where all texts nearest to a query are of its class, negatives are found behind them."""
+    texts = {"x": "the cat sat on a mat {}", "y": "blue birds {} ran far"}
+    rows = [
+        {"query": text.format(n), "pos": [f"{text.format(n)} {n}"], "group": group}
+        for group, text in texts.items()
+        for n in range(20)
+    ]
+    data, output = write(tmp_path / "data", one=rows), tmp_path / "out"
+    flags = ("--rank-range", "1", "2", "--num-negatives", "2", "--consistency-top-k", "none")
+    assert run(tiny_model_dir, data, output, *flags) == 0
+    answers = {group: {row["pos"][0] for row in rows if row["group"] == group} for group in texts}
+    for row in rows_of(output, "one"):
+        assert len(set(row["neg"]) - answers[row["group"]]) == 2
+
+
 def test_a_new_answer_in_one_task_changes_another(tiny_model_dir, tmp_path):
     """A finished task is mined again when another task says more about its queries, else left."""
     data = write(tmp_path / "data", a=planted(40), b=planted(40, seed=1), c=planted(40, seed=2))
