@@ -39,7 +39,7 @@ _MODULES = ["Transformer", "Pooling", "Dense", "Normalize"]  # what is built, in
 DENSE = "2_Dense"  # the folder of the third one, as it is written here
 IDENTITY = "torch.nn.modules.linear.Identity"
 _MAIN, _BERT = "config_sentence_transformers.json", "sentence_bert_config.json"
-_TOKENIZER = "tokenizer_config.json"
+_TOKENIZER, _IN_PROMPTS = "tokenizer_config.json", f"prompts in {_MAIN}"
 
 _FACTS: Object = read_json(Path(__file__).parent / "model" / "released.json")
 
@@ -61,6 +61,10 @@ _KINDS: dict[str, Callable[[object], bool]] = {  # of values, under the names of
     "a name or a list of names": lambda value: isinstance(value, str | list),
     "a list of names": lambda value: isinstance(value, list) and all(map(schema.is_text, value)),
     "an object": lambda value: isinstance(value, dict),
+    'an object without "message" (each text would be put into the chat template, which is not done '
+    'here; keep only "text" of the model\'s model[0].modality_config in sentence-transformers)': (
+        lambda value: isinstance(value, dict) and "message" not in value
+    ),
     "an object of strings": lambda value: (
         isinstance(value, dict) and all(one is None or is_string(one) for one in value.values())
     ),
@@ -78,9 +82,9 @@ def _fields(keys: Object) -> dict[str, Field]:
     return {key: Field(kind, fits, required=key in needed) for key, kind, fits in kinds}
 
 
-FIELDS = {file: _fields(keys) for file, keys in _FACTS["keys"].items()}
+FIELDS = {file: _fields(keys) for file, keys in _FACTS["keys"].items()}  # and of objects in them
 FIELDS |= dict.fromkeys(["tokenizer_args", "processor_kwargs"], FIELDS[_TOKENIZER])
-FIELDS["config_kwargs"] = FIELDS["config_args"]
+FIELDS |= {"config_kwargs": FIELDS["config_args"], "rope_scaling": FIELDS["rope_parameters"]}
 SIZES = [key for key, one in FIELDS["config.json"].items() if one.required and key != "model_type"]
 
 
@@ -143,19 +147,10 @@ def open_folder(path_or_hub_id: str | Path, **given: Any) -> Opened:
     unknown, sources = list[str](), dict[str, str]()
     config = read_config(base, unknown)
     main, bert = (_read(folder / file, file, unknown) for file in (_MAIN, _BERT))
-    tokens = _read(words / _TOKENIZER, _TOKENIZER, unknown)
-    if "message" in bert.get("modality_config", {}):
-        raise ValueError(
-            f"{folder / _BERT}: modality_config: expected text alone, found message: each text would "
-            "be put into the chat template, which is not done here; to save the model for plain "
-            'text, keep only the entry "text" of model[0].modality_config in sentence-transformers'
-        )
     over: Object = {}  # what sentence-transformers puts over config.json and tokenizer_config.json
     for key in FIELDS.keys() & bert:
-        if problem := problem_with(bert[key], FIELDS[key]):
-            raise ValueError(f"{folder / _BERT}: {key}: {problem}")
         over |= bert[key]
-    tokens |= over
+    tokens = _read(words / _TOKENIZER, _TOKENIZER, unknown) | over
     stated_pooling, dense, dimension = _read_modules(folder, config["hidden_size"], unknown)
 
     def choose(setting: str, *candidates: tuple[Any, str]) -> Any:
@@ -183,23 +178,21 @@ def open_folder(path_or_hub_id: str | Path, **given: Any) -> Opened:
         ("?" if code else True, f"{config['model_type']}'s own mode"),
     )
     if causal == "?" or (code and not rows and _advice(code)):
-        raise ValueError(
-            f"{path}: expected to know what the remote code {code} does, which is never run"
-            + (_advice(str(code)) or "; pass causal=True or causal=False, as its authors say")
-        )
-    stated = stated_pooling or given.get("pooling")
-    if stated is None and (folder / "modules.json").is_file():
+        advice = _advice(code or "") or "; pass causal=True or causal=False, as its authors say"
+        what = f"expected to know what the remote code {code} does, which is never run"
+        raise ValueError(f"{path}: {what}{advice}")
+    has_modules = (folder / "modules.json").is_file()
+    if has_modules and stated_pooling is None and given.get("pooling") is None:
         raise ValueError(f"{folder / 'modules.json'}: expected a Pooling module, found none")
     is_chat = any(one.endswith("ForCausalLM") for one in config.get("architectures", [])[:1])
     usual, rule = "lasttoken" if is_chat and causal else "mean", "sentence-transformers' rule"
     pooling = choose(
         "pooling", (stated_pooling, "modules.json"), (row.get("pooling"), here), (usual, rule)
     )
-    if unknown:
-        keys = ", ".join(unknown)
-        warnings.warn(f"{first}: the keys {keys} are not known and play no part", stacklevel=3)
+    notes = [f"the keys {', '.join(unknown)} are not known and play no part"] if unknown else []
     if sources["pooling"] == rule:
-        note = f"no modules.json, so pooling is {usual!r}, by {rule} (pooling=... chooses)"
+        notes += [f"no modules.json, so pooling is {usual!r}, by {rule} (pooling=... chooses)"]
+    for note in notes:
         warnings.warn(f"{first}: {note}", stacklevel=3)
     limits = {_BERT: bert.get("max_seq_length"), here: row.get("max_length")}
     if limits[_BERT] is None:
@@ -211,22 +204,16 @@ def open_folder(path_or_hub_id: str | Path, **given: Any) -> Opened:
         prompts.setdefault("document", prompts["passage"])
     default = main.get("default_prompt_name")
     if default not in (None, *prompts):
-        raise ValueError(
-            f"{folder / _MAIN}: expected the prompt {default!r} among prompts, found none"
-        )
+        expected = f"expected the prompt {default!r} among prompts, found none"
+        raise ValueError(f"{folder / _MAIN}: {expected}")
     shown = map(_PROMPT.fullmatch, [prompts.get("query", ""), *prompts.values()])
-    shown = next((_PLACEHOLDER.join(match.groups()) for match in shown if match), None)
     template = choose(
         "instruction_template",
         (main.get("instruction_template"), _MAIN),
-        (shown, f"prompts in {_MAIN}"),
+        (next((_PLACEHOLDER.join(one.groups()) for one in shown if one), None), _IN_PROMPTS),
         (row.get("template"), here),
         (KALM_TEMPLATE, "KaLM's"),
     )
-    sources |= {"prompts": _MAIN} if prompts else {}
-    sources |= {"dense": "modules.json"} if dense else {}
-    closes = row.get("end_of_text")
-    sources["end_of_text"] = _TOKENIZER if closes is None else here
     found = Settings(
         causal=causal,
         pooling=pooling,
@@ -236,7 +223,11 @@ def open_folder(path_or_hub_id: str | Path, **given: Any) -> Opened:
         default_prompt_name=default,
         similarity_fn_name=main.get("similarity_fn_name", "cosine"),
     )
+    closes = row.get("end_of_text")
     ends = closes is not False and tokens.get("add_eos_token", bool(closes))
+    sources["end_of_text"] = _TOKENIZER if closes is None else here
+    sources |= {"prompts": _MAIN} if prompts else {}
+    sources |= {"dense": "modules.json"} if dense else {}
     adapter = first if rest else None
     facts = (dense, dimension, config, row["name"], sources)
     return Opened(found, base, adapter, words, ends, *facts)
@@ -244,14 +235,14 @@ def open_folder(path_or_hub_id: str | Path, **given: Any) -> Opened:
 
 def _read(path: Path, kind: str, unknown: list[str], *, needed: bool = False) -> Object:
     """A side file, checked; {} if there is none. Keys without a field are added to `unknown`."""
+    if needed and not path.is_file():
+        raise ValueError(f"{path.parent}: expected a folder with {path.name}, found none")
     if not path.is_file():
-        if needed:
-            what = "model" if kind == path.name else kind
-            raise ValueError(
-                f"{path.parent}: expected a {what} folder with {path.name}, found none"
-            )
         return {}
     found = schema.read_object(path, FIELDS[kind], extra=True)
+    for key in found.keys() & FIELDS[kind].keys() & FIELDS.keys():
+        if problem := problem_with(found[key], FIELDS[key], extra=key.startswith("rope")):
+            raise ValueError(f"{path}: {key}: {problem}")
     others = sorted(found.keys() - FIELDS[kind])
     unknown += [f"{key} of {path.name}" for key in others if found[key]]
     return found
@@ -270,8 +261,6 @@ def read_config(folder: Path, unknown: list[str] | None = None) -> Object:
         raise ValueError(f"{path}: {expected}{_advice(kind)}")
     config = _read(path, "config.json", [] if unknown is None else unknown, needed=True)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # transformers 5, 4
-    if problem := problem_with(rope, FIELDS["rope_parameters"], extra=True):
-        raise ValueError(f"{path}: {problem}")
     config |= {key: rope[key] for key in FIELDS["rope_parameters"] & rope.keys()}
     for key in ("rope_theta", "rms_norm_eps"):
         if raw.get(key, 0) is None and key not in config:
@@ -289,17 +278,13 @@ def read_config(folder: Path, unknown: list[str] | None = None) -> Object:
 
 def _stated_attention(path: Path, config: Object) -> bool | None:
     """Whether attention is causal, by any of the keys under which others look for it."""
-    stated = [config.get("is_causal")]
-    if (both_ways := config.get("use_bidirectional_attention")) is not None:
-        stated.append(not both_ways)
-    if any("Bidirectional" in name for name in config.get("architectures", [])):
-        stated.append(False)
-    modes = {mode for mode in stated if mode is not None}
+    both_ways = config.get("use_bidirectional_attention")
+    is_named = any("Bidirectional" in name for name in config.get("architectures", []))
+    modes = {config.get("is_causal"), None if both_ways is None else not both_ways}
+    modes = (modes | {False} if is_named else modes) - {None}
     if len(modes) > 1:
-        raise ValueError(
-            f"{path}: is_causal, use_bidirectional_attention and architectures contradict one "
-            "another; pass causal=True or causal=False"
-        )
+        keys = "is_causal, use_bidirectional_attention and architectures"
+        raise ValueError(f"{path}: {keys} contradict one another; pass causal=True or causal=False")
     return modes.pop() if modes else None
 
 
@@ -333,27 +318,21 @@ def _read_modules(
         raise ValueError(f"{path}: expected a list of modules, found {schema.describe(modules)}")
     places: dict[str, Path] = {}
     for number, module in enumerate(modules, 1):
-        if not isinstance(module, dict):
-            raise ValueError(f"{path}: module {number}: expected an object, found {module!r:.60}")
-        if problem := problem_with(module, FIELDS["modules.json"]):
+        problem = f"expected an object, found {schema.describe(module)}"
+        if not isinstance(module, dict) or (problem := problem_with(module, FIELDS[path.name])):
             raise ValueError(f"{path}: module {number}: {problem}")
-        package, _, kind = module["type"].rpartition(".")
+        package, _, kind = (name := module["type"]).rpartition(".")
         ours = package.partition(".")[0] == "sentence_transformers" and kind not in places
-        places[kind if ours else module["type"]] = folder / (module.get("path") or "")
+        places[kind if ours else name] = folder / (module.get("path") or "")
         if [*places] != [one for one in _MODULES if one in places]:
-            expected = f"expected {', '.join(_MODULES)} in this order"
-            raise ValueError(
-                f"{path}: the module {module['type']} is not built here{_advice(module['type'])}; "
-                + expected
-            )
+            order = f"expected {', '.join(_MODULES)} in this order"
+            raise ValueError(f"{path}: the module {name} is not built here{_advice(name)}; {order}")
     if places.get("Transformer", folder) != folder:
         raise ValueError(f"{path}: expected the Transformer in the folder itself, found a path")
-    pooling, dense = None, places.get("Dense")
-    if "Pooling" in places:
-        pooling = _read_pooling(places["Pooling"] / "config.json", unknown)
+    dense, pooling = places.get("Dense"), places.get("Pooling")
     if dense is not None:
         size = _read(dense / "config.json", "Dense", unknown, needed=True)["out_features"]
-    return pooling, dense, size
+    return pooling and _read_pooling(pooling / "config.json", unknown), dense, size
 
 
 def _read_pooling(path: Path, unknown: list[str]) -> Pooling:
@@ -362,12 +341,11 @@ def _read_pooling(path: Path, unknown: list[str]) -> Pooling:
     flags = [key for key in FIELDS["Pooling"] if key.startswith(prefix) and stated.get(key)]
     named = [key.removeprefix(prefix).removesuffix("_tokens") for key in flags]
     modes = stated.get("pooling_mode") or named or "mean"
-    match [modes] if isinstance(modes, str) else modes:
-        case ["mean" | "lasttoken" as mode]:
-            return mode
-        case modes:
-            found = ", ".join(map(str, modes))
-            raise ValueError(f"{path}: expected pooling mean or lasttoken, found {found}")
+    modes = [modes] if isinstance(modes, str) else modes
+    if modes not in (["mean"], ["lasttoken"]):
+        found = ", ".join(map(str, modes))
+        raise ValueError(f"{path}: expected pooling mean or lasttoken, found {found}")
+    return "mean" if modes == ["mean"] else "lasttoken"
 
 
 def write_settings(
@@ -405,8 +383,8 @@ def write_settings(
             "pooling_mode_lasttoken": settings.pooling == "lasttoken",
             "include_prompt": True,
         },
-        "sentence_bert_config.json": bert,
-        "config_sentence_transformers.json": main,
+        _BERT: bert,
+        _MAIN: main,
     }
     for name, value in files.items():
         write_json(folder / name, value)

@@ -502,7 +502,7 @@ def test_weights_are_saved_as_exactly_as_they_are_known(tiny_model_dir, tmp_path
     files = [tmp_path / name / "model.safetensors" for name in ("half", "half again")]
     assert files[0].read_bytes() == files[1].read_bytes()
     shutil.rmtree(tmp_path / "half")
-    with pytest.raises(ValueError, match="half: expected a model folder"):
+    with pytest.raises(ValueError, match="half: expected a folder with"):
         wide.save_pretrained(tmp_path / "lost")
     wide.save_pretrained(tmp_path / "kept", dtype="float32")
 

@@ -358,7 +358,7 @@ def test_what_is_saved_is_read_as_plain_text(make_model, tmp_path):
     plain_language_model(shutil.copytree(tmp_path / "saved", tmp_path / "plain"))
     SentenceTransformer(str(tmp_path / "plain"), device="cpu").save_pretrained(str(tmp_path / "st"))
     with pytest.raises(
-        ValueError, match=r"found message: each text would be put into the chat.*keep"
+        ValueError, match=r'expected .*"message" \(each text would be put into the chat.*keep'
     ):
         opened(tmp_path / "st")
     bert = tmp_path / "st" / "sentence_bert_config.json"
