@@ -24,10 +24,8 @@ _TOKEN = 4  # characters, roughly, in estimates
 
 def main(argv: list[str]) -> int:
     """Run the command; `config.run` defines the exit codes."""
-    loads = "kalm_min.synthesis.pipeline"
-    return run(
-        SynthesisConfig, synthesize, argv, program="synthesize.py", loads=loads, resumable=True
-    )
+    options = {"program": "synthesize.py", "loads": "kalm_min.synthesis.pipeline"}
+    return run(SynthesisConfig, synthesize, argv, resumable=True, **options)
 
 
 def synthesize(config: SynthesisConfig) -> int:
@@ -51,9 +49,8 @@ def synthesize(config: SynthesisConfig) -> int:
             f"{work.missing:,} samples wait for answers: run {config.batch_files}/requests.jsonl "
             "through a batch server, put its results beside it, and give the same command again\n"
         )
-    accepted = sum(count for (_, what), count in work.counts.items() if what == "accepted")
     sys.stderr.write(
-        f"{accepted:,} of {work.decided:,} samples accepted -> {config.output}; "
+        f"{work.accepted:,} of {work.decided:,} samples accepted -> {config.output}; "
         f"report: {config.output}/README.md\n"
     )
     return 0
@@ -61,56 +58,50 @@ def synthesize(config: SynthesisConfig) -> int:
 
 def preview(plan: "Plan") -> str:
     """One request of each prompt, the number of requests, and an estimate of their tokens."""
-    parts, tokens, stages = list[str](), 0.0, 0
-    repeats = plan.config.instructions_per_persona * plan.config.samples_per_instruction
-    for number, (task, _) in enumerate(plan.pairs[:: len(plan.languages)]):
-        sample = plan.sample(number * len(plan.languages))
-        values = sample.values | {"number": str(plan.config.instructions_per_persona)}
+    parts, tokens, requests = list[str](), 0, 0
+    languages, config = len(plan.languages), plan.config
+    samples = plan.total * languages // len(plan.pairs)  # of a type
+    for number in range(0, len(plan.pairs), languages):
+        sample = plan.sample(number)
+        values = sample.values | {"number": str(config.instructions_per_persona)}
         values["instruction"] = sample.prompt.instruction or "(an instruction of the first stage)"
-        for prompt in filter(None, [plan.prompts.get(f"{task}.instructions"), sample.prompt]):
-            count = plan.total / len(plan.pairs) * len(plan.languages)
-            if prompt is not sample.prompt:
-                count = -(-count // (repeats * len(plan.languages))) * len(plan.languages)
-            body = plan.body(prompt, values, "preview", 0)
-            messages = [f"{one['role']}: {one['content']}" for one in body["messages"]]
-            answer = sum(sum(span) for span in prompt.lengths.values())
-            tokens += count * (sum(map(len, messages)) / _TOKEN + answer)
-            stages += round(count)
-            parts.append("\n\n".join([f"--- {prompt.name}", *messages]))
-    sums = f"--- {stages:,} requests, some {tokens:,.0f} tokens, if no answer is rejected"
+        first = -(-samples // (plan.repeats * languages)) * languages
+        stages = {f"{sample.prompt.name}.instructions": first, sample.prompt.name: samples}
+        for name, count in stages.items():
+            if prompt := plan.prompts.get(name):
+                body = plan.body(prompt, values, "preview", 0)
+                messages = [f"{one['role']}: {one['content']}" for one in body["messages"]]
+                answer = sum(map(sum, prompt.lengths.values()))
+                tokens += count * (len("".join(messages)) // _TOKEN + answer)
+                requests += count
+                parts.append("\n\n".join([f"--- {name}", *messages]))
+    sums = f"--- {requests:,} requests, some {tokens:,} tokens, if no answer is rejected"
     return printable("\n\n".join([*parts, sums])) + "\n"
 
 
 def write_report(work: "Synthesis") -> None:
     """Write README.md and, if matplotlib is installed, README.png into the output."""
-    names = sorted({name for name, _ in work.counts})
-    reasons = sorted({what for _, what in work.counts} - {"asked", "accepted"})
-    rows = [
-        [name, *(f"{work.counts[name, what]:,}" for what in ("asked", "accepted"))]
-        for name in names
-    ]
-    rejected = [
-        [reason, *(f"{work.counts[name, reason]:,}" for name in names)] for reason in reasons
-    ]
-    config, sums = (
-        work.config,
-        [sum(work.counts[n, w] for n in names) for w in ("asked", "accepted")],
-    )
+    config, counts, first = work.config, work.counts, ["asked", "accepted"]
+    names = sorted({name for name, _ in counts})
+    reasons = sorted({what for _, what in counts} - {*first})
+    rows = [[name, *(f"{counts[name, what]:,}" for what in first)] for name in names]
+    rejected = [[what, *(f"{counts[name, what]:,}" for name in names)] for what in reasons]
     done = "" if work.decided == work.plan.total else f" (broken off: {work.plan.total:,} wanted)"
     origin = (
-        f"{sums[1]:,} of {sums[0]:,} samples were accepted{done}. Model {printable(config.model)}, "
-        f"seed {config.seed}, temperature {config.temperature}, {len(work.plan.personas):,} "
-        f"personas, {work.tokens:,} tokens. `README.provenance/` holds the origin of each line."
+        f"{work.accepted:,} of {work.decided:,} samples were accepted{done}. "
+        f"Model {printable(config.model)}, seed {config.seed}, temperature {config.temperature}, "
+        f"{len(work.plan.personas):,} personas, {work.tokens:,} tokens. "
+        "`README.provenance/` holds the origin of each line."
     )
     parts = [
         "# Synthetic training data",
         origin,
-        table(["file", "asked", "accepted"], rows, {1, 2}),
+        table(["file", *first], rows, {1, 2}),
         "## Rejected answers\n\nA sample is lost after three of them.",
         table(["reason", *names], rejected, range(1, len(names) + 1)),
-        "![lengths in words](README.png)" if _plot(work) else "",
+        *(["![lengths in words](README.png)"] if _plot(work) else []),
     ]
-    write_text(config.output / "README.md", "\n\n".join(filter(None, parts)) + "\n")
+    write_text(config.output / "README.md", "\n\n".join(parts) + "\n")
 
 
 def _plot(work: "Synthesis") -> bool:
@@ -124,20 +115,13 @@ def _plot(work: "Synthesis") -> bool:
         return False
     names = sorted({name for name, _, _ in work.lengths})
     figure = Figure(figsize=(8, 1 + 1.5 * len(names)), layout="constrained")
-    for row, name in enumerate(names):
-        axes = figure.add_subplot(len(names), 1, row + 1, ylabel=name)
+    for row, name in enumerate(names, 1):
+        axes = figure.add_subplot(len(names), 1, row, ylabel=name)
         for key in ("query", "positive"):
-            bins = {
-                at: n for (of, what, at), n in work.lengths.items() if (of, what) == (name, key)
-            }
-            edges = [at * BIN for at in range(max(bins) + 2)]
-            axes.stairs(
-                [bins.get(at, 0) for at in range(max(bins) + 1)],
-                edges,
-                label=key,
-                fill=True,
-                alpha=0.5,
-            )
+            most = max(at for of, what, at in work.lengths if (of, what) == (name, key))
+            bins = [work.lengths[name, key, at] for at in range(most + 1)]
+            edges = [at * BIN for at in range(most + 2)]
+            axes.stairs(bins, edges, label=key, fill=True, alpha=0.5)
         axes.legend(fontsize=8)
     with atomic_write(work.config.output / "README.png") as file:
         FigureCanvasAgg(figure).print_png(file)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -249,10 +250,10 @@ def test_bad_answers_are_asked_again_and_counted(name, tmp_path, capfd):
     """Three attempts with different seeds, and then the sample is lost, for a reason."""
     fault = lambda count, body: CHOICES[name] if body["seed"] else None  # noqa: E731
     with FakeServer(fault=fault) as server:
-        given = flags(server, tmp_path / "out", "--tasks", "bitext", examples=4, concurrency=1)
+        given = flags(server, tmp_path / "out", "--tasks", "bitext", examples=2, concurrency=1)
         assert main(given) == (1 if name == "no message" else 0)
     if name != "no message":
-        assert len({*seeds(server)}) == len(seeds(server)) == 12
+        assert len({*seeds(server)}) == len(seeds(server)) == 6
     if name not in ("no message", "half a pair", "deep"):
         assert name in (tmp_path / "out/README.md").read_text()
     assert "\x1b" not in capfd.readouterr().err
@@ -285,10 +286,11 @@ def test_structured_output_is_found_out_once(refused, ignored, mode, tmp_path, c
         )
 
     with FakeServer(fault=fault) as server:
-        assert main(flags(server, tmp_path / "out", "--retries", "0", examples=12)) == 0
+        more = ("--retries", "0", "--tasks", "short_long", "sts")
+        assert main(flags(server, tmp_path / "out", *more, examples=4)) == 0
         assert f"structured output: {mode}" in capfd.readouterr().err
         asked = [body for body in server.bodies if not body["seed"]]
-        assert main(flags(server, tmp_path / "out", "--retries", "0", examples=13)) == 0
+        assert main(flags(server, tmp_path / "out", *more, examples=5)) == 0
     assert [body for body in server.bodies if not body["seed"]] == asked
     used = {
         body.get("response_format", {"type": "text"})["type"]
@@ -296,7 +298,7 @@ def test_structured_output_is_found_out_once(refused, ignored, mode, tmp_path, c
         if body["seed"]
     }
     assert used == {mode}
-    assert len(TrainingData(tmp_path / "out")) == 13
+    assert len(TrainingData(tmp_path / "out")) == 5
 
 
 def test_passages_and_a_held_out_set(tmp_path):
@@ -352,25 +354,12 @@ def test_batch_files(unbroken, tmp_path, capfd):
 
 def test_dry_run_asks_nothing(tmp_path, capfd):
     """The prompts of one sample of each type, the number of requests, and an estimate."""
-    assert (
-        main(
-            [
-                "--model",
-                "m",
-                "--output",
-                str(tmp_path / "out"),
-                "--dry-run",
-                "--languages",
-                "en",
-                "de",
-            ]
-        )
-        == 0
-    )
+    given = ["--model", "m", "--output", str(tmp_path / "out"), "--dry-run"]
+    assert main([*given, "--languages", "en", "de"]) == 0
     output = capfd.readouterr().out
     for name in ("short_long.instructions", "short_long", "sts", "bitext"):
         assert f"--- {name}\n" in output
-    assert "1,016 requests" in output or "requests, some" in output
+    assert "requests, some" in output
     assert not (tmp_path / "out").exists()
 
 
@@ -406,11 +395,7 @@ def test_wrong_requests_are_one_sentence(more, sentence, tmp_path, capfd):
         (tmp_path / name).mkdir()
         (tmp_path / name / "sts.txt").write_text(text)
     more = [one.format(folder=tmp_path) for one in more]
-    given = flags(
-        "http://127.0.0.1:9/v1",
-        tmp_path / "o",
-        *more,
-    )
+    given = flags("http://127.0.0.1:9/v1", tmp_path / "o", *more)
     with pytest.raises(SystemExit) as ended:
         sys.exit(main(given))
     assert ended.value.code == 2
@@ -440,13 +425,12 @@ def test_own_prompts_and_a_seventh_type(tmp_path):
 
 def test_a_torn_last_line_is_asked_again(unbroken, tmp_path):
     """A line of the answers that a kill has torn is dropped."""
+    shutil.copytree(unbroken[0], tmp_path / "out")
+    path = tmp_path / "out/.synthesis/answers.jsonl"
+    path.write_bytes(path.read_bytes()[:-30])
     with FakeServer(bad_share=0.2) as server:
         assert main(flags(server, tmp_path / "out")) == 0
-        path = tmp_path / "out/.synthesis/answers.jsonl"
-        path.write_bytes(path.read_bytes()[:-30])
-        before = server.count
-        assert main(flags(server, tmp_path / "out")) == 0
-    assert server.count == before + 1
+    assert server.count == 1
     assert contents(tmp_path / "out") == contents(unbroken[0])
 
 
