@@ -101,7 +101,7 @@ class Source(NamedTuple):
 
     def records(self, config: ConvertConfig) -> Iterator[tuple[str, Object | str | None]]:
         """(where, the line of training data, or what is wrong; None for a pair below `least`)."""
-        from kalm_min.data.records import problem_with_line
+        from kalm_min.data.checking import problem_with_line
 
         for where, row in _rows(self.path, [*chain.from_iterable(self.columns.values())]):
             if isinstance(row, str):

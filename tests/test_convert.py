@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kalm_min import Embedder
 from kalm_min.convert import main
-from kalm_min.data import TrainingData, records
+from kalm_min.data import TrainingData, checking
 from kalm_min.evaluation.local import find_datasets
 from kalm_min.files import sweep
 from tests.conftest import WORDS
@@ -100,14 +100,14 @@ def test_a_second_run_skips_what_is_finished(hub, tmp_path, capsys):
 
 def test_an_interrupted_file_is_absent(hub, tmp_path, monkeypatch):
     """A kill in the middle of a file keeps the finished ones and leaves nothing of this one."""
-    check = records.problem_with_line
+    check = checking.problem_with_line
 
     def killed(record):
         if record["query"] == "1":
             raise KeyboardInterrupt
         return check(record)
 
-    monkeypatch.setattr(records, "problem_with_line", killed)
+    monkeypatch.setattr(checking, "problem_with_line", killed)
     assert convert(hub, tmp_path / "out") == 130
     names = [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert sorted(names) == [".convert.json", ".lock", "train-00000-of-00001.jsonl"]

@@ -14,26 +14,46 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Annotated, TextIO, get_type_hints
 
 import numpy as np
 
-from kalm_min.data.checking import Counts, check_all
+from kalm_min.data.checking import LINE, Segment, check_all
 from kalm_min.data.index import Ints, JsonlFile
-from kalm_min.data.records import SETTINGS, TaskSettings
 from kalm_min.files import Object, did_you_mean, digest, escape_name, text_hash
-from kalm_min.schema import is_string, read_settings
+from kalm_min.schema import Field, is_flag, is_number, is_string, is_whole, read_settings
 
 _TRIES = 8  # draws of a positive before one with the text of the query is accepted
 
 
-class Segment(NamedTuple):
-    """The rows of one file that belong to one task."""
+_FLAG = Field("true or false", is_flag)
+_WEIGHT = Field("a number from 0 to 1000", lambda value: is_number(value, 0, 1000))
+_COUNT = Field("a whole number, 1 or more", lambda value: is_whole(value, least=1))
 
-    file: JsonlFile
-    rows: Ints | range  # numbers of records of the file
-    counts: Counts
-    groups: Ints  # of all records of the file
+
+@dataclass(frozen=True, slots=True)
+class TaskSettings:
+    """What `<task>.toml` beside the data may set."""
+
+    # For lines without an instruction. "" means none, even if the run has a default.
+    instruction: Annotated[str | None, LINE["instruction"]] = None
+    # Queries and documents are of one kind (similarity, duplicates): both get the instruction.
+    symmetric: Annotated[bool, _FLAG] = False
+    # False: the candidates of a query are only the documents of its line.
+    in_batch_negatives: Annotated[bool, _FLAG] = True
+    # Positives are other texts of the line's group, negatives texts of other groups;
+    # what the lines hold as "pos" and "neg" is not trained on, and "pos" may be absent.
+    label_based: Annotated[bool, _FLAG] = False
+    # How often an epoch takes each example; 0.5 is half of them, a new half in each epoch.
+    weight: Annotated[float, _WEIGHT] = 1.0
+    # The maximum number of examples per epoch, a new subset in each epoch.
+    max_examples: Annotated[int | None, _COUNT] = None
+
+
+_SETTINGS: dict[str, Field] = {
+    name: hint.__metadata__[0]
+    for name, hint in get_type_hints(TaskSettings, include_extras=True).items()
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,12 +107,9 @@ class TrainingData:
         files = [(name, JsonlFile(file, cache_dir)) for name, file in _find_files(path)]
         checked = check_all(path, [file for _, file in files], progress)
         tasks: dict[str, list[Segment]] = {}
-        for (file_name, file), (found, rows, groups) in zip(files, checked, strict=True):
-            for name, counts in found:
-                size = counts["rows"][0]
-                segment = Segment(file, rows[:size], counts, groups)
-                tasks.setdefault(name or file_name, []).append(segment)
-                rows = rows[size:]
+        for (file_name, _), segments in zip(files, checked, strict=True):
+            for segment in segments:
+                tasks.setdefault(segment.task or file_name, []).append(segment)
         self.task_names = sorted(tasks)
         self.task_sizes = [sum(len(one.rows) for one in tasks[n]) for n in self.task_names]
         self.settings = _task_settings(path, self.task_names)
@@ -136,11 +153,10 @@ class TrainingData:
         if task in self._by_group:
             # The last number distinguishes this generator from that of batches.py.
             rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(epoch, i, 1)))
-            positive, negatives = self._draw(i, record, self._by_group[task], num_negatives, rng)
+            positive, negatives = self._draw(i, record, task, num_negatives, rng)
             negative_groups = tuple(other["group"] for other in negatives)
-            record["pos"] = [positive["query"]]
-            record["neg"] = [other["query"] for other in negatives]
-            record["pos_scores"] = record["neg_scores"] = None
+            texts = [other["query"] for other in negatives]
+            record |= {"pos": [positive], "neg": texts, "pos_scores": None, "neg_scores": None}
         given = (record.get("pos_scores"), record.get("neg_scores"))
         scores = [None if some is None else tuple(map(float, some)) for some in given]
         instructions = (record.get("instruction"), settings.instruction, self.instruction)
@@ -181,28 +197,23 @@ class TrainingData:
         return first + order, hashes[order]
 
     def _draw(
-        self,
-        i: int,
-        record: Object,
-        by_group: tuple[Ints, Ints],
-        count: int,
-        rng: np.random.Generator,
-    ) -> tuple[Object, list[Object]]:
-        """A positive of the group of example i, and at most `count` negatives of other groups.
+        self, i: int, record: Object, task: int, count: int, rng: np.random.Generator
+    ) -> tuple[str, list[Object]]:
+        """A positive of the group of example i, and at most `count` records of other groups.
 
         Example-based labelling (KaLM-Embedding V2, data curation): a class is learned from its
         texts, not from its name. If a positive has the text of the query (data has duplicates),
         another is drawn, a few times.
         """
-        numbers, hashes = by_group
+        numbers, hashes = self._by_group[task]
         key = text_hash(json.dumps(record["group"]))
         start, end = (int(np.searchsorted(hashes, key, side)) for side in ("left", "right"))
-        group, positive = numbers[start:end], record
+        group, positive = numbers[start:end], record["query"]
         position = int(np.searchsorted(group, i))
         for _ in range(_TRIES):
             drawn = int(rng.integers(len(group) - 1))
-            positive = self.record(int(group[drawn + (drawn >= position)]))
-            if positive["query"] != record["query"]:
+            positive = self.record(int(group[drawn + (drawn >= position)]))["query"]
+            if positive != record["query"]:
                 break
         others = len(numbers) - len(group)
         chosen = rng.choice(others, min(count, others), replace=False)
@@ -220,7 +231,6 @@ class TrainingData:
         return file.location(row)
 
     def _locate(self, i: int) -> tuple[JsonlFile, int]:
-        """File and row of example i."""
         i = range(len(self))[i]
         number = bisect_right(self._ends, i)
         segment = self._segments[number]
@@ -230,10 +240,10 @@ class TrainingData:
         """Raise ValueError at the first line without a teacher's scores of all its texts."""
         for task, settings in zip(self.task_names, self.settings, strict=True):
             if settings.label_based:
-                expected = (
-                    f"{escape_name(task)}.toml: expected label_based = false to distil, found true"
+                raise ValueError(
+                    f"{escape_name(task)}.toml: expected label_based = false to distil, found true: "
+                    "what is drawn has no teacher's scores"
                 )
-                raise ValueError(f"{expected}: what is drawn has no teacher's scores")
         _require("scores", self._segments, "expected pos_scores and neg_scores to distil")
 
 
@@ -292,7 +302,7 @@ def _task_settings(path: Path, tasks: list[str]) -> list[TaskSettings]:
     names = {escape_name(task): task for task in tasks}
     for file in sorted((path if path.is_dir() else path.parent).glob("[!.]*.toml")):
         if file.stem in names:
-            found[names[file.stem]] = TaskSettings(**read_settings(file, SETTINGS))
+            found[names[file.stem]] = TaskSettings(**read_settings(file, _SETTINGS))
         elif path.is_dir():  # other files beside a single file may be anything
             raise ValueError(
                 f"{file}: expected the settings of a task beside it, found none named "

@@ -17,7 +17,6 @@ import hashlib
 import json
 import mmap
 import os
-import re
 import shutil
 import zlib
 from bisect import bisect_right
@@ -41,7 +40,7 @@ from kalm_min.files import (
 
 Ints = npt.NDArray[np.int64]
 
-_LAYOUT = "v3"  # rises when the format of the cached files or the rules of records.py change
+_LAYOUT = "v3"  # rises when the format of the cached files or the rules of checking.py change
 _HASH = 16  # digits of the digests in their names
 _CHUNK = 1 << 22  # bytes searched at a time; fits the processor's cache
 
@@ -98,12 +97,20 @@ class JsonlFile:
 
     def load(self, suffix: str) -> tuple[Ints, Object] | None:
         """What `save` wrote for exactly this content; None if it is absent or damaged."""
-        caches = (read_cache(folder / f"{self._name}.{suffix}") for folder in self._folders)
+        caches = (_read_cache(folder / f"{self._name}.{suffix}") for folder in self._folders)
         return next((cache for cache in caches if cache is not None), None)
 
     def save(self, suffix: str, arrays: Iterable[Ints], note: dict[str, object]) -> None:
-        """Keep arrays and what `note` holds after the last of them, derived from this content."""
-        write_cache(self._writable() / f"{self._name}.{suffix}", arrays, note)
+        """Keep arrays derived from this content, and what `note` holds after the last of them."""
+        checksum = 0
+        with atomic_write(self._writable() / f"{self._name}.{suffix}") as file:
+            for array in arrays:
+                part = np.ascontiguousarray(array, np.int64).data
+                checksum = zlib.crc32(part, checksum)
+                file.write(part)
+            text = json.dumps(note).encode()
+            end = text + len(text).to_bytes(8, "little")
+            file.write(end + zlib.crc32(end, checksum).to_bytes(8, "little"))
 
     def _content_name(self) -> str:
         """A name that changes with every write to the file, and is not too long for a suffix."""
@@ -126,29 +133,25 @@ class JsonlFile:
 
     def _map(self, folder: Path) -> mmap.mmap:
         """The uncompressed data: the file itself, or its copy in the cache."""
-        copy = folder / f"{self._name}.jsonl"
-        with (copy if self.path.suffix == ".gz" else self.path).open("rb") as file:
+        path = folder / f"{self._name}.jsonl" if self.path.suffix == ".gz" else self.path
+        with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def _load(self, folder: Path) -> bool:
         """Map data and index; return False unless both are what was written."""
-        path = folder / f"{self._name}.index"
-        if (cache := read_cache(path)) is None:
-            return False
-        index, note = cache
+        path, copy = (folder / f"{self._name}.{suffix}" for suffix in ("index", "jsonl"))
         try:
-            data = self._map(folder)
+            cache, data = _read_cache(path), self._map(folder)
         except (OSError, ValueError):
             return False
-        if len(data) != note["bytes"]:
+        if cache is None or len(data) != cache[1]["bytes"]:
             return False
-        if self.path.suffix == ".gz":
-            copy = folder / f"{self._name}.jsonl"
-            if copy.stat().st_ctime_ns >= path.stat().st_ctime_ns:
-                if hashlib.sha256(data).hexdigest() != note["digest"]:
-                    return False
-                with suppress(OSError):
-                    os.utime(path)  # so that the next one need not compare again
+        index, note = cache
+        if self.path.suffix == ".gz" and copy.stat().st_ctime_ns >= path.stat().st_ctime_ns:
+            if hashlib.sha256(data).hexdigest() != note["digest"]:
+                return False
+            with suppress(OSError):
+                os.utime(path)  # so that the next one need not compare again
         self._data, self.digest, records = data, note["digest"], note["records"]
         self._starts, self._blanks = index[: records + 1], index[records + 1 :]
         return True
@@ -166,10 +169,9 @@ class JsonlFile:
                     raise ValueError(f"{self.path}: expected at least one record, found none")
         note: dict[str, object] = {}
         self.save("index", self._index(self._map(folder), note), note)
-        old, name = rf"{_LAYOUT}-{digest(self.path.name)[:_HASH]}-", f"{self.path.name:.40}."
-        outdated = re.compile(re.escape(name) + rf"(v2-\d+-\d+\.|{old}).+")
+        any_version = self._name[:-_HASH]
         for entry in folder.iterdir():
-            if outdated.fullmatch(entry.name) and not entry.name.startswith(self._name):
+            if entry.name.startswith(any_version) and not entry.name.startswith(self._name):
                 entry.unlink(missing_ok=True)  # another process may be faster
         return folder
 
@@ -192,20 +194,7 @@ class JsonlFile:
         note |= {"records": records, "bytes": len(data), "digest": state.hexdigest()}
 
 
-def write_cache(path: Path, arrays: Iterable[Ints], note: dict[str, object]) -> None:
-    """Write arrays, then what `note` holds after the last of them, its length and a checksum."""
-    checksum = 0
-    with atomic_write(path) as file:
-        for array in arrays:
-            part = np.ascontiguousarray(array, np.int64).data
-            checksum = zlib.crc32(part, checksum)
-            file.write(part)
-        text = json.dumps(note).encode()
-        end = text + len(text).to_bytes(8, "little")
-        file.write(end + zlib.crc32(end, checksum).to_bytes(8, "little"))
-
-
-def read_cache(path: Path) -> tuple[Ints, Object] | None:
+def _read_cache(path: Path) -> tuple[Ints, Object] | None:
     """The arrays, joined and memory-mapped, and the note; None unless all is as it was written."""
     try:
         with path.open("rb") as file:
