@@ -17,8 +17,8 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from math import nan
 from pathlib import Path
-from typing import Any
 
 from kalm_min import program
 from kalm_min.config import check_output, run
@@ -35,6 +35,18 @@ from kalm_min.evaluation.plan import (
 )
 from kalm_min.evaluation.runner import Failure, Runner, worker_environment
 from kalm_min.files import write_text
+
+# What a child process runs, so that this one holds no device.
+_MEASURE = "from kalm_min.evaluation.worker import measure_speed; measure_speed()"
+_DEVICES = """
+import sys, torch
+from kalm_min.embedder import pick_device
+try:
+    names = [str(pick_device(name)) for name in sys.argv[1:]]
+except ValueError as error:
+    sys.exit(f"--devices: {error}".replace("device: ", ""))
+print(*(names or [f"cuda:{i}" for i in range(torch.cuda.device_count())]))
+"""
 
 
 def main(argv: list[str]) -> int:
@@ -56,10 +68,9 @@ def evaluate(config: EvaluationConfig) -> int:
         return 0
     if config.prefetch:
         failures = prefetch(find_tasks(config), sys.stdout)
-        for failure in failures:
-            sys.stderr.write(f"evaluate.py: could not fetch {failure}\n")
+        sys.stderr.writelines(f"evaluate.py: could not fetch {one}\n" for one in failures)
         print(f"{'incomplete' if failures else 'complete'}: {config.datasets}")
-        return 1 if failures else 0
+        return int(bool(failures))
     return tabulate(config) if config.report_only else score(config)
 
 
@@ -71,10 +82,9 @@ def tabulate(config: EvaluationConfig) -> int:
     if config.model:
         found = [plan.results for plan in plans]
         plans = make_plans(config)
-        for plan in plans:
-            if plan.results not in found:
-                folders = ", ".join(map(str, found))
-                raise ValueError(f"expected results in {plan.results}, found only {folders}")
+        for absent in (plan.results for plan in plans if plan.results not in found):
+            folders = ", ".join(map(str, found))
+            raise ValueError(f"expected results in {absent}, found only {folders}")
     for path in (path for plan in plans for path in sorted(plan.results.glob("*.json"))):
         if read_result(path) is None:
             found = "no result (torn, edited or of another program); evaluate the task again"
@@ -85,29 +95,24 @@ def tabulate(config: EvaluationConfig) -> int:
 
 def score(config: EvaluationConfig) -> int:
     """Run the plan of each model and report; return 1 if a task failed."""
-    plans = make_plans(config)
-    environment = dict(os.environ) | ({"HF_HUB_OFFLINE": "1"} if config.datasets else {})
-    devices = find_devices(config.devices)
+    plans, devices = make_plans(config), find_devices(config.devices)
     for plan in plans:
-        speed = len(devices) * measure(plan, devices[0]) if config.dry_run else float("nan")
+        speed = nan
+        if config.dry_run:
+            settings = plan.settings | {"model": plan.model, "device": devices[0]}
+            speed = len(devices) * float(_child(_MEASURE, (), json.dumps(settings)))
         print(report.plan_table(plan, speed), end="\n\n", flush=True)
     if config.dry_run:
         return 0
     check_hub(plans)
-    failures: dict[str, Mapping[str, Failure]] = {}
-    for plan in plans:
-        runner = Runner(
-            plan,
-            devices=devices,
-            environment=environment,
-            logs=config.output / "logs",
-            timeout=config.timeout,
-            store=config.store,
-            stream=sys.stdout,
-        )
-        failures[plan.results.name] = runner.run()
+    options = {"devices": devices, "timeout": config.timeout, "store": config.store}
+    options |= {"logs": config.output / "logs", "stream": sys.stdout}
+    environment = os.environ | ({"HF_HUB_OFFLINE": "1"} if config.datasets else {})
+    failures = {
+        plan.results.name: Runner(plan, environment=environment, **options).run() for plan in plans
+    }
     write_reports(plans, failures, config.output)
-    return 1 if any(failures.values()) else 0
+    return int(any(failures.values()))
 
 
 def find_devices(names: Sequence[str]) -> list[str]:
@@ -117,30 +122,17 @@ def find_devices(names: Sequence[str]) -> list[str]:
     """
     if set(names) == {"cpu"}:
         return list(names)
-    code = "import sys, json, torch; from kalm_min.embedder import pick_device as pick\n"
-    code += "try: names = [str(pick(name)) for name in sys.argv[1:]]\n"
-    code += "except ValueError as error: sys.exit(f'--devices: {error}'.replace('device: ', ''))\n"
-    code += "print(json.dumps(names or [f'cuda:{i}' for i in range(torch.cuda.device_count())]))"
-    return _child(code, names) or ["cpu"]
+    return _child(_DEVICES, names).split() or ["cpu"]
 
 
-def measure(plan: Plan, device: str) -> float:
-    """Characters per second that a plan's model encodes on a device."""
-    code = "from kalm_min.evaluation.worker import measure_speed; measure_speed()"
-    settings = plan.settings | {"model": plan.model, "device": device}
-    return _child(code, (), json.dumps(settings))
-
-
-def _child(code: str, arguments: Sequence[str], line: str = "") -> Any:
-    """What Python code prints as JSON. Raises ValueError with its last sentence if it fails."""
+def _child(code: str, arguments: Sequence[str], line: str = "") -> str:
+    """The last line that Python code prints. Raises ValueError with its last sentence if it fails."""
     command = [sys.executable, "-c", code, *arguments]
-    environment = worker_environment(os.environ, 1)
-    done = subprocess.run(
-        command, input=line, capture_output=True, text=True, check=False, env=environment
-    )
+    options = {"capture_output": True, "text": True, "env": worker_environment(os.environ, 1)}
+    done = subprocess.run(command, input=line, check=False, **options)
     if done.returncode:
         raise ValueError(done.stderr.strip().splitlines()[-1])
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout.splitlines()[-1]
 
 
 def write_reports(
@@ -149,8 +141,10 @@ def write_reports(
     """Print the tables of each model and write them, with plots; compare the models if several."""
     for plan in plans:
         name = f"{plan.results.parent.name}-{plan.results.name}"
-        target = folder / "reports" / name if len(plans) > 1 else folder
-        rows = report.score_rows(plan)
+        target, rows = (
+            folder / "reports" / name if len(plans) > 1 else folder,
+            report.score_rows(plan),
+        )
         text = report.markdown(plan, rows, failures.get(plan.results.name, {}))
         write_text(target / "summary.md", text)
         write_text(target / "summary.csv", report.comma_separated(plan, rows))

@@ -208,17 +208,16 @@ def markdown(plan: Plan, rows: Sequence[Row], failures: Mapping[str, "Failure"])
 
 def _costs(columns: Scores) -> str:
     """Mean scores by dimension and precision, and the bytes of a vector."""
+    dims = [dim for dim in columns if " " not in dim]
     names = dict.fromkeys(dim.partition(" ")[2] or "float32" for dim in columns)
-    rows: list[list[str]] = []
-    for dim in (dim for dim in columns if " " not in dim):
-        cells = [dim]
-        for name in names:
-            scores = columns[f"{dim} {name}".removesuffix(" float32")].values()
-            bits = int(dim) * {"float32": 32, "int8": 8, "uint8": 8}.get(name, 1)
-            cells.append(f"{fmean(scores):.2f} ({-(-bits // 8)} B)")
-        rows.append(cells)
-    count_of = count(len(columns[rows[0][0]]), "task")
-    head = f"Mean score of {count_of}, and the bytes of a vector."
+
+    def cell(dim: str, name: str) -> str:
+        mean = fmean(columns[f"{dim} {name}".removesuffix(" float32")].values())
+        bits = int(dim) * {"float32": 32, "int8": 8, "uint8": 8}.get(name, 1)
+        return f"{mean:.2f} ({-(-bits // 8)} B)"
+
+    rows = [[dim, *(cell(dim, name) for name in names)] for dim in dims]
+    head = f"Mean score of {count(len(columns[dims[0]]), 'task')}, and the bytes of a vector."
     return f"{head}\n\n{table(['dimensions', *names], rows, right=range(len(names) + 1))}"
 
 

@@ -1,10 +1,9 @@
 """Run a plan with one worker process per device, so that no failure affects another task.
 
-The parent hands out one job at a time: a task, or a slice of a large corpus that any worker encodes
-into the store before its task runs. A worker that dies, hangs, runs out of memory or writes anything
-that is not a message is killed with its children and replaced; its job is tried again with half the
-batch, and after three attempts reported as failed with the tail of the log. A task is finished when
-its result file is valid, so the same command continues an interrupted run. No torch is imported.
+The parent hands out one job at a time. A worker that dies, hangs, runs out of memory or writes what is
+no message is killed with its children and replaced; its job is tried again with half the batch, and
+after three attempts reported as failed with the tail of the log. A task is finished when its result
+file is valid, so the same command continues an interrupted run. No torch is imported.
 """
 
 import json
@@ -67,25 +66,21 @@ def make_jobs(tasks: Iterable[PlannedTask], devices: int) -> list[Job]:
     fair = max(1.0, sum(task.characters for task in tasks) / max(1, devices))
     jobs: list[tuple[float, Job]] = []
     for task in tasks:
-        size, corpus = task.characters, task.corpus_characters
+        rank, size, corpus = float(task.characters), float(task.characters), task.corpus_characters
         count = min(task.documents // _SLICE_DOCUMENTS, round(corpus / fair * _SLICES))
-        if devices < 2 or corpus <= fair / 2 or count < 2:
-            jobs.append((size, Job(task, size)))
-            continue
-        # Equal ranks, so that a corpus is complete before the slices of the next one begin.
-        rank = fair / _SLICES
-        jobs += [(rank, Job(task, corpus / count, (i, count))) for i in range(count)]
-        jobs.append((rank, Job(task, size - (1 - _SCORING) * corpus)))
+        if devices > 1 and corpus > fair / 2 and count > 1:
+            # Equal ranks, so that a corpus is complete before the slices of the next one begin.
+            rank, size = fair / _SLICES, size - (1 - _SCORING) * corpus
+            jobs += [(rank, Job(task, corpus / count, (i, count))) for i in range(count)]
+        jobs.append((rank, Job(task, size)))
     return [job for _, job in sorted(jobs, key=lambda pair: -pair[0])]
 
 
 def next_job(jobs: list[Job], running: Iterable[Job]) -> Job | None:
     """Remove and return the first job whose task waits for no slice; None while all wait."""
     sliced = {job.task.name for job in (*jobs, *running) if job.part}
-    for i, job in enumerate(jobs):
-        if job.part or job.task.name not in sliced:
-            return jobs.pop(i)
-    return None
+    ready = (i for i, job in enumerate(jobs) if job.part or job.task.name not in sliced)
+    return None if (i := next(ready, None)) is None else jobs.pop(i)
 
 
 @dataclass(slots=True)
@@ -106,14 +101,14 @@ class _Slot:
     characters: int = 0
     log_start: int = 0  # offset in the log at which the current job begins
 
-    def send(self, line: Mapping[str, object]) -> None:
-        """Write a line to the worker's stdin: its settings at the start, then a job."""
+    def send(self, **line: object) -> None:
+        """Write a line to the worker's stdin: its settings at the start, then a job; paths as text."""
         assert self.process and self.process.stdin
         self.log_start = self.log.stat().st_size
         self.started = self.last_progress = self.last_heartbeat = time.monotonic()
         self.texts = self.characters = 0
         with suppress(BrokenPipeError):  # the end of its stdout will report its death
-            self.process.stdin.write(json.dumps(line).encode() + b"\n")
+            self.process.stdin.write(json.dumps(line, default=str).encode() + b"\n")
             self.process.stdin.flush()
 
     def kill(self) -> None:
@@ -224,8 +219,8 @@ class Runner:
             self.lines.put((slot, process, b""))
 
         threading.Thread(target=read, daemon=True).start()
-        model = {"model": self.plan.model, "device": slot.device, "dims": self.plan.dims}
-        slot.send(self.plan.settings | model)
+        plan = self.plan
+        slot.send(**plan.settings, model=plan.model, device=slot.device, dims=plan.dims)
 
     def _assign(self, slot: _Slot) -> None:
         """Send a free worker its next job, if there is one."""
@@ -235,15 +230,19 @@ class Runner:
         task, path = job.task, self.plan.result_path(job.task).absolute()
         for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a worker killed while writing
             leftover.unlink(missing_ok=True)
-        paths = {
-            "store": (self.store or self.scratch / escape_name(task.name)).absolute(),
-            "result": path,
-        }
-        paths |= {"folder": task.folder, "mirror": task.mirror}
-        paths |= {"queries": self.plan.queries_path(task)}
-        order = {"name": task.name, "type": task.type, "key": self.plan.key(task)}
-        order |= {"attempt": job.attempt, "slice": job.part, "dims": self.plan.missing(task)}
-        slot.send(order | {name: path and str(path) for name, path in paths.items()})
+        slot.send(
+            name=task.name,
+            type=task.type,
+            key=self.plan.key(task),
+            dims=self.plan.missing(task),
+            attempt=job.attempt,
+            slice=job.part,
+            folder=task.folder,
+            mirror=task.mirror,
+            store=(self.store or self.scratch / escape_name(task.name)).absolute(),
+            result=path,
+            queries=self.plan.queries_path(task),
+        )
 
     def _handle(self, slot: _Slot, process: subprocess.Popen[bytes], line: bytes) -> None:
         """Act on a line from a worker, or on the end of its output."""
@@ -252,7 +251,7 @@ class Runner:
         slot.last_heartbeat = time.monotonic()
         job, message = slot.job, None
         with suppress(ValueError):
-            message = parse_object(line, slot.name)
+            message = parse_object(line, "")
         match message:
             case {"event": "ready"}:
                 slot.is_ready = True
@@ -308,9 +307,8 @@ class Runner:
 
     def _end(self, slot: _Slot, job: Job, outcome: str, reason: str = "") -> None:
         """End a worker's job, print its outcome and record the attempt in the timeline."""
-        seconds, end, score = time.monotonic() - slot.started, time.time(), "failed"
-        slot.job = None
-        if outcome == "done" and job.part is None:
+        seconds, end, score, slot.job = time.monotonic() - slot.started, time.time(), "failed", None
+        if outcome == "done" and not job.part:
             if result := self.plan.result(job.task):  # believe the file, not the message
                 main_score = result["kalm_min"]["dims"][self.plan.dims[0]]["main_score"]
                 score = f"{100 * main_score:.2f}"
@@ -322,12 +320,12 @@ class Runner:
             self.progress.line(f"{job}: {reason}; trying again")
         else:
             self.done_characters += job.characters
-            self.done_tasks += job.part is None
-        if outcome == "failed" or (outcome == "done" and job.part is None):
+            self.done_tasks += not job.part
+        if outcome == "failed" or (outcome == "done" and not job.part):
             number = f"[{self.done_tasks:{len(str(len(self.tasks)))}}/{len(self.tasks)}] {job}"
             parts = number, f"{job.task.main_score} {score}", format_duration(seconds), slot.name
             self.progress.line("  ".join(parts) + f"\n    {reason}" * (outcome == "failed"))
-        if outcome == "failed" and job.part is None:  # the task encodes what a slice lacks
+        if outcome == "failed" and not job.part:  # the task encodes what a slice lacks
             self.failures[job.task.name] = slot.failure(reason)
         span = {"task": str(job), "type": job.task.type, "host": platform.node()}
         span |= {"device": slot.name, "start": round(end - seconds, 3), "end": round(end, 3)}
@@ -352,7 +350,6 @@ def worker_environment(environment: Mapping[str, str], workers: int) -> dict[str
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     threads = str(max(1, cores // max(1, workers)))
-    paths = [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]
-    defaults = {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}
-    path = os.pathsep.join(filter(None, paths))
-    return defaults | dict(environment) | {"TQDM_DISABLE": "1", "PYTHONPATH": path}
+    paths = filter(None, [str(Path(__file__).parents[2]), environment.get("PYTHONPATH")])
+    fixed = {"TQDM_DISABLE": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    return {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads} | dict(environment) | fixed

@@ -30,7 +30,7 @@ from kalm_min.embedder import Embedder, pick_device
 from kalm_min.evaluation.adapter import Adapter, Report
 from kalm_min.evaluation.local import build_task
 from kalm_min.evaluation.plan import ordered, read_result
-from kalm_min.files import digest, write_json, write_text
+from kalm_min.files import Object, digest, write_json, write_text
 from kalm_min.settings import fill_template
 from kalm_min.vectors import check_manifest, describe
 
@@ -39,7 +39,7 @@ _HEARTBEAT_SECONDS = 10.0
 _WORST = 100  # queries written
 _SHOWN = 3  # documents written of each
 
-Order = dict[str, Any]
+Order = Object
 """A task to run, or a slice of its corpus to encode: a line from the parent."""
 
 
@@ -136,15 +136,14 @@ def open_model(settings: Order) -> Embedder:
 
 
 def measure_speed() -> None:
-    """Write the characters per second of English text that a model encodes; its settings are read."""
-    embedder, count = open_model(json.loads(sys.stdin.readline())), 8
-    while True:
-        texts = [f"{number}: {'words of usual length in a row ' * 15}" for number in range(count)]
+    """Write how many characters of English text per second the model of a line of settings encodes."""
+    embedder, seconds = open_model(json.loads(sys.stdin.readline())), 0.0
+    texts = [f"{number} {'words of usual length in a row ' * 15}" for number in range(4)]
+    while seconds < 1:
+        texts = [f"{number} {text}" for number, text in enumerate(texts * 2)]
         start = time.monotonic()
         embedder.encode(texts, prompt="")
-        if (seconds := time.monotonic() - start) > 1:
-            break
-        count *= 2
+        seconds = time.monotonic() - start
     sys.stdout.write(f"{sum(map(len, texts)) / seconds}\n")
 
 
@@ -159,7 +158,7 @@ def _sentence(error: BaseException) -> str:
 
 def evaluate_task(
     embedder: Embedder, order: Order, dims: Sequence[str | int], report: Report = lambda *_: None
-) -> dict[str, Any]:
+) -> Object:
     """Run one task at every dimension and return the content of its result file.
 
     That is mteb's result at the largest dimension, which mteb can read, with an additional entry
@@ -194,8 +193,8 @@ def evaluate_task(
             adapter.index(corpus.select(range(*bounds)))
         return {}
     old = read_result(Path(order["result"]), key) if "result" in order else None
-    record: dict[str, Any] = old["kalm_min"] if old else {"dims": {}, "seconds": 0.0}
-    results: dict[str, dict[str, Any]] = record["dims"]
+    record: Object = old["kalm_min"] if old else {"dims": {}, "seconds": 0.0}
+    results: dict[str, Object] = record["dims"]
     for number, name in enumerate(map(str, dims)):
         dim, _, precision = name.partition(" ")
         adapter.dim, adapter.precision = int(dim), precision or "float32"
@@ -230,7 +229,7 @@ def evaluate_task(
     return record["dims"][ordered(results)[0]] | {"kalm_min": record}
 
 
-def write_queries(path: Path, data: Any, hits: Mapping[str, Mapping[str, float]]) -> None:
+def write_queries(path: Path, data: Object, hits: Mapping[str, Mapping[str, float]]) -> None:
     """Write the queries whose first relevant document is ranked lowest, one JSON object per line.
 
     "rank" is null if no relevant document was found; "found" are the documents that were.
@@ -238,20 +237,21 @@ def write_queries(path: Path, data: Any, hits: Mapping[str, Mapping[str, float]]
     corpus, lines = data["corpus"], list[tuple[float, str]]()
     rows = {name: row for row, name in enumerate(corpus["id"])}
 
-    def shown(name: str, scores: Mapping[str, float]) -> dict[str, object]:
-        score = None if name not in scores else round(scores[name], 6)
-        return {"id": name, "score": score} | {k: corpus[rows[name]][k] for k in ("title", "text")}
+    def shown(names: Sequence[str], scores: Mapping[str, float]) -> list[Object]:
+        return [
+            {"id": name, "score": round(scores[name], 6) if name in scores else None}
+            | {column: corpus[rows[name]][column] for column in ("title", "text")}
+            for name in names[:_SHOWN]
+        ]
 
     for query in data["queries"]:
         found = hits.get(query["id"], {})
         best = sorted(found, key=lambda name: -found[name])
         judged = data["relevant_docs"].get(query["id"], {})
-        relevant = [name for name, score in judged.items() if score > 0]
-        rank = min((best.index(name) + 1 for name in relevant if name in found), default=None)
-        line = {"rank": rank, "query": query["text"]}
-        line["relevant"] = [shown(name, found) for name in relevant[:_SHOWN]]
-        line["found"] = [shown(name, found) for name in best[:_SHOWN]]
-        if relevant:
+        if relevant := [name for name, score in judged.items() if score > 0]:
+            rank = min((best.index(name) + 1 for name in relevant if name in found), default=None)
+            line = {"rank": rank, "query": query["text"]}
+            line |= {"relevant": shown(relevant, found), "found": shown(best, found)}
             lines.append((-(rank or math.inf), json.dumps(line, ensure_ascii=False)))
     lines.sort(key=lambda pair: pair[0])
     write_text(path, "".join(f"{line}\n" for _, line in lines[:_WORST]))
@@ -277,9 +277,9 @@ def _load_task(order: Order) -> Any:
     task.data_loaded = True
     if hasattr(task, "convert_v1_dataset_format_to_v2"):
         task.convert_v1_dataset_format_to_v2(num_proc=None)  # once, for all dimensions
-    kind = task.metadata.type
+    kind, statistics = task.metadata.type, task.metadata.descriptive_stats or {}
     for subset, split in itertools.product(key["subsets"], key["splits"]):
-        is_ranked, statistics = kind.endswith("Reranking"), task.metadata.descriptive_stats or {}
+        is_ranked = kind.endswith("Reranking")
         if split in statistics:
             parts = statistics[split].get("hf_subset_descriptive_stats") or {}
             is_ranked = bool(parts.get(subset, statistics[split]).get("top_ranked_statistics"))

@@ -108,6 +108,18 @@ def test_a_split_without_a_relevant_document_scores_0(embedder, order):
     assert evaluate_task(embedder, given, [32])["main_score"] == 0
 
 
+def test_a_local_query_without_a_relevant_document_scores_0(embedder, datasets, tmp_path):
+    """Promise: as in mteb, a query that is judged counts; one without any judgement does not."""
+    key = {"query_instruction": "", "document_instruction": "", "checkpoint": "c"}
+    given = {"name": "retrieval", "type": "Retrieval", "folder": str(datasets / "retrieval")}
+    given |= {"key": key, "store": str(tmp_path)}
+    before = evaluate_task(embedder, given, [32])["main_score"]  # over 10 of 12 queries
+    with (datasets / "retrieval" / "qrels" / "test.tsv").open("a") as file:
+        file.write("10\td1\t0\n11\td2\t-1\n")
+    after = evaluate_task(embedder, given, [32])["main_score"]
+    assert after == pytest.approx(before * 10 / 12, abs=1e-5)
+
+
 def test_dimensions_and_precisions_are_added(embedder, eight, tmp_path):
     """Promise: what the result file holds stays, and each score is as if it were the only one."""
     key = {"query_instruction": "", "document_instruction": "", "checkpoint": "c"}
