@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import importlib
 import json
 import os
 import random
@@ -426,30 +427,34 @@ def test_nothing_held_out_is_trained_on(tmp_path_factory, seed):
 
 
 @pytest.mark.slow
-def test_from_a_table_to_a_better_model(tmp_path, make_model):
-    """The newcomer's walk: a CSV of 500 pairs, four commands, a model that is loaded."""
+def test_from_a_table_to_a_better_model(tmp_path, make_model, monkeypatch):
+    """The newcomer's walk: a CSV, three commands, and a model with the same vectors elsewhere."""
+    from sentence_transformers import SentenceTransformer
+
     draw = random.Random(0)
     make_model(tmp_path / "base")
     rows = [
-        [f"{' '.join(draw.choices(WORDS, k=4))} {i}", f"{i} {draw.choice(WORDS)}"]
-        for i in range(500)
+        [f"{i}", f"{' '.join(draw.choices(WORDS, k=4))} {i}", f"{i} {draw.choice(WORDS)}"]
+        for i in range(100)
     ]
-    table(
-        tmp_path / "support.csv",
-        ["id", "question", "answer"],
-        *([str(i), *r] for i, r in enumerate(rows)),
-    )
-    small = "--sampling.batch-size 32 --training.max-steps 2 --training.precision float32"
-    for command in (
-        "convert support.csv --hold-out 100 --output data",
-        f"train --model.path base --data.path data/train --data.validation data/validation --output run {small}",
-        "evaluate --model run/final --data data/eval --devices cpu --dtype float32 --output results",
-    ):
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "kalm_min", *command.split()],
-            cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-            capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+    table(tmp_path / "support.csv", ["id", "question", "answer"], *rows)
+    monkeypatch.chdir(tmp_path)
+    small = "--sampling.batch-size 16 --training.max-steps 2 --training.precision float32"
+    for name, words in (
+        ("convert", "support.csv --hold-out 20 --output data"),
+        ("train", f"--model.path base --data.path data/train --data.validation data/validation --output run {small}"),
+    ):  # fmt: skip
+        assert importlib.import_module(f"kalm_min.{name}").main(words.split()) == 0
+    words = "--model run/final --data data/eval --devices cpu --dtype float32 --output results"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "kalm_min", "evaluate", *words.split()],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     assert "ndcg_at_10" in done.stdout
-    assert Embedder.from_pretrained(tmp_path / "run" / "final").encode(["how?"]).shape == (1, 32)
+    texts = [question for _, question, _ in rows[:5]]
+    ours = Embedder.from_pretrained("run/final", dtype="float32").encode(texts)
+    theirs = SentenceTransformer("run/final", device="cpu").encode(texts)
+    assert ours.shape == theirs.shape == (5, 32)
+    assert abs(ours - theirs).max() < 1e-5
