@@ -229,9 +229,8 @@ class _Option:
         none = [None] if NoneType in get_args(kind) else []
         if none:
             kind = next(one for one in get_args(kind) if one is not NoneType)
-        self.nargs: int | str | None
-        self.nargs, self.expected = "?" if kind is bool else None, ""
-        self.is_list = get_origin(kind) is tuple
+        self.is_list, self.expected = get_origin(kind) is tuple, ""
+        self.nargs: int | str | None = "?" if kind is bool else None
         if self.is_list:
             kind, *more = get_args(kind)
             self.nargs = "*" if more == [...] else 1 + len(more)

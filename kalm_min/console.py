@@ -73,19 +73,13 @@ class Progress:
 
 
 def printable(text: str) -> str:
-    """The text with control characters and the like as codes, for a terminal; newlines stay.
+    """The text with control characters and the like as codes; newlines stay.
 
-    Text of others (names of tasks, folders, results) could otherwise move the cursor, hide what was
-    written, or pretend to be another line's.
+    Text of others (names of tasks, folders, results) could otherwise move a terminal's cursor, hide
+    what was written, or pretend to be another line's.
     """
-    if text.isprintable():
-        return text
-    return "".join(
-        one
-        if one == "\n" or unicodedata.category(one) not in _UNSEEN
-        else one.encode("unicode_escape").decode()
-        for one in text
-    )
+    unseen = {one for one in text if one != "\n" and unicodedata.category(one) in _UNSEEN}
+    return text.translate({ord(one): one.encode("unicode_escape").decode() for one in unseen})
 
 
 def format_duration(seconds: float) -> str:
@@ -111,9 +105,5 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[
     ]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * (n - 1) + ":" if i in right else "-" * n for i, n in enumerate(widths)])
-    sides = [">" if i in right else "<" for i in range(len(head))]
-    lines = [
-        [f"{cell:{side}{n}}" for cell, side, n in zip(row, sides, widths, strict=True)]
-        for row in cells
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    form = [f"{{:{'>' if i in right else '<'}{n}}}" for i, n in enumerate(widths)]
+    return "\n".join(f"| {' | '.join(form)} |".format(*row) for row in cells)

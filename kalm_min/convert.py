@@ -119,10 +119,9 @@ class Source(NamedTuple):
             scores = [_number(row.get(name)) for name in self.columns["score"]]
             if None in scores:
                 yield where, f"expected a number as {self.columns['score'][0]!r}"
-            elif any(one is not None and not one >= self.least for one in scores):
-                yield where, None
             else:
-                yield where, problem_with_line(record) or record
+                is_low = any(one is not None and not one >= self.least for one in scores)
+                yield where, None if is_low else problem_with_line(record) or record
 
 
 def convert(config: ConvertConfig) -> int:
@@ -198,12 +197,11 @@ def _convert_all(config: ConvertConfig, sources: list[Source]) -> list[str]:
     report = f"{count(total['good'], 'row')} of {done} -> {config.output}"
     if len(todo) < len(sources):
         report += f"; {count(len(sources) - len(todo), 'file')} had been converted before"
-    for task, rows in held.items():
-        report += f"\n{task}: {count(len(rows), 'row')} held out"
     if held:
-        shared = total["shared"] - sum(map(len, held.values()))
+        kept = "\n".join(f"{task}: {count(len(held[task]), 'row')} held out" for task in held)
+        shared = count(total["shared"] - sum(map(len, held.values())), "row")
         report += (
-            f"; {count(shared, 'row')} left out that share a text with what is held out"
+            f"\n{kept}; {shared} left out that share a text with what is held out"
             f"\nnext: kalm-min train --data.path {config.output}/train --data.validation "
             f"{config.output}/validation ..., then kalm-min evaluate --data {config.output}/eval ..."
         )
@@ -267,9 +265,8 @@ def _understand(path: Path, target: Path, config: ConvertConfig) -> Source:
     if not columns["query"][0].lower().startswith("sentence"):
         columns["score"] = []
     taken = {*chain.from_iterable(columns.values())}
-    for name, key in (
-        _OTHER if _READERS[_kind(path)] is _read_table else _OTHER | _NUMBERS
-    ).items():
+    further = _OTHER if _READERS[_kind(path)] is _read_table else _OTHER | _NUMBERS
+    for name, key in further.items():
         if name in names and name not in taken:
             columns.setdefault(key, [name])
     least = config.min_score or 0.0

@@ -19,10 +19,9 @@ if TYPE_CHECKING:
 
 
 class _Output(io.FileIO):
-    """A file descriptor to which a write never fails: what cannot be written is dropped."""
+    """A descriptor that takes everything: a closed pipe (`| head`), a full disk, no terminal."""
 
     def write(self, data: memoryview, /) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Write; a closed pipe (`| head`), a lost terminal or a full disk takes everything."""
         try:
             written = super().write(data)
         except OSError:
