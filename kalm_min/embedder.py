@@ -202,10 +202,13 @@ class Embedder:
             texts = [text for batch in loader for text in batch["text"]]
             prompt_name = self._mteb_prompt(task, others.pop("prompt_type", None)) or prompt_name
             others = {word: x for word, x in others.items() if not word.startswith("hf_")}
-        here = (None, self.device, str(self.device), self.device.type)
-        same = {"convert_to_numpy": (True, not convert_to_tensor), "device": here}
+        same = {  # what these words may say, since it is so anyway
+            "convert_to_numpy": (True, not convert_to_tensor),
+            "device": (None, self.device, str(self.device), self.device.type),
+            "output_value": ("sentence_embedding",),
+        }
         for word, value in others.items():
-            if value not in same.get(word, ("sentence_embedding",)):
+            if value not in same.get(word, ()):
                 hint = _INSTEAD.get(word, "there is no such option")
                 raise ValueError(f"encode({word}={value!r}): {hint}")
         if batch_size is not None and batch_size < 1:

@@ -8,7 +8,6 @@ padding are not supported.
 """
 
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Reversible, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +19,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.processors import Sequence as ProcessorSequence
 from tokenizers.processors import TemplateProcessing
 
-from kalm_min.files import Object, write_json, write_text
+from kalm_min.files import AnyPath, Object, write_json, write_text
 from kalm_min.schema import describe, is_string, read_object
 
 _SIDE_FILE = "tokenizer_config.json"
@@ -66,10 +65,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(
-        cls,
-        folder: str | os.PathLike[str],
-        end_of_text: bool | None = None,
-        rows: int | None = None,
+        cls, folder: AnyPath, end_of_text: bool | None = None, rows: int | None = None
     ) -> Self:
         """Read `tokenizer.json`. Raises ValueError when it is missing or unreadable.
 
@@ -108,8 +104,9 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the highest id, added tokens included: ids may have holes."""
-        return max(self._fast.get_vocab().values(), default=-1) + 1
+        """One more than the highest id that a text can give: ids may have holes."""
+        closing = self._fast.encode("").ids  # may stand in the post-processor alone
+        return max([*self._fast.get_vocab().values(), *closing], default=-1) + 1
 
     def encode(self, texts: Sequence[str], prompt: str = "", *, max_length: int) -> list[list[int]]:
         """Token ids of `prompt + text`, at most `max_length` of them, special tokens included.
@@ -128,7 +125,7 @@ class Tokenizer:
         """Whether both turn texts into the same ids."""
         return self._fast.to_str() == other._fast.to_str()
 
-    def save(self, folder: str | os.PathLike[str], *, max_length: int) -> None:
+    def save(self, folder: AnyPath, *, max_length: int) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, which states `max_length`."""
         write_text(Path(folder) / "tokenizer.json", self._fast.to_str())
         write_json(Path(folder) / _SIDE_FILE, self.settings | {"model_max_length": max_length})

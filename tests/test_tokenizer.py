@@ -43,6 +43,15 @@ def test_a_vocabulary_may_have_holes(folder):
         Embedder.from_pretrained(folder, dtype="float32")
 
 
+def test_ids_of_the_post_processor_count(folder):
+    """A token that closes every text and is in no vocabulary: refused when the model is opened."""
+    fast = FastTokenizer.from_file(str(folder / "tokenizer.json"))
+    fast.post_processor = TemplateProcessing("$A <t>", special_tokens=[("<t>", 320)])
+    fast.save(str(folder / "tokenizer.json"))
+    with pytest.raises(ValueError, match="the tokenizer has 321 ids and the embedding table 320"):
+        Embedder.from_pretrained(folder, dtype="float32")
+
+
 def test_a_file_that_closes_texts_is_not_closed_twice(folder, tmp_path):
     """add_eos_token with a post-processor that already appends the token: one token."""
     path = folder / "tokenizer_config.json"

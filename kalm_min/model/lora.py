@@ -94,9 +94,8 @@ def add_adapter(model: nn.Module, config: LoRAConfig, seed: int = 0) -> None:
         raise ValueError("LoRA beside a Dense module is not built; train all weights (rank 0)")
     generator = torch.Generator().manual_seed(seed)
     for layer in _attach(model, config, dict.fromkeys(_targets(model, config), config.rank)):
-        layer.lora_A.to_empty(device=layer.weight.device)
-        layer.lora_B.to_empty(device=layer.weight.device)
-        a, b = layer.lora_A.weight, layer.lora_B.weight
+        pair = nn.ModuleList([layer.lora_A, layer.lora_B]).to_empty(device=layer.weight.device)
+        a, b = pair.parameters()
         # Drawn on the CPU in float32, so that a seed means the same on every device.
         draw = torch.empty(a.shape).uniform_(-1, 1, generator=generator)
         with torch.no_grad():
