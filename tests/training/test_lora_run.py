@@ -46,8 +46,8 @@ def digests(folder):
 def finished(arguments, tiny_model_dir, tmp_path_factory):
     base = digests(tiny_model_dir)
     output = tmp_path_factory.mktemp("run") / "run"
-    result = run(arguments, output)
-    assert result.returncode == 0, result.stderr
+    code, said = start(arguments, output)
+    assert code == 0, said
     assert digests(tiny_model_dir) == base
     return output
 
@@ -82,9 +82,9 @@ def test_resumes_bit_for_bit(arguments, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "whole")
     for left in ("final", "adapter", f"checkpoints/step_{STEPS:08d}"):
         shutil.rmtree(finished / left)
-    result = run(arguments, finished)
-    assert result.returncode == 0, result.stderr
-    assert "resuming from step 4" in result.stderr
+    code, said = start(arguments, finished)
+    assert code == 0, said
+    assert "resuming from step 4" in said
     assert log(finished) == lines
     assert digests(finished / "final") | digests(finished / "adapter") == before
     newest = f"checkpoints/step_{STEPS:08d}"

@@ -127,31 +127,30 @@ def swap_weights(base):
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize(
-    ("change", "name"),
-    [
-        (lambda folder: swap_words(folder / "train"), "--data.path"),
-        (
-            lambda folder: (folder / "train" / "a.toml").write_text("symmetric = true"),
-            "--data.path",
-        ),
-        (lambda folder: write_pairs(folder / "valid.jsonl", group="x"), "--data.validation"),
-        (lambda folder: swap_weights(folder / "base"), "--model.path"),
-    ],
-)
-def test_other_content_under_the_same_name_is_not_resumed(
-    arguments, tmp_path, tiny_model_dir, change, name
-):
+OTHER_CONTENT = [
+    (lambda folder: swap_words(folder / "train"), "--data.path"),
+    (lambda folder: (folder / "train" / "a.toml").write_text("symmetric = true"), "--data.path"),
+    (lambda folder: write_pairs(folder / "valid.jsonl", group="x"), "--data.validation"),
+    (lambda folder: swap_weights(folder / "base"), "--model.path"),
+]
+
+
+def test_other_content_under_the_same_name_is_not_resumed(arguments, tmp_path, tiny_model_dir):
     """Lines, task settings, held-out pairs and an adapter's base are known by what they hold."""
     shutil.copytree(tiny_model_dir, tmp_path / "base")
     given = [*arguments, "--model.path", tmp_path / "base", "--lora.rank", 2]
     given = [*given[2:], "--data.validation", tmp_path / "valid.jsonl"]
     output = tmp_path / "run"
     finish(given, output)
-    change(tmp_path)
-    code, said = start(given, output)
-    assert code == 2
-    assert f"step_00000006: cannot resume: expected {name} to hold what it held" in said
+    for change, name in OTHER_CONTENT:
+        shutil.copytree(tmp_path, saved := tmp_path.with_name(f"{tmp_path.name} saved"))
+        change(tmp_path)
+        code, said = start(given, output)
+        assert code == 2
+        assert f"step_00000006: cannot resume: expected {name} to hold what it held" in said
+        shutil.rmtree(tmp_path)
+        saved.rename(tmp_path)
+    finish(given, output)  # with everything as it was
 
 
 def test_a_folder_removed_in_mid_run_is_an_error(arguments, tmp_path, monkeypatch):
