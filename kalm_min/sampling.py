@@ -18,9 +18,7 @@ import numpy.typing as npt
 
 Indices = npt.NDArray[np.int32 | np.int64]
 _MOST = 2**62  # examples of a task in an epoch that can be counted
-_ROUNDS = (
-    1000  # an epoch is at most this many times as long as the data: a typing error costs no memory
-)
+_ROUNDS = 1000  # an epoch has at most so many of the data: a typing error costs no memory
 
 
 def task_draws(
@@ -89,23 +87,20 @@ class TaskBatchSampler:
         self.epoch = 0
         self._first = 0  # where the next iteration starts; not 0 only after load_state_dict
         self._step = 0  # batches of this epoch handed out so far
-        batch, ranks, draws = self.batch_size, self.world_size, self.draws
-        ratio = self.homogeneous_ratio
-        if batch < 1:
-            raise ValueError(f"batch_size must be at least 1, found {batch}")
-        if not 0 <= self.rank < ranks:
-            raise ValueError(f"rank must be from 0 to world_size - 1, found {self.rank} of {ranks}")
-        if batch % ranks:
-            raise ValueError(f"batch_size {batch} must be a multiple of world_size, found {ranks}")
-        if not 0.0 <= ratio <= 1.0:
-            raise ValueError(f"homogeneous_ratio must be from 0 to 1, found {ratio}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, found {self.seed}")
-        if not self.drop_last:
-            raise ValueError("drop_last must be True, found False: all batches are equally large")
+        batch, ranks, draws = self.batch_size, max(1, self.world_size), self.draws
+        for name, holds, expected in (
+            ("batch_size", batch >= 1, "at least 1"),
+            ("rank", 0 <= self.rank < self.world_size, "from 0 to world_size - 1"),
+            ("batch_size", batch % ranks == 0, f"a multiple of world_size {ranks}"),
+            ("homogeneous_ratio", 0.0 <= self.homogeneous_ratio <= 1.0, "from 0 to 1"),
+            ("seed", self.seed >= 0, "at least 0"),
+            ("drop_last", self.drop_last, "True, since all batches are equally large"),
+        ):
+            if not holds:
+                raise ValueError(f"{name} must be {expected}, found {getattr(self, name)}")
         if len(draws) != len(sizes):
-            expected = f"task_draws must hold one number for each of the {len(sizes)} tasks"
-            raise ValueError(f"{expected}, found {len(draws)}")
+            expected = f"one number for each of the {len(sizes)} tasks, found {len(draws)}"
+            raise ValueError(f"task_draws must hold {expected}")
         for task, (size, count) in enumerate(zip(sizes, draws, strict=True)):
             if count < 0 or (count and not size):
                 raise ValueError(f"cannot draw {count} examples of task {task}, which has {size}")

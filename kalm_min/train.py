@@ -79,8 +79,8 @@ def open_data(config: DataConfig) -> tuple[TrainingData, TrainingData | None]:
 def train(config: TrainConfig, device: torch.device) -> int:
     """Start or resume the run; return the exit code."""
     from kalm_min.training import checkpoint, distributed
-    from kalm_min.training.prompts import describe
     from kalm_min.training.trainer import Trainer
+    from kalm_min.training.validation import describe
 
     is_main, text, output = distributed.rank() == 0, to_toml(config), config.output
     if (tracker := config.training.log_to) and not find_spec(tracker):

@@ -31,10 +31,9 @@ from kalm_min.options import OptimizerConfig, Recipe
 from kalm_min.sampling import TaskBatchSampler, task_draws
 from kalm_min.tokenizer import prefetch
 from kalm_min.training import checkpoint, distributed, parallel
-from kalm_min.training.prompts import trained_prompts
 from kalm_min.training.step import TokenBatch, contrastive_step, tokenize
 from kalm_min.training.tracking import LogLine, draw_curve, open_tracker
-from kalm_min.training.validation import validate
+from kalm_min.training.validation import trained_prompts, validate
 
 _PREPARED = 4  # batches tokenized ahead of the step
 _NAMED = 20  # examples of a failed step that the error names
