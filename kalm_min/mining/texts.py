@@ -109,9 +109,8 @@ def index_task(data: TrainingData, task: int, *, as_corpus: bool, keep: bool) ->
     first, symmetric = sum(data.task_sizes[:task]), data.settings[task].symmetric
     instructions: dict[str, int] = {}
     queries, documents = _UniqueTexts(instructions), _UniqueTexts(instructions)
-    row_query, texts, is_positive, groups, starts, hashes = (array("q") for _ in range(6))
-    starts.append(0)
-    labelled = 0
+    row_query, texts, is_positive, groups, hashes = (array("q") for _ in range(5))
+    starts, labelled = array("q", [0]), 0
     for row in range(first, first + data.task_sizes[task]):
         record = data.record(row)
         # Without the negatives that a label-based task draws: none is used.
