@@ -39,10 +39,12 @@ _LEFT_OVER = re.compile(r"(lm_head|score)\.weight|.*rotary_emb\.inv_freq")
 def load_config(folder: Path) -> ModelConfig:
     """Read `config.json`. Raises ValueError if it is missing, damaged or not supported."""
     stated = read_config(folder)
-    # transformers' defaults for keys that the file omits.
-    values: Object = {"num_key_value_heads": stated["num_attention_heads"], "rope_theta": 10_000.0}
-    values |= {"head_dim": 128 if stated["model_type"] == "qwen3" else 0}
-    values |= {"tie_word_embeddings": False}
+    values: Object = {  # transformers' defaults for keys that the file omits
+        "num_key_value_heads": stated["num_attention_heads"],
+        "rope_theta": 10_000.0,
+        "head_dim": 128 if stated["model_type"] == "qwen3" else 0,
+        "tie_word_embeddings": False,
+    }
     values |= {f.name: stated[f.name] for f in fields(ModelConfig) if f.name in stated}
     values["dense"] = None
     try:
@@ -84,14 +86,12 @@ def load_model(
     for name in (*SIZES, "num_key_value_heads", "head_dim"):
         most = len(tensors) if name == "num_hidden_layers" else longest
         if (size := getattr(config, name)) > most:
-            raise ValueError(
-                f"{folder / 'config.json'}: {name}: {size} is more than the weights hold"
-            )
+            where = f"{folder / 'config.json'}: {name}"
+            raise ValueError(f"{where}: {size} is more than the weights hold")
     with torch.device("meta"):
         model = Qwen2(config)
-    if config.tie_word_embeddings and "embed_tokens.weight" not in tensors:
-        head = tensors.pop("lm_head.weight", None)  # one of two tied tensors is kept
-        tensors |= {} if head is None else {"embed_tokens.weight": head}
+    if config.tie_word_embeddings and "lm_head.weight" in tensors:  # one of the two may be kept
+        tensors.setdefault("embed_tokens.weight", tensors["lm_head.weight"])
     tensors = check_tensors(folder, tensors, model.state_dict())
     state = {name: x.to(device=device, dtype=dtype) for name, x in tensors.items()}
     model.load_state_dict(state, assign=True)
@@ -163,11 +163,16 @@ def save_model(
 
     `state` holds the weights, by name, if the model's are distributed over processes.
     """
-    state = model.state_dict() if state is None else state
+    state = dict(model.state_dict() if state is None else state)
     config = {key: value for key, value in asdict(model.config).items() if value is not None}
-    if config.pop("dense", None):
-        _save_dense({name: x for name, x in state.items() if name.startswith("dense")}, folder)
-        state = {name: x for name, x in state.items() if not name.startswith("dense")}
+    if sizes := config.pop("dense", None):
+        names = [name for name in state if name.startswith("dense")]
+        linear = {name.replace("dense", "linear"): state.pop(name) for name in names}
+        (folder / DENSE).mkdir(exist_ok=True)
+        save_tensors(linear, folder / DENSE / _SINGLE)
+        stated = {"in_features": model.config.hidden_size, "out_features": sizes[0]}
+        stated |= {"bias": sizes[1], "activation_function": IDENTITY}
+        write_json(folder / DENSE / "config.json", stated)
     config |= {
         "architectures": [f"{model.config.model_type.capitalize()}Model"],
         "hidden_act": "silu",
@@ -181,13 +186,3 @@ def save_model(
         config["use_bidirectional_attention"] = True
     write_json(folder / "config.json", config)
     save_tensors(state, folder / _SINGLE)
-
-
-def _save_dense(state: Mapping[str, Tensor], folder: Path) -> None:
-    """Write the folder of the Dense module."""
-    linear = {name.replace("dense", "linear"): tensor for name, tensor in state.items()}
-    out_features, in_features = linear["linear.weight"].shape
-    (folder / DENSE).mkdir(exist_ok=True)
-    save_tensors(linear, folder / DENSE / _SINGLE)
-    sizes = {"in_features": in_features, "out_features": out_features, "bias": len(linear) > 1}
-    write_json(folder / DENSE / "config.json", sizes | {"activation_function": IDENTITY})

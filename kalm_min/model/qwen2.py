@@ -12,7 +12,7 @@ Parameter names are Hugging Face's, so the state dict is the checkpoint file. Th
 head, cache or dropout, so that a second forward pass gives the same values (gradient caching).
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Literal
 
@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kalm_min.model.attention import packed_attention
 from kalm_min.model.packed import Packed
-from kalm_min.settings import SIZES
+from kalm_min.schema import problem_with
+from kalm_min.settings import FIELDS
 
 _CACHED_ROWS = 512  # rows of the feed-forward layer at a time on a CPU
 
@@ -56,10 +57,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for sizes that no decoder can have."""
-        for name in (*SIZES, "num_key_value_heads", "max_position_embeddings"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: expected a whole number of at least 1, found {value!r}")
+        values = asdict(self) | {"head_dim": self.head_dim or None}
+        if problem := problem_with(values, FIELDS["config.json"], extra=True):
+            raise ValueError(problem)
         divisible = [("num_attention_heads", "num_key_value_heads")]
         divisible += [] if self.head_dim else [("hidden_size", "num_attention_heads")]
         for name, divisor in divisible:
@@ -71,18 +71,17 @@ class ModelConfig:
         object.__setattr__(self, "head_dim", head_dim)
 
 
-class Linear(nn.Linear):
-    """Left uninitialised: torch's random draws would be discarded and cost a second on "meta"."""
-
+class _Uninitialised(nn.Module):
     def reset_parameters(self) -> None:
-        """Leave it to a file or to `initialise`."""
+        """Leave it to a file or `initialise`: torch's draws would cost a second even on "meta"."""
 
 
-class Embedding(nn.Embedding):
-    """Left uninitialised, like `Linear`."""
+class Linear(_Uninitialised, nn.Linear):
+    """A linear map, left uninitialised."""
 
-    def reset_parameters(self) -> None:
-        """Leave it to a file or to `initialise`."""
+
+class Embedding(_Uninitialised, nn.Embedding):
+    """A table of embeddings, left uninitialised."""
 
 
 class RMSNorm(nn.Module):
