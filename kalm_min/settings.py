@@ -263,7 +263,7 @@ def read_config(folder: Path, unknown: list[str] | None = None) -> Object:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # transformers 5, 4
     config |= {key: rope[key] for key in FIELDS["rope_parameters"] & rope.keys()}
     for key in ("rope_theta", "rms_norm_eps"):
-        if raw.get(key, 0) is None and key not in config:
+        if config.get(key, raw.get(key, 0)) is None:
             raise ValueError(f"{path}: expected {key!r} to be a number above 0, found null")
     if kind == "qwen3" and config.get("attention_bias"):
         raise ValueError(f"{path}: Qwen3 with biases is not built")

@@ -94,6 +94,7 @@ DAMAGED = [
     ("config.json", {"rope_theta": None}),
     ("config.json", {"rope_parameters": [1]}),
     ("config.json", {"rope_parameters": {"rope_theta": "x"}}),
+    ("config.json", {"rope_parameters": {"rope_theta": None}}),
     ("config.json", {"max_position_embeddings": 5.5}),
     ("config.json", {"architectures": "Qwen2Model"}),
     ("config.json", {"layer_types": [1]}),
