@@ -358,31 +358,24 @@ def write_settings(
     """
     kinds = [kind for kind in _MODULES if dense or kind != "Dense"]
     places = ["", *(f"{i}_{kind}" for i, kind in enumerate(kinds) if i)]
-    main: dict[str, object] = {
-        "prompts": settings.prompts,
-        "default_prompt_name": settings.default_prompt_name,
-        "similarity_fn_name": settings.similarity_fn_name,
-        "instruction_template": settings.instruction_template,
-    }
+    names = ("prompts", "default_prompt_name", "similarity_fn_name", "instruction_template")
+    main: dict[str, object] = {name: getattr(settings, name) for name in names}
     if not settings.causal:
         reason = "older versions ignore is_causal in config.json and would attend causally"
         main["requirements"] = {"transformers": {"specifier": ">=5.2", "reason": reason}}
     bert: dict[str, object] = {"max_seq_length": settings.max_length, "do_lower_case": False}
     if adapter_base:  # config.json is the base's and may state another mode
         bert["config_args"] = {"is_causal": settings.causal}
+    modes = {
+        f"pooling_mode_{mode}": mode.startswith(settings.pooling)
+        for mode in ("cls_token", "max_tokens", "mean_tokens", "lasttoken")
+    } | {"include_prompt": True}
     files = {
         "modules.json": [
             {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
             for i, (path, kind) in enumerate(zip(places, kinds, strict=True))
         ],
-        f"{places[1]}/config.json": {
-            "word_embedding_dimension": size,
-            "pooling_mode_cls_token": False,
-            "pooling_mode_max_tokens": False,
-            "pooling_mode_mean_tokens": settings.pooling == "mean",
-            "pooling_mode_lasttoken": settings.pooling == "lasttoken",
-            "include_prompt": True,
-        },
+        f"{places[1]}/config.json": {"word_embedding_dimension": size} | modes,
         _BERT: bert,
         _MAIN: main,
     }

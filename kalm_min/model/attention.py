@@ -65,9 +65,8 @@ def per_sequence_attention(
     keys, values = (x.split([m * count for _, m, count in runs]) for x in (key, value))
     outputs: list[Tensor] = []
     for (n, m, count), *parts in zip(runs, queries, keys, values, strict=True):
-        q, k, v = (
-            x.unflatten(0, (count, -1)).transpose(1, 2) for x in parts
-        )  # (count, heads, ., E)
+        # (count, heads, ., E) each
+        q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in parts)
         mask = None if n == m else torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
         mixed = F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=causal and mask is None, enable_gqa=True

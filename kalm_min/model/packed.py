@@ -109,11 +109,9 @@ def quantize(
         return packed if precision == "ubinary" else (packed - 128).astype(np.int8)
     if ranges is not None and (ranges.ndim != 2 or ranges.shape[1] != width or not len(ranges)):
         raise ValueError(f"ranges: expected shape (2 or more, {width}), found {ranges.shape}")
-    if ranges is None and vectors.size <= width:
-        if vectors.size:
-            raise ValueError(
-                f"precision {precision}: one vector has no range, so ranges are needed"
-            )
+    if ranges is None and vectors.size == width:
+        raise ValueError(f"precision {precision}: one vector has no range, so ranges are needed")
+    if not vectors.size:
         return vectors.astype(precision)
     known = vectors if ranges is None else ranges
     low, high = (edge(known, axis=0).astype(np.float32) for edge in (np.min, np.max))
