@@ -45,15 +45,11 @@ def _is_key(value: object) -> bool:
     return re.fullmatch("[0-9a-f]{16}", str(value)) is not None
 
 
-_SETTINGS = {
-    "settings": Field("an object", _is_object, required=True),
-    "structured": Field("a text", is_text, required=True),
-    "decided": Field("a number", is_whole, required=True),
-}
-_RESULT = {
-    "custom_id": Field("a custom_id of requests.jsonl", _is_key, required=True),
-    "response": Field("an object", _is_object),
-}
+_SETTINGS = {"settings": Field("an object", _is_object, required=True)}
+_SETTINGS |= {"structured": Field("a text", is_text, required=True)}
+_SETTINGS |= {"decided": Field("a number", is_whole, required=True)}
+_RESULT = {"custom_id": Field("a custom_id of requests.jsonl", _is_key, required=True)}
+_RESULT |= {"response": Field("an object", _is_object)}
 
 
 class NoAnswerError(Exception):
@@ -195,7 +191,12 @@ class Synthesis:
         """Compare a sample with all before it, and write it."""
         try:
             found, keys = await task, list[int]()
-            while found.line and self._seen.holds(keys := self._keys(sample, found.line)):
+            while line := found.line:
+                keys = self._seen.keys("query", line["query"])
+                if sample.passage is None:  # a passage may have several queries
+                    keys += self._seen.keys("positive", line["pos"][0])
+                if not self._seen.holds(keys):
+                    break
                 found.reasons.append("near duplicate")
                 await self._find(sample, found)
         except NoAnswerError:
@@ -204,13 +205,13 @@ class Synthesis:
         self.counts.update((sample.name, reason) for reason in ("asked", *found.reasons))
         self.tokens += found.tokens
         self.decided += 1
-        if found.line:
+        if line:
             self.accepted += 1
             self.counts[sample.name, "accepted"] += 1
             self._seen.add(keys)
-            for key, text in (("query", found.line["query"]), ("positive", found.line["pos"][0])):
+            for key, text in (("query", line["query"]), ("positive", line["pos"][0])):
                 self.lengths[sample.name, key, len(filters.words(text)) // BIN] += 1
-            self._write_sample(sample, found, found.line)
+            self._write_sample(sample, found, line)
         if sample.number < self.config.hold_out:  # also without a query, it is a document
             row = {"_id": str(sample.passage), "text": sample.values["passage"]}
             self._write("hold_out/corpus.jsonl", row)
@@ -302,11 +303,6 @@ class Synthesis:
         personas = (filters.runs(self.plan.personas[number]) for number in sample.personas)
         secrets = chain(prompt.secrets, *personas)
         return next(filter(None, reasons), "") or filters.find_leak(texts, secrets)
-
-    def _keys(self, sample: Sample, line: Object) -> list[int]:
-        """What no later sample may share; a passage may have several queries."""
-        positive = [] if sample.passage is not None else self._seen.keys("positive", line["pos"][0])
-        return self._seen.keys("query", line["query"]) + positive
 
     def _write_sample(self, sample: Sample, found: _Found, line: Object) -> None:
         held_out = sample.number < self.config.hold_out
