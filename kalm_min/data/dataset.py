@@ -18,14 +18,13 @@ from typing import Annotated, TextIO, get_type_hints
 
 import numpy as np
 
+from kalm_min.console import count
 from kalm_min.data.checking import LINE, Segment, check_all
 from kalm_min.data.index import Ints, JsonlFile
 from kalm_min.files import Object, did_you_mean, digest, escape_name, text_hash
 from kalm_min.schema import Field, is_flag, is_number, is_string, is_whole, read_settings
 
 _TRIES = 8  # draws of a positive before one with the text of the query is accepted
-
-
 _FLAG = Field("true or false", is_flag)
 _WEIGHT = Field("a number from 0 to 1000", lambda value: is_number(value, 0, 1000))
 _COUNT = Field("a whole number, 1 or more", lambda value: is_whole(value, least=1))
@@ -189,17 +188,15 @@ class TrainingData:
             expected = f"expected texts of at least two groups in {name}, found one group"
             raise ValueError(f"{self.location(first)}: {expected}")
         if len(single := starts[sizes == 1]):
-            raise ValueError(
-                f"{self.location(first + int(order[single[0]]))}: expected every group of {name} to "
-                f"have two rows or more, found {len(single)} group{'s' if len(single) > 1 else ''} of a "
-                "single one; remove or merge"
-            )
+            found = f"{count(len(single), 'group')} of a single one; remove or merge"
+            expected = f"expected every group of {name} to have two rows or more, found {found}"
+            raise ValueError(f"{self.location(first + int(order[single[0]]))}: {expected}")
         return first + order, hashes[order]
 
     def _draw(
-        self, i: int, record: Object, task: int, count: int, rng: np.random.Generator
+        self, i: int, record: Object, task: int, number: int, rng: np.random.Generator
     ) -> tuple[str, list[Object]]:
-        """A positive of the group of example i, and at most `count` records of other groups.
+        """A positive of the group of example i, and at most `number` records of other groups.
 
         Example-based labelling (KaLM-Embedding V2, data curation): a class is learned from its
         texts, not from its name. If a positive has the text of the query (data has duplicates),
@@ -216,9 +213,9 @@ class TrainingData:
             if positive != record["query"]:
                 break
         others = len(numbers) - len(group)
-        chosen = rng.choice(others, min(count, others), replace=False)
+        chosen = rng.choice(others, min(number, others), replace=False)
         chosen[chosen >= start] += len(group)
-        return positive, [self.record(number) for number in numbers[chosen].tolist()]
+        return positive, [self.record(other) for other in numbers[chosen].tolist()]
 
     def record(self, i: int) -> Object:
         """The parsed line of example i."""
@@ -251,8 +248,8 @@ def _require(what: str, segments: Iterable[Segment], expected: str) -> None:
     """Raise ValueError at the first row that lacks "pos", "group" or "scores"."""
     for segment in segments:
         if what in segment.counts:
-            count, row = segment.counts[what]
-            found = f"found none in {count} line{'s' if count > 1 else ''} of this file"
+            lines, row = segment.counts[what]
+            found = f"found none in {count(lines, 'line')} of this file"
             raise ValueError(f"{segment.file.location(row)}: {expected}, {found}")
 
 
@@ -290,10 +287,9 @@ def _file_name(path: Path) -> str:
     if path.is_file() and suffix and more in ("", ".gz"):
         return name
     found = "a folder" if path.is_dir() else "another file" if path.exists() else "nothing there"
-    expected = f"{path}: expected a .jsonl or .jsonl.gz file, found {found}"
-    if path.name.removesuffix(".gz").endswith((".csv", ".tsv", ".parquet", ".json")):
-        expected += f"; convert it: kalm-min convert {path} --output FOLDER"
-    raise ValueError(expected)
+    is_table = path.name.removesuffix(".gz").endswith((".csv", ".tsv", ".parquet", ".json"))
+    convert = f"; convert it: kalm-min convert {path} --output FOLDER" if is_table else ""
+    raise ValueError(f"{path}: expected a .jsonl or .jsonl.gz file, found {found}{convert}")
 
 
 def _task_settings(path: Path, tasks: list[str]) -> list[TaskSettings]:

@@ -1,16 +1,10 @@
 """A JSONL file as a sequence of records: memory-mapped, opened in milliseconds.
 
-The start of each record is found once, in the pass that makes a digest of the content, and kept in
-a memory-mapped array of offsets. A .gz file is decompressed once. Both are kept in a hidden folder
-`.kalm_min` beside the data or, where that cannot be written, in a cache folder. There is no locking:
-processes that build the same index at once do the work twice without harm.
-
-A cache is used for a file of the same size, modification time and change time. The last one is set
-by the system at every write and cannot be set back, so an edit that restores the other is seen too;
-data that was copied with its caches is indexed again. A cache file ends with a checksum, which is
-compared at every opening (1 GB/s; the index of ten million lines is 80 MB). The uncompressed copy of
-a .gz, which may be large, is compared with its digest if it was touched after its index was written.
-So a write by any program is seen; what a disk changes by itself, in the cache files only.
+The start of each record is found once, in the pass that makes a digest of the content; a .gz file is
+decompressed once. There is no locking: processes that do so at once do the work twice without harm.
+A cache is used for a file of the same size, modification time and change time, which no program can
+set back. Its checksum is compared at every opening (1 GB/s; the index of ten million lines is 80 MB),
+the uncompressed copy of a .gz with its digest if it was touched after its index was written.
 """
 
 import hashlib
@@ -128,8 +122,10 @@ class JsonlFile:
                 folder.mkdir(parents=True, exist_ok=True)
                 if os.access(folder, os.W_OK):
                     return folder
-        tried = f"its index cannot be written to {' or '.join(map(str, self._folders))}"
-        raise ValueError(f"{self.path}: {tried}; pass another cache folder")
+        tried = " or ".join(map(str, self._folders))
+        raise ValueError(
+            f"{self.path}: its index cannot be written to {tried}; pass another folder"
+        )
 
     def _map(self, folder: Path) -> mmap.mmap:
         """The uncompressed data: the file itself, or its copy in the cache."""
@@ -160,10 +156,8 @@ class JsonlFile:
         """Write the index (and the uncompressed copy), remove outdated ones, return the folder."""
         folder = self._writable()
         if self.path.suffix == ".gz":
-            with (
-                open_bytes(self.path) as file,
-                atomic_write(folder / f"{self._name}.jsonl") as out,
-            ):
+            copy = folder / f"{self._name}.jsonl"
+            with open_bytes(self.path) as file, atomic_write(copy) as out:
                 shutil.copyfileobj(file, out, _CHUNK)  # in pieces, for any size
                 if not out.tell():
                     raise ValueError(f"{self.path}: expected at least one record, found none")
