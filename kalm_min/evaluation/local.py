@@ -151,8 +151,7 @@ def read_dataset(folder: Path, problems: list[str]) -> tuple[PlannedTask, dict[s
     if not re.fullmatch(kind.scores, main_score):
         usual = f"a score of {name} such as {kind.main_score}"
         raise ValueError(f"{toml}: main_metric: expected {usual}, found {main_score!r}")
-    before = len(problems)
-    rows: dict[str, Rows] = {}
+    before, rows = len(problems), dict[str, Rows]()
     for part, path in files.items():
         columns, read = kind.columns, schema.read_rows(path, kind.columns, problems)
         if part == "qrels":

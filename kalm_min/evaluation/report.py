@@ -356,14 +356,10 @@ def compare(found: Sequence[tuple[Path, Plan]]) -> tuple[str, Scores, dict[str, 
             versions.setdefault(task.name, set()).add(replace(task, instruction=Instruction()))
     same = {name: one.pop().type for name, one in versions.items() if len(one) == 1}
     left_out = ", ".join(sorted(versions.keys() - same))
-    columns = {
-        name: {
-            row.name: row.scores[plan.dims[0]]
-            for row in score_rows(plan)
-            if row.name in same and not isnan(row.scores[plan.dims[0]])
-        }
-        for name, plan in plans.items()
-    }
+    columns: dict[str, dict[str, float]] = {}
+    for name, plan in plans.items():
+        scores = {row.name: row.scores[plan.dims[0]] for row in score_rows(plan)}
+        columns[name] = {n: one for n, one in scores.items() if n in same and not isnan(one)}
     first, *rest = plans
     models = [f"- {name}: {plan.name}. {describe(plan)}" for name, plan in plans.items()]
     parts = [

@@ -172,13 +172,10 @@ def evaluate_task(
 
     disable_progress_bars()
     start, key = time.monotonic(), order["key"]
-    template = embedder.instruction_template
-    prompts = {
-        role: key[f"{role}_prompt"]
-        if f"{role}_prompt" in key
-        else fill_template(template, key[f"{role}_instruction"])
-        for role in ("query", "document")
-    }
+    prompts: dict[str, str] = {}
+    for role in ("query", "document"):
+        filled = fill_template(embedder.instruction_template, key.get(f"{role}_instruction", ""))
+        prompts[role] = key.get(f"{role}_prompt", filled)
     manifest = describe(embedder, key["checkpoint"])
     # Vectors of other models and settings may be beside these.
     store = Path(order["store"]) / digest(json.dumps(manifest, sort_keys=True))[:16]
