@@ -289,14 +289,7 @@ Made by `python -m kalm_min.check`; the limit is {LIMIT:.0e}.
     return int(max(map(max, rows)) > LIMIT)
 
 
-main = partial(
-    run,
-    CheckConfig,
-    check,
-    program="kalm_min.check",
-    loads="kalm_min.training.step",
-    positional="model",
-)
+main = partial(run, CheckConfig, check, loads="kalm_min.training.step", positional="model")
 
 if __name__ == "__main__":
     program.start("check")

@@ -143,9 +143,8 @@ def parse(
         if argv and not (positional or argv[0].startswith("-") or argv[0].endswith(".toml")):
             recipes = {path.stem: str(path) for path in _RECIPES.glob("*.toml")}
             if argv[0] not in recipes:
-                expected = "expected a .toml file, the name of a recipe or a flag"
-                near = did_you_mean(argv[0], recipes)
-                raise ValueError(f"{expected}, found {argv[0]!r}{near}")
+                found = f"found {argv[0]!r}{did_you_mean(argv[0], recipes)}"
+                raise ValueError(f"expected a .toml file, the name of a recipe or a flag, {found}")
             argv = [recipes[argv[0]], *argv[1:]]
         if argv and argv[0].endswith(".toml"):
             path, *argv = argv
@@ -180,23 +179,22 @@ def parse(
 def check_output(output: Path, *inputs: object, marks: Iterable[str] = ()) -> None:
     """Raise ValueError if a command cannot, or should not, write into the folder `output`.
 
-    It cannot be a file or lie below one, and must be writable. It must not be one of `inputs` nor
-    hold one, which would be overwritten. It is new or empty, or holds one of the names in `marks`,
-    by which an earlier run of the same command is known: other things are not mixed with.
+    It must be writable, and neither be nor hold one of `inputs`, which would be overwritten. It is
+    new or empty, or holds one of `marks`, by which an earlier run of the same command is known.
     """
     there = next(one for one in (output, *output.absolute().parents) if one.exists())
+    where = f"--output: {output}: expected"
     if not there.is_dir():
-        raise ValueError(f"--output: {output}: expected a folder, but {there} is a file")
+        raise ValueError(f"{where} a folder, but {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"--output: {output}: expected to write there, but {there} is read-only")
+        raise ValueError(f"{where} to write there, but {there} is read-only")
     place = output.resolve()
     for path in [Path(str(one)) for one in inputs if one]:
         if path.exists() and place in (path.resolve(), *path.resolve().parents):
-            raise ValueError(f"--output: {output}: expected another folder than the input {path}")
-    found = [one.name for one in output.glob("[!.]*")]
+            raise ValueError(f"{where} another folder than the input {path}")
+    found = sorted(one.name for one in output.glob("[!.]*"))
     if found and not any((output / mark).exists() for mark in marks):
-        expected = f"--output: {output}: expected a new or an empty folder"
-        raise ValueError(f"{expected}, found {', '.join(sorted(found)[:3])} in it")
+        raise ValueError(f"{where} a new or an empty folder, found {', '.join(found[:3])} in it")
 
 
 def to_toml(config: object) -> str:

@@ -103,14 +103,7 @@ def encode(config: EncodeConfig) -> int:
     return 0
 
 
-main = partial(
-    run,
-    EncodeConfig,
-    encode,
-    program="kalm_min.encode",
-    loads="kalm_min.embedder",
-    positional="input",
-)
+main = partial(run, EncodeConfig, encode, loads="kalm_min.embedder", positional="input")
 
 if __name__ == "__main__":
     program.start("encode")
