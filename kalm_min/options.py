@@ -142,9 +142,7 @@ class LossConfig(Ranged):
     mixing: Annotated[bool, "Add two negatives per query, mixed from its own (V2)."] = False
     distillation_weight: Annotated[float, "Share of the KL term; V2.5 uses 0.7.", SHARE] = 0.0
     distillation_temperature: Annotated[float, "Divides all scores in the KL.", TEMPERATURE] = 0.05
-    memory_gib: Annotated[
-        float, "GiB for scores; beyond it, they are computed twice.", Range(1e-9, 1e6)
-    ] = 1.0
+    memory_gib: Annotated[float, "GiB for scores; beyond, computed twice.", Range(1e-9, 1e6)] = 1.0
     mask_false_negatives: Annotated[
         bool, "Exclude a query's known positives, its own text and its class from its negatives."
     ] = True
@@ -258,9 +256,7 @@ class Rules(Ranged):
         float | None, "Minimum score difference of the row's best positive and a negative.", MARGIN
     ] = None
     relative_margin: Annotated[
-        float | None,
-        "The same as a share of the positive's score: 0.05 is NV-Retriever's 95 %.",
-        COSINE,
+        float | None, "The same as a share of that score: 0.05 is NV-Retriever's 95 %.", COSINE
     ] = None
     keep_negatives: Annotated[bool, "Keep a row's own negatives before the mined ones."] = False
     short_rows: Annotated[Literal["keep", "drop"], "Rows with too few mined negatives."] = "keep"
@@ -296,9 +292,7 @@ class MiningConfig(Rules):
     index: Annotated[
         str | None, 'Approximate search with a faiss factory string: "IVF4096,Flat;nprobe=64".'
     ] = None
-    max_length: Annotated[
-        int | None, "Tokens kept per text, instruction included; none: the model's limit."
-    ] = None
+    max_length: Annotated[int | None, "Tokens kept per text; none: the model's limit."] = None
     device: Annotated[str | None, "cpu, cuda, ...; none: a GPU per process, else the CPU."] = None
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
@@ -327,9 +321,7 @@ class SynthesisConfig(Ranged):
         Path | None, "JSONL with the key persona, or lines of text; none: those of the package."
     ] = None
     prompts: Annotated[Path | None, "Folder of prompt files that replace the package's."] = None
-    passages: Annotated[
-        Path | None, "JSONL with the keys text and title: ask for queries to these passages."
-    ] = None
+    passages: Annotated[Path | None, "JSONL of text and title: ask for queries to them."] = None
     hold_out: Annotated[int, "Passages kept apart, as a dataset <output>_hold_out.", ANY_COUNT] = 0
     instructions_per_persona: Annotated[int, "Instructions that a persona writes.", COUNT] = 5
     samples_per_instruction: Annotated[int, "Samples of an instruction, per language.", COUNT] = 14
@@ -343,9 +335,7 @@ class SynthesisConfig(Ranged):
     concurrency: Annotated[int, "Requests under way at once.", COUNT] = 32
     timeout: Annotated[float, "Seconds to wait for an answer.", POSITIVE] = 120.0
     retries: Annotated[int, "How often a failed request is sent again, with pauses.", ANY_COUNT] = 4
-    batch_files: Annotated[
-        Path | None, "Folder to write requests.jsonl to and to read results from; no server."
-    ] = None
+    batch_files: Annotated[Path | None, "Folder of requests.jsonl and results; no server."] = None
     dry_run: Annotated[bool, "Print a request of each type and the number of requests."] = False
 
     def __post_init__(self) -> None:
