@@ -13,10 +13,13 @@ from pathlib import Path
 from kalm_min.console import table
 
 PACKAGE = Path(__file__).resolve().parent.parent / "kalm_min"
+# What the parts were meant to weigh; the model's includes what opens released checkpoints.
 BUDGETS = {
-    "config files console": 450, "vectors topk": 400, "tokenizer embedder": 320, "model": 800,
-    "losses": 350, "sampling": 250, "data": 800, "training": 1150, "mining": 900,
-    "evaluation": 1400, "synthesis synthesize": 800, "encode convert soup check": 350, "__init__": 25,
+    "config files console": 450, "vectors topk": 400, "tokenizer embedder": 320,
+    "model settings": 1250, "losses": 350, "sampling": 250, "data": 800, "training": 1150,
+    "mining": 900, "evaluation": 1400, "synthesis": 450, "encode convert soup check": 350,
+    "train mine evaluate synthesize program __main__": None, "options schema": None,
+    "__init__": None,
 }  # fmt: skip
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 
@@ -43,15 +46,15 @@ code, once = zip(*map(measure, sources.values()), strict=True)
 parts: Counter[str] = Counter()
 for path, count in lines.items():
     name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    parts[next((part for part in BUDGETS if name in part.split()), name)] += count
+    parts[next(part for part in BUDGETS if name in part.split())] += count
 totals = {
     "lines": (sum(lines.values()), 7000),
     "code lines (no docstring, comment, blank)": (sum(code), 5000),
     "modules": (len(sources), 50),
     "private functions of at most 8 lines called once": (sum(map(len, once)), 15),
     "lines with Any": (len(re.findall(r"^.*\bAny\b.*", "\n".join(sources.values()), re.M)), 60),
-} | {f"lines in {name}": (count, BUDGETS.get(name, 0)) for name, count in parts.items()}
-rows = [[name, f"{now:,}", f"{limit:,}"] for name, (now, limit) in totals.items()]
+} | {f"lines in {name}": (parts[name], limit) for name, limit in BUDGETS.items()}
+rows = [[name, f"{now:,}", f"{limit:,}" if limit else ""] for name, (now, limit) in totals.items()]
 print(table(["what", "now", "at most"], rows, {1, 2}))
 print("\nThe longest modules:")
 for path in sorted(lines, key=lambda path: -lines[path])[:10]:
