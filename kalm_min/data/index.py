@@ -122,10 +122,8 @@ class JsonlFile:
                 folder.mkdir(parents=True, exist_ok=True)
                 if os.access(folder, os.W_OK):
                     return folder
-        tried = " or ".join(map(str, self._folders))
-        raise ValueError(
-            f"{self.path}: its index cannot be written to {tried}; pass another folder"
-        )
+        tried = f"its index cannot be written to {' or '.join(map(str, self._folders))}"
+        raise ValueError(f"{self.path}: {tried}; pass another cache folder")
 
     def _map(self, folder: Path) -> mmap.mmap:
         """The uncompressed data: the file itself, or its copy in the cache."""
