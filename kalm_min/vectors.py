@@ -87,9 +87,8 @@ def describe(embedder: Embedder, checkpoint: str) -> dict[str, object]:
     names = ("max_length", "causal", "pooling", "instruction_template", "dimension")
     dtype = str(embedder.dtype).removeprefix("torch.")
     settings: dict[str, object] = {name: getattr(embedder, name) for name in names}
-    settings["end_of_text"] = embedder.tokenizer.encode([""], max_length=8)[
-        0
-    ]  # ids that close texts
+    # The ids that close every text.
+    [settings["end_of_text"]] = embedder.tokenizer.encode([""], max_length=8)
     return {"layout": _LAYOUT, "checkpoint": checkpoint, "dtype": dtype, **settings}
 
 

@@ -30,14 +30,14 @@ from kalm_min.embedder import Embedder
 from kalm_min.files import atomic_write, digest, read_json, write_json
 from kalm_min.mining import report
 from kalm_min.mining.rules import KEPT, Known, Labels, Scores, Selection, pair_scores, select
-from kalm_min.mining.texts import Bools, TextIndex, index_task, open_pool, text_sets
+from kalm_min.mining.texts import STORED, Bools, TextIndex, index_task, open_pool, text_sets
 from kalm_min.options import MiningConfig, Rules
 from kalm_min.settings import fill_template
 from kalm_min.topk import Ints, top_k
 from kalm_min.training import distributed
 from kalm_min.vectors import StoredRows, StoredVectors, TextSet
 
-_LAYOUT = 4  # rises when the same settings give another output
+_LAYOUT = 5  # rises when the same settings give another output
 _RECALL_QUERIES = 256
 _QUERIES = 8192  # per file of neighbours, and
 _LISTED = 1 << 22  # neighbours per file at most
@@ -95,6 +95,7 @@ class Miner:
         self.data, self.pool, self.pool_keys = distributed.rank_zero_first(self._open_data)
         self.names = [files.escape_name(task) for task in self.data.task_names]
         self.manifests: dict[str, dict[str, object]] = {}  # of "scorer" and "model"
+        self.prompts: dict[str, dict[str, str]] = {}  # those that they store
         self._task = lru_cache(maxsize=1)(self._open_task)
         self._choose = lru_cache(maxsize=1)(self._select)
 
@@ -189,7 +190,7 @@ class Miner:
         manifest = vectors.describe(embedder, distributed.gather_objects(checkpoint)[0])
         check = partial(vectors.check_manifest, self.store / name, manifest)
         distributed.rank_zero_first(partial(check, begin=not config.dry_run))
-        self.manifests[name] = manifest
+        self.manifests[name], self.prompts[name] = manifest, embedder.prompts
         return embedder
 
     def _encode(self, title: str, todo: list[int], embedder: Embedder, opener: _Opener) -> None:
@@ -290,7 +291,7 @@ class Miner:
         if self.pool is not None:
             corpus, keys = self.pool, self.pool_keys
             if settings.symmetric:
-                given = (settings.instruction, config.instruction, "")
+                given = (settings.instruction, config.instruction, STORED["query"])
                 prompt = next(text for text in given if text is not None)
                 corpus = replace(corpus, prompts=(prompt,))
         texts, known = [queries, documents, corpus], self.labels.of(index.queries["key"])
@@ -312,11 +313,12 @@ class Miner:
         return Labels.collect(map(self._index, range(len(self.names))))
 
     def _vectors(self, texts: TextSet, name: str = "model") -> StoredVectors:
-        """The vectors of texts by the model or the scorer, with instructions in its template."""
+        """The vectors of texts by the model or the scorer, with its template and stored prompts."""
         template = str(self.manifests[name]["instruction_template"])
         dimension = int(str(self.manifests[name]["dimension"]))
-        prompts = tuple(fill_template(template, x) for x in texts.prompts)
-        return StoredVectors(self.store / name, replace(texts, prompts=prompts), dimension)
+        stored = {STORED[kind]: self.prompts[name][kind] for kind in STORED}
+        prompts = (stored[x] if x in stored else fill_template(template, x) for x in texts.prompts)
+        return StoredVectors(self.store / name, replace(texts, prompts=tuple(prompts)), dimension)
 
     def _select(self, number: int) -> Selection:
         task = self._task(number)
@@ -357,6 +359,7 @@ class Miner:
             {"layout": _LAYOUT, "index": config.index, "data": index.fingerprint},
             {field.name: getattr(config, field.name) for field in fields(Rules)},
             self.manifests,
+            self.prompts,
             asdict(self.data.settings[number]),
             digest(known.codes.tobytes(), known.classes.tobytes()),
             # The default instruction is that of the pool in a symmetric task.

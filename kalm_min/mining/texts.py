@@ -31,6 +31,9 @@ Bools = NDArray[np.bool_]
 # A text: hash and key without instruction, number of the instruction, where to read it (slot 0 is
 # the query, followed by positives and negatives), characters with instruction.
 TEXT = np.dtype([(x, np.int64) for x in ("hash", "key", "instruction", "row", "slot", "size")])
+# In place of an instruction that neither the line, the task nor the run gives: the prompt that the
+# model stores for queries or documents, as in training. No instruction begins with a NUL.
+STORED = {"query": "\0query", "document": "\0document"}
 _POOL = {"text": Field("a non-empty string of valid Unicode", is_text, required=True)}
 
 
@@ -48,7 +51,7 @@ class TextIndex:
     """The texts of a task and how its R rows use them."""
 
     first: int  # number of its first row in TrainingData; its rows are consecutive
-    instructions: tuple[str, ...]  # the distinct ones; "" for none
+    instructions: tuple[str, ...]  # the distinct ones; "" for none, or one of STORED
     queries: Table  # (n,) of TEXT
     documents: Table  # (n,) of TEXT
     row_query: Ints  # (R,) the number of each row's query
@@ -115,8 +118,8 @@ def index_task(data: TrainingData, task: int, *, as_corpus: bool, keep: bool) ->
         record = data.record(row)
         # Without the negatives that a label-based task draws: none is used.
         example = data.example(row, epoch=0, seed=0, num_negatives=0)
-        instruction, group = example.instruction or "", example.group
-        of_documents = instruction if symmetric else ""
+        instruction = STORED["query"] if example.instruction is None else example.instruction
+        group, of_documents = example.group, instruction if symmetric else STORED["document"]
         hashes.append(text_hash(json.dumps([record, instruction, of_documents])))
         query, *listed = _texts(record)
         row_query.append(queries.add(query, instruction, row, 0, apart=True))
@@ -173,9 +176,9 @@ def open_pool(path: Path, cache_dir: Path | None = None) -> tuple[TextSet, Ints]
         record = file[row]
         if problem := problem_with(record, _POOL, extra=True):
             raise ValueError(f"{file.location(row)}: {problem}")
-        unique.add(record["text"], "", row, 0)
-    table = unique.table()
-    return _text_set(table, ("",), lambda row, slot: file[row]["text"]), table["key"].copy()
+        unique.add(record["text"], STORED["document"], row, 0)
+    table, prompts = unique.table(), (STORED["document"],)
+    return _text_set(table, prompts, lambda row, slot: file[row]["text"]), table["key"].copy()
 
 
 def _text_set(

@@ -174,6 +174,34 @@ def test_scores_are_the_models_cosines(mined, tiny_model_dir):
         assert row["pos_scores"] + row["neg_scores"] == pytest.approx(expected, abs=2e-6)
 
 
+@pytest.mark.parametrize("with_pool", [True, False])
+def test_texts_without_an_instruction_get_the_stored_prompts(tiny_model_dir, tmp_path, with_pool):
+    """As in training: unless a line, the task or the run says otherwise, also that there is none."""
+    from kalm_min import Embedder
+
+    model = Embedder.from_pretrained(tiny_model_dir, dtype="float32")
+    model.prompts |= {"query": "one cat: ", "document": "a house: "}
+    model.save_pretrained(tmp_path / "model")
+    rows = planted(30)
+    silent = [row | {"instruction": ""} for row in planted(30, seed=1)]
+    data = write(tmp_path / "data", stored=rows, silent=silent, both=planted(30, seed=2))
+    (data / "both.toml").write_text("symmetric = true\n", encoding="utf-8")
+    write(tmp_path, pool=[{"text": row["pos"][0]} for row in rows])
+    flags = ["--pool", str(tmp_path / "pool.jsonl")] if with_pool else []
+    assert run(tmp_path / "model", data, tmp_path / "out", *RULES, *flags) == 0
+    query, document = model.prompts["query"], model.prompts["document"]
+    for task, *prompts in (
+        ("stored", query, document),
+        ("silent", "", document),
+        ("both", query, query),
+    ):
+        row = next(row for row in rows_of(tmp_path / "out", task) if row["neg"])
+        texts = [row["query"]], row["pos"] + row["neg"]
+        found = row["pos_scores"] + row["neg_scores"]
+        expected = model.similarity(*map(model.encode, texts, prompts))[0].tolist()
+        assert found == pytest.approx(expected, abs=2e-6), task
+
+
 def test_second_run_skips_and_other_rules_encode_nothing(mined, toy, tiny_model_dir, capsys):
     """The same command touches no task; another range writes other negatives from stored neighbours."""
     before = contents(mined)
