@@ -93,9 +93,11 @@ def rows_in_order(options: Options, data: TrainingData) -> dict[str, list[str]]:
         if within == 0:
             sampler.set_epoch(epoch)
             batches = iter(sampler)
-        draw = {"epoch": epoch, "seed": 0, "num_negatives": options.num_negatives}
-        examples = [data.example(i, **draw) for i in next(batches)]
-        text = collate(examples, template="{instruction}", **draw)
+        count = options.num_negatives
+        examples = [
+            data.example(i, epoch=epoch, seed=0, num_negatives=count) for i in next(batches)
+        ]
+        text = collate(examples, template="{instruction}", epoch=epoch, seed=0, num_negatives=count)
         group = options.num_negatives + 1
         if len(text.documents) != group * len(text.queries):
             short = data.location(examples[0].index)
