@@ -148,8 +148,8 @@ def open_folder(path_or_hub_id: str | Path, **given: Any) -> Opened:
     config = read_config(base, unknown)
     main, bert = (_read(folder / file, file, unknown) for file in (_MAIN, _BERT))
     over: Object = {}  # what sentence-transformers puts over config.json and tokenizer_config.json
-    for key in FIELDS.keys() & bert:
-        over |= bert[key]
+    for key in FIELDS:
+        over |= bert.get(key, {}) if key in FIELDS[_BERT] else {}
     tokens = _read(words / _TOKENIZER, _TOKENIZER, unknown) | over
     stated_pooling, dense, dimension = _read_modules(folder, config["hidden_size"], unknown)
 
