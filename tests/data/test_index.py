@@ -274,7 +274,7 @@ def test_a_file_with_a_byte_order_mark(tmp_path):
         (b'[\n{"a": 1},\n{"a": 2}\n]\n', "one JSON array; write one object per line"),
         (b'\n {\n "a": 1\n}\n', "an object over many lines; write one object per line"),
         ('{"a": 1}\n'.encode("utf-16"), "UTF-16; save the file as UTF-8"),
-        (gzip.compress(b'{"a": 1}\n'), "a .gz without that name; save the file as UTF-8"),
+        (gzip.compress(b'{"a": 1}\n', mtime=0), "a .gz without that name; save the file as UTF-8"),
     ],
 )
 def test_what_is_no_jsonl_at_all(tmp_path, content, found):
