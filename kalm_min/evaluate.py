@@ -7,12 +7,11 @@
     python evaluate.py --compare results/a results/b
 
 The same command again continues where the last one stopped. The exit code is 0 only if every task
-has its score, 1 if a task failed, 2 if the request is wrong, and 130 after an interruption.
+has its score, 1 if a task failed, 2 if the request is wrong, 130 after Ctrl-C and 143 after SIGTERM.
 """
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -58,7 +57,6 @@ def main(argv: list[str]) -> int:
 
 def evaluate(config: EvaluationConfig) -> int:
     """Do what the configuration requests; return the exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
     check_output(config.output, marks=["."])
     if config.compare:
         if len(config.dims) > 1:
@@ -141,10 +139,8 @@ def write_reports(
     """Print the tables of each model and write them, with plots; compare the models if several."""
     for plan in plans:
         name = f"{plan.results.parent.name}-{plan.results.name}"
-        target, rows = (
-            folder / "reports" / name if len(plans) > 1 else folder,
-            report.score_rows(plan),
-        )
+        target = folder / "reports" / name if len(plans) > 1 else folder
+        rows = report.score_rows(plan)
         text = report.markdown(plan, rows, failures.get(plan.results.name, {}))
         write_text(target / "summary.md", text)
         write_text(target / "summary.csv", report.comma_separated(plan, rows))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from kalm_min import evaluate, program
 from kalm_min.__main__ import COMMANDS
 from kalm_min.config import check_output
 
@@ -151,3 +152,14 @@ def test_a_disk_that_is_full(tiny_model_dir, tmp_path, name):
     assert done.stderr.decode().startswith(f"kalm-min {name}: {words[-1]}: ")
     assert len(done.stderr.splitlines()) == 1
     assert not Path(words[-1]).exists()
+
+
+def test_an_evaluation_ends_by_sigterm_as_every_command(tmp_path, monkeypatch):
+    """It keeps the frame's handler, which gives exit code 143, where its own once gave 130."""
+    monkeypatch.setattr(evaluate, "tabulate", lambda _: 0)
+    before = signal.signal(signal.SIGTERM, program._interrupt)
+    try:
+        assert evaluate.main(["--report-only", "--output", str(tmp_path)]) == 0
+        assert signal.getsignal(signal.SIGTERM) is program._interrupt
+    finally:
+        signal.signal(signal.SIGTERM, before)
