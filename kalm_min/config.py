@@ -180,7 +180,8 @@ def check_output(output: Path, *inputs: object, marks: Iterable[str] = ()) -> No
     """Raise ValueError if a command cannot, or should not, write into the folder `output`.
 
     It must be writable, and neither be nor hold one of `inputs`, which would be overwritten. It is
-    new or empty, or holds one of `marks`, by which an earlier run of the same command is known.
+    new or empty, or holds one of `marks`, by which an earlier run of the same command is known; the
+    mark "." allows any folder.
     """
     there = next(one for one in (output, *output.absolute().parents) if one.exists())
     where = f"--output: {output}: expected"

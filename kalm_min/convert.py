@@ -12,7 +12,6 @@ import gzip
 import json
 import re
 import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -39,6 +38,7 @@ from kalm_min.files import (
     read_jsonl,
     read_table,
     text_hash,
+    text_key,
     write_json,
     write_text,
 )
@@ -308,9 +308,7 @@ def _keys(record: Object) -> set[str]:
 
 
 def _key(text: str) -> str:
-    """A hash of a text without regard to case, width and white space."""
-    plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return f"{text_hash(plain) % 2**64:016x}"
+    return f"{text_key(text) % 2**64:016x}"
 
 
 def _hold_out(config: ConvertConfig, sources: list[Source]) -> dict[str, list[Object]]:

@@ -4,8 +4,8 @@
 
 Attention mode, pooling, prompts, maximum length and the end-of-text rule belong to a checkpoint; a
 wrong value raises no error and only lowers scores. They are read from the files that sentence-
-transformers and transformers read, and written back (`model.folder`), so that a saved folder gives
-the same vectors in all three. Modules such as a Dense layer are refused; remote code is never run.
+transformers and transformers read, and written back (`settings`), so that a saved folder gives the
+same vectors in all three. Remote code is never run.
 """
 
 import json

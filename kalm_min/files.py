@@ -21,6 +21,7 @@ import shutil
 import socket
 import time
 import tomllib
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -462,3 +463,12 @@ def text_hash(text: str) -> int:
     """
     code = hashlib.blake2b(_bytes(text), digest_size=8).digest()
     return int.from_bytes(code, "little", signed=True) or 1
+
+
+def text_key(text: str) -> int:
+    """`text_hash` that texts share if they differ only in case, white space or width (NFKC).
+
+    By it, mining and held-out rows recognise duplicates; the masks of the loss compare exact texts.
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return text_hash(" ".join(unicodedata.normalize("NFKC", folded).split()))

@@ -9,7 +9,6 @@ millions of rows is never a list of strings.
 """
 
 import json
-import unicodedata
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kalm_min.data import JsonlFile, TrainingData
-from kalm_min.files import Object, atomic_write, digest, text_hash
+from kalm_min.files import Object, atomic_write, digest, text_hash, text_key
 from kalm_min.schema import Field, is_text, problem_with
 from kalm_min.topk import Ints
 from kalm_min.vectors import TextSet
@@ -35,15 +34,6 @@ TEXT = np.dtype([(x, np.int64) for x in ("hash", "key", "instruction", "row", "s
 # model stores for queries or documents, as in training. No instruction begins with a NUL.
 STORED = {"query": "\0query", "document": "\0document"}
 _POOL = {"text": Field("a non-empty string of valid Unicode", is_text, required=True)}
-
-
-def text_key(text: str) -> int:
-    """A hash that texts share if they differ only in case, white space or width (Unicode NFKC).
-
-    Such a duplicate of a positive is never a negative.
-    """
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return text_hash(" ".join(unicodedata.normalize("NFKC", folded).split()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

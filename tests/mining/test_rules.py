@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kalm_min.files import text_key
 from kalm_min.mining.rules import INCONSISTENT, KEPT, SHORT, Rules, choose, random_keys
-from kalm_min.mining.texts import text_key
 
 SCORES = np.linspace(0.9, 0.0, 10, dtype=np.float32)[None]  # one row, ten neighbours
 
