@@ -10,8 +10,8 @@ import random
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,16 @@ from kalm_min import files
 from kalm_min.data.index import JsonlFile
 from kalm_min.files import Object
 from kalm_min.options import SynthesisConfig
-from kalm_min.schema import Field, is_string, is_text, problem_with, read_rows
+from kalm_min.schema import (
+    Field,
+    is_flag,
+    is_number,
+    is_string,
+    is_text,
+    is_whole,
+    problem_with,
+    read_rows,
+)
 from kalm_min.synthesis.filters import RUN, runs, words
 
 FOLDER = Path(__file__).parent
@@ -31,6 +40,17 @@ _FIELD = re.compile(r"\{(\w+)\}")
 _PERSONA = {"persona": Field("a non-empty string", is_text, required=True)}
 _PASSAGE = {"text": Field("a non-empty string", is_text, required=True)}
 _PASSAGE |= {"title": Field("a string", is_string)}
+_LENGTH = Field("the least and the most words", partial(is_whole, least=1), items=2, required=True)
+_SHARE = Field("a probability", partial(is_number, least=0, most=1), required=True)
+_TABLE = Field("a table", lambda value: isinstance(value, dict))
+_HEAD = {
+    "lengths": replace(_TABLE, required=True),
+    "slots": _TABLE,
+    "system": Field("a string", is_string),
+    "instruction": Field("a string", is_string),
+    "symmetric": Field("true or false", is_flag),
+    "copied": Field("a share from 0 to 1", partial(is_number, least=0, most=1)),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,13 +213,24 @@ def _chosen(flag: str, names: Iterable[str], known: Iterable[str]) -> list[str]:
     return [*dict.fromkeys(names)]
 
 
+def _check(table: Object, fields: Mapping[str, Field]) -> None:
+    if problem := problem_with(table, fields):
+        raise ValueError(problem)
+
+
 def _read_prompt(path: Path, fields: set[str], keys: Iterable[str]) -> Prompt:
     """Read a prompt file with these keys. Raises ValueError if it cannot be used."""
     head, line, text = files.read_text(path).replace("\r\n", "\n").partition("\n---\n")
     try:
         table = tomllib.loads(head)
+        _check(table, _HEAD)
+        _check(table["lengths"], dict.fromkeys(table["lengths"], _LENGTH))
+        slots = table.get("slots", {})
+        _check(slots, dict.fromkeys(slots, _TABLE))
+        for shares in slots.values():
+            _check(shares, dict.fromkeys(shares, _SHARE))
         secrets = {run for run in runs(text, 8) if len(run.split()) == 8}
-        for phrase in (phrase for one in table.get("slots", {}).values() for phrase in one):
+        for phrase in (phrase for one in slots.values() for phrase in one):
             secrets |= {run for run in runs(phrase) if len(run.split()) == RUN}
         prompt = Prompt(name=path.stem, text=text.strip(), secrets=frozenset(secrets), **table)
         if not line or not all(0 < least <= most for least, most in prompt.lengths.values()):
@@ -212,9 +243,9 @@ def _read_prompt(path: Path, fields: set[str], keys: Iterable[str]) -> Prompt:
             raise ValueError(f"the unknown field {min(unknown)} in the text")
         if missing := {*keys} - {*prompt.lengths}:
             raise ValueError(f"no lengths of {min(missing)}")
-    except (AttributeError, TypeError, ValueError) as error:
+    except ValueError as error:
         expected = "expected a prompt file as docs/synthesis.md describes it"
-        raise ValueError(f"{path}: {expected}, found {error}") from error
+        raise ValueError(f"{path}: {expected}: {error}") from error
     return prompt
 
 

@@ -378,6 +378,10 @@ WRONG = [
     (["--prompts", "{folder}/prompts"], "the unknown field instrction"),
     (["--prompts", "{folder}/heads"], "sum to 1"),
     (["--prompts", "{folder}/toml"], "sts.txt: expected a prompt file"),
+    (["--prompts", "{folder}/share"], "'copied' to be a share from 0 to 1, found 'a'"),
+    (["--prompts", "{folder}/words"], "'query' to be the least and the most words, found 3"),
+    (["--prompts", "{folder}/flat"], "'slots' to be a table, found 3"),
+    (["--prompts", "{folder}/other"], "found 'tone'"),
 ]
 
 
@@ -391,6 +395,10 @@ def test_wrong_requests_are_one_sentence(more, sentence, tmp_path, capfd):
         ("prompts", f"{good} {{instrction}}"),
         ("heads", good.replace("0.6", "0.7")),
         ("toml", good.replace("---", "[")),
+        ("share", good.replace("copied = 1.0", 'copied = "a"')),
+        ("words", "[lengths]\nquery = 3\n---\n"),
+        ("flat", "slots = 3\n[lengths]\nquery = [1, 9]\n---\n"),
+        ("other", f'tone = "a"\n{good}'),
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "sts.txt").write_text(text)
